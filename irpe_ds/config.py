@@ -1,0 +1,243 @@
+"""The run's configuration: one YAML and `section.key=value` overrides -> a frozen RunConfig."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import pydantic
+import yaml
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from irpe_ds.errors import ConfigError
+from irpe_ds.rpe.config import RPEConfig
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Size = PositiveInt | tuple[PositiveInt, PositiveInt]
+
+
+class Section(pydantic.BaseModel):
+    """Frozen; unknown keys and values of the wrong type are errors."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class ModelConfig(Section):
+    name: str
+    """Any timm model name, or one of ours (`launch/zoo.py` prints them)."""
+    rpe: RPEConfig | None = None
+    """The encoding to equip the model with. None: the model as its name says."""
+    impl: str = "auto"
+    """Implementation of the attention op: `auto`, or one that must run or fail."""
+    num_classes: PositiveInt = 1000
+    """Must equal the class count of the data."""
+    img_size: Size = 224
+    """Input height and width, pixels."""
+    drop_path: Probability = 0.0
+    """Stochastic depth rate of the last block."""
+    weights: Path | None = None
+    """Checkpoint to start from (.pth or .safetensors). None: random initialisation."""
+    options: dict[str, Any] = {}
+    """Further keyword arguments for `timm.create_model`, such as patch_size or depth."""
+
+
+class DataConfig(Section):
+    train: Path
+    """Training set, .beton."""
+    val: Path
+    """Validation set, .beton."""
+    workers: PositiveInt | None = None
+    """Decoding threads per rank. None: the cores divided by the ranks of this machine."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Channel means of the normalisation, for pixels in [0, 1]."""
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    """Channel deviations of the normalisation, for pixels in [0, 1]."""
+    val_crop: Probability = 0.875
+    """Share of the shorter side that the centre crop of validation keeps."""
+
+
+class AugmentConfig(Section):
+    scale: tuple[Probability, Probability] = (0.08, 1.0)
+    """Area of the random resized crop, as a share of the image."""
+    ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    """Aspect ratio of the random resized crop, width over height."""
+    hflip: Probability = 0.5
+    """Probability of a horizontal flip."""
+    mixup: NonNegativeFloat = 0.0
+    """Alpha of mixup; 0 turns it off."""
+    cutmix: NonNegativeFloat = 0.0
+    """Alpha of cutmix; 0 turns it off."""
+    mix_prob: Probability = 1.0
+    """Probability that a batch is mixed at all."""
+    mix_switch_prob: Probability = 0.5
+    """Probability of cutmix rather than mixup when both are on."""
+    label_smoothing: Probability = 0.0
+    """Probability mass spread over all classes."""
+
+
+class OptimConfig(Section):
+    lr: PositiveFloat = 5e-4
+    """Peak learning rate for `lr_batch` images; scaled linearly with train.global_batch."""
+    lr_batch: PositiveInt = 512
+    """Images that `lr`, `warmup_lr` and `min_lr` stand for."""
+    warmup_lr: NonNegativeFloat = 1e-6
+    """Learning rate of the first update, scaled as `lr` is."""
+    min_lr: NonNegativeFloat = 1e-5
+    """Learning rate at the end of the cosine, scaled as `lr` is."""
+    warmup_epochs: NonNegativeFloat = 5
+    """Length of the linear warm-up, epochs."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Decoupled weight decay; tensors of one dimension and timm's exempt names have none."""
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    """Decay rates of AdamW's moments."""
+    eps: PositiveFloat = 1e-8
+    """Denominator guard of AdamW."""
+    clip_grad: PositiveFloat | None = None
+    """Largest global gradient norm. None: no clipping."""
+
+
+class TrainConfig(Section):
+    epochs: PositiveInt = 300
+    """Passes over the training set; the cosine ends with the last."""
+    global_batch: PositiveInt = 1024
+    """Images per update, over all ranks and accumulation steps."""
+    accumulation: PositiveInt = 1
+    """Forward and backward passes per update."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Arithmetic of the model; master weights stay in fp32."""
+    deepspeed: Path = Path("ds_configs/zero1.json")
+    """DeepSpeed JSON with ZeRO and communication settings only."""
+    max_updates: PositiveInt | None = None
+    """Stop after so many updates, for short experiments; the schedule is not shortened."""
+    log_every: PositiveInt = 50
+    """Updates between two rows of the training log."""
+
+
+class WandbConfig(Section):
+    mode: Literal["online", "offline", "disabled"] = "disabled"
+    """Where Weights & Biases sends the run."""
+    project: str = "irpe-ds"
+    """Project that the run belongs to."""
+    entity: str | None = None
+    """User or team. None: the account's default."""
+    tags: tuple[str, ...] = ()
+    """Free labels."""
+
+
+class LogConfig(Section):
+    wandb: WandbConfig = WandbConfig()
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder too."""
+
+
+class RunConfig(Section):
+    """Everything that a training run depends on; kept in the run folder as config.yaml."""
+
+    name: str
+    """Name of the run and of its folder."""
+    output: Path = Path("runs")
+    """Folder that holds the run folder."""
+    seed: NonNegativeInt = 0
+    """Seed of initialisation, sample order, augmentation and dropout."""
+    model: ModelConfig
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, output/name."""
+        return self.output / self.name
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML that `load_config` reads back unchanged."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """YAML 1.2's booleans: only true and false, so that the key `on` stays a string."""
+
+
+_Yaml12Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML, apply overrides such as `train.epochs=3` in order, and validate.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown, missing or of the wrong type.
+    """
+    values = _read_yaml(Path(path))
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise _explain(error) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(), Loader=_Yaml12Loader)
+    except OSError as error:
+        raise ConfigError(path, "a readable YAML file", error.strerror) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(path, "valid YAML", " ".join(str(error).split())) from None
+    if not isinstance(values, dict):
+        raise ConfigError(path, "a mapping of sections", type(values).__name__)
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(override, "an override of the form section.key=value", repr(override))
+    try:
+        value = yaml.load(text, Loader=_Yaml12Loader)
+    except yaml.YAMLError:
+        raise ConfigError(key, "a YAML value", repr(text)) from None
+    *sections, last = key.split(".")
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    values[last] = value
+
+
+def _explain(error: pydantic.ValidationError) -> ConfigError:
+    """The first of pydantic's findings, in our words."""
+    first = error.errors()[0]
+    keys = [str(part) for part in first["loc"]]
+    where = ".".join(keys)
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _keys_beside(keys)
+        close = difflib.get_close_matches(keys[-1], known, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        return ConfigError(where, f"one of the keys {', '.join(known)}", f"an unknown key{hint}")
+    if first["type"].startswith("missing"):
+        return ConfigError(where, "a value", "nothing: the key is required")
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):  # RPEConfig names its field itself
+        return ConfigError(f"{where}.{cause.where}", cause.expected, cause.got)
+    expected = first["msg"].removeprefix("Input should be ")
+    return ConfigError(where, expected[0].lower() + expected[1:], repr(first["input"]))
+
+
+def _keys_beside(keys: list[str]) -> list[str]:
+    """The keys that the section of this unknown key does have."""
+    section: Any = RunConfig
+    for key in keys[:-1]:
+        annotation = section.model_fields[key].annotation
+        section = next((a for a in get_args(annotation) if a is not type(None)), annotation)
+    return list(getattr(section, "model_fields", None) or section.__dataclass_fields__)

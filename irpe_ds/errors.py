@@ -1,0 +1,12 @@
+"""The one error that stands for a mistake in what the user gave."""
+
+
+class ConfigError(ValueError):
+    """Says where the mistake is, what was expected there and what came.
+
+    Launch scripts print it, on three lines at most, and exit with code 2.
+    """
+
+    def __init__(self, where: object, expected: str, got: object) -> None:
+        super().__init__(f"{where}: expected {expected}, got {got}")
+        self.where, self.expected, self.got = where, expected, got

@@ -1,0 +1,7 @@
+"""Vision transformers with relative position; importing this registers the zoo with timm."""
+
+from irpe_ds.models import zoo
+from irpe_ds.models.attention import RPEAttention
+from irpe_ds.models.vision_transformer import equip
+
+__all__ = ["RPEAttention", "equip", "zoo"]

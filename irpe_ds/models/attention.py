@@ -1,0 +1,64 @@
+"""Multi-head attention that carries relative position: projections around one op."""
+
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from irpe_ds.errors import ConfigError
+from irpe_ds.ops import irpe_attention
+from irpe_ds.rpe import BucketMap, RPEConfig, Term, build_table
+
+
+class RPEAttention(nn.Module):
+    """Takes the place of a timm `Attention`: keeps its modules and adds `rpe_q`, `rpe_k`, `rpe_v`.
+
+    Tables start at zero, so the function is unchanged until training moves them.
+    """
+
+    def __init__(
+        self, attention: Attention, rpe: RPEConfig, maps: tuple[BucketMap, ...], impl: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
+        self.scale, self.impl = attention.scale, impl
+        for name, child in attention.named_children():
+            self.add_module(name, child)
+        for target in "qkv":
+            table = None
+            if target in rpe.on:
+                table = build_table(rpe, target, maps, self.num_heads, self.head_dim)
+            self.add_module(f"rpe_{target}", table)
+        self.to(attention.qkv.weight)
+        self.train(attention.training)
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """(B, L, C) -> (B, L, C), prefix tokens first.
+
+        Raises:
+            ConfigError: a mask came, or L is not the number of tokens of the bucket map.
+        """
+        if attn_mask is not None or is_causal:
+            raise ConfigError("attn_mask", "none: iRPE is defined on the whole grid", "a mask")
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, L, D)
+        out = irpe_attention(
+            self.q_norm(q),
+            self.k_norm(k),
+            v,
+            rpe_q=_terms(self.rpe_q),
+            rpe_k=_terms(self.rpe_k),
+            rpe_v=_terms(self.rpe_v),
+            scale=self.scale,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            impl=self.impl,
+        )
+        out = self.norm(out.transpose(1, 2).reshape(batch, length, -1))
+        if getattr(self, "gate", None) is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+
+def _terms(table: nn.Module | None) -> tuple[Term, ...]:
+    return () if table is None else table.terms()

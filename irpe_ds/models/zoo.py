@@ -1,0 +1,118 @@
+"""The zoo: one row per released model, registered with timm under the released name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch.utils.flop_counter import FlopCounterMode
+
+from irpe_ds.models.vision_transformer import equip
+from irpe_ds.rpe import RPEConfig
+
+RELEASES = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One released model; the published figures are on ImageNet-1K at 224 x 224."""
+
+    name: str
+    width: int
+    heads: int
+    rpe: RPEConfig
+    params_m: float | None = None
+    """Published parameters, millions."""
+    macs_m: float | None = None
+    """Published multiply-accumulates of one image, millions."""
+    top1: float | None = None
+    top5: float | None = None
+
+
+product = partial(RPEConfig, method="product", ratio=1.9)
+euclidean = partial(RPEConfig, method="euclidean", ratio=20)
+quantization = partial(RPEConfig, method="quantization", ratio=33)
+cross = partial(RPEConfig, method="cross", ratio=20)
+
+
+def _row(size: str, encoding: str, rpe: RPEConfig, *published: float) -> Variant:
+    width, heads = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}[size]
+    figures = dict(zip(("params_m", "macs_m", "top1", "top5"), published, strict=False))
+    name = f"deit_{size}_patch16_224_ctx_{encoding}_shared_{rpe.on}"
+    return Variant(name=name, width=width, heads=heads, rpe=rpe, **figures)
+
+
+ZOO = {
+    row.name: row
+    for row in (
+        _row("tiny", "product_50", product(on="k"), 5.76, 1284, 73.7, 92.0),
+        _row("small", "product_50", product(on="k"), 22.09, 4659, 80.9, 95.4),
+        _row("small", "product_50", product(on="qk"), 22.13, 4706, 81.0, 95.5),
+        _row("small", "product_50", product(on="qkv"), 22.17, 4885, 81.2, 95.5),
+        _row("base", "product_50", product(on="k"), 86.61, 17684, 82.3, 95.9),
+        _row("base", "product_50", product(on="qkv"), 86.68, 18137, 82.8, 96.1),
+        _row("small", "euc_20", euclidean(on="k")),
+        _row("small", "quant_51", quantization(on="k")),
+        _row("small", "cross_56", cross(on="k")),
+    )
+}
+
+
+def cost(name: str) -> tuple[int, int]:
+    """Parameters of a timm model, and multiply-accumulates of its matrix products for one image.
+
+    Counted from the model itself on the meta device: nothing is allocated or computed.
+    """
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        image = torch.empty(1, *model.pretrained_cfg["input_size"])
+        with FlopCounterMode(display=False) as counter:
+            model(image)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
+def _released(row: Variant) -> dict[str, object]:
+    """timm's description of a row; the six published models have their weights on the web."""
+    return {
+        "url": f"{RELEASES}/{row.name}.pth" if row.top1 else "",
+        "input_size": (3, 224, 224),
+        "fixed_input_size": True,
+        "num_classes": 1000,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+
+
+def _entrypoint(row: Variant) -> Callable[..., VisionTransformer]:
+    """The function that timm.create_model calls; takes `impl` beside VisionTransformer's own."""
+
+    def build(impl: str = "auto", **kwargs: object) -> VisionTransformer:
+        return equip(VisionTransformer(**kwargs), row.rpe, impl)
+
+    def create(pretrained: bool = False, **kwargs: object) -> VisionTransformer:
+        size = {"patch_size": 16, "embed_dim": row.width, "depth": 12, "num_heads": row.heads}
+        return build_model_with_cfg(
+            build,
+            row.name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+            **(size | kwargs),
+        )
+
+    create.__name__ = row.name
+    create.__doc__ = f"DeiT with {row.rpe}."
+    return create
+
+
+default_cfgs = generate_default_cfgs({name: _released(row) for name, row in ZOO.items()})
+for _row_of_zoo in ZOO.values():
+    register_model(_entrypoint(_row_of_zoo))

@@ -1,0 +1,112 @@
+"""Buckets: which entry of a learned table an offset between two patches reads."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from irpe_ds.errors import ConfigError
+
+METHODS = ("euclidean", "quantization", "product", "cross_rows", "cross_cols")
+
+
+def piecewise_index(offset: Tensor, *, alpha: float, beta: float, gamma: float) -> Tensor:
+    """Index of an offset: exact near zero, logarithmic beyond (Eq. 18 of iRPE).
+
+        g(x) = round(x)                                                        if |x| <= alpha
+        g(x) = sign(x) min(beta, round(alpha + ln(|x|/alpha) / ln(gamma/alpha) (beta - alpha)))
+
+    Rounding is half to even and the clip at a fractional beta is truncated, as in the released
+    implementation, so the ids of released checkpoints are reproduced bit for bit.
+
+    Args:
+        offset: any shape, patches; computed in float32.
+
+    Returns:
+        int64 of the same shape, in [-int(beta), int(beta)].
+    """
+    x = offset.float()
+    far = alpha + (x.abs() / alpha).log() / math.log(gamma / alpha) * (beta - alpha)
+    far = x.sign() * far.round().clip(max=beta)
+    return torch.where(x.abs() <= alpha, x.round(), far).long()
+
+
+class BucketMap(nn.Module):
+    """The bucket of every (query, key) pair of one grid of tokens.
+
+    A module, so that it follows its model to a device; it adds no key to the state dict, and all
+    layers of a model share one.
+
+    Attributes:
+        ids: (L, L) int64, L = skip + height * width; ids[i, j] is b(i, j), query i against key j.
+        num_buckets: rows that a table for this map has; with skip tokens the last is theirs.
+        grid: (height, width) of the patches.
+        skip: leading tokens without a place on the grid (class, distillation, registers).
+    """
+
+    ids: Tensor
+
+    def __init__(
+        self, method: str, ids: Tensor, num_buckets: int, grid: tuple[int, int], skip: int
+    ) -> None:
+        super().__init__()
+        self.method, self.num_buckets, self.grid, self.skip = method, num_buckets, grid, skip
+        self.register_buffer("ids", ids, persistent=False)
+
+    @classmethod
+    def build(
+        cls, method: str, height: int, width: int, skip: int = 0, ratio: float = 1.9
+    ) -> "BucketMap":
+        """Bucket a grid of height x width patches after `skip` tokens.
+
+        With alpha = ratio, beta = 2 ratio, gamma = 8 ratio in `piecewise_index`:
+
+        - euclidean: the rounded distance of the two patches
+        - quantization: the squared distance, so that no two distances share a bucket near zero
+        - cross_rows, cross_cols: the offset in rows, in columns
+        - product: both offsets, one bucket per pair of levels
+
+        Raises:
+            ConfigError: an unknown method, or a size that is no size.
+        """
+        if method not in METHODS:
+            raise ConfigError("method", f"one of {', '.join(METHODS)}", repr(method))
+        if height < 1 or width < 1 or skip < 0:
+            got = f"height={height}, width={width}, skip={skip}"
+            raise ConfigError("grid", "height and width >= 1 and skip >= 0", got)
+        index = _index(method, height, width, ratio)
+        num_buckets = (2 * int(2 * ratio) + 1) ** (2 if method == "product" else 1)
+        if skip:
+            patches = index
+            length = skip + height * width
+            index = torch.full((length, length), num_buckets, device="cpu")
+            index[skip:, skip:] = patches
+            num_buckets += 1
+        return cls(method, index, num_buckets, (height, width), skip)
+
+    def extra_repr(self) -> str:
+        height, width = self.grid
+        return f"{self.method}, {height}x{width}, skip={self.skip}, buckets={self.num_buckets}"
+
+
+def _index(method: str, height: int, width: int, ratio: float) -> Tensor:
+    """Non-negative ids of the patches alone, (height * width, height * width) int64."""
+    largest = int(2 * ratio)
+
+    def piecewise(offset: Tensor) -> Tensor:
+        return piecewise_index(offset, alpha=ratio, beta=2 * ratio, gamma=8 * ratio) + largest
+
+    row = torch.arange(height, device="cpu").repeat_interleave(width)
+    col = torch.arange(width, device="cpu").repeat(height)
+    rows, cols = row[:, None] - row, col[:, None] - col
+    match method:
+        case "euclidean":
+            return piecewise((rows**2 + cols**2).float().sqrt().round())
+        case "quantization":
+            return piecewise(rows**2 + cols**2)
+        case "cross_rows":
+            return piecewise(rows)
+        case "cross_cols":
+            return piecewise(cols)
+        case _:
+            return piecewise(rows) * (2 * largest + 1) + piecewise(cols)

@@ -1,0 +1,41 @@
+"""Which image relative position encoding a model carries."""
+
+from dataclasses import dataclass
+
+from irpe_ds.errors import ConfigError
+
+METHODS = ("euclidean", "quantization", "cross", "product")
+MODES = ("bias", "contextual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RPEConfig:
+    """One relative position encoding, as in Sec. 4 of iRPE (Wu et al., ICCV 2021).
+
+    Raises:
+        ConfigError: a field holds something that has no meaning; the message names the field.
+    """
+
+    method: str = "product"
+    """How an offset becomes a bucket; `cross` is one term on rows plus one on columns."""
+    mode: str = "contextual"
+    """`contextual`: the term depends on the query, key or value; `bias`: a learned scalar."""
+    on: str = "k"
+    """Which of queries, keys and values carry the encoding: a non-empty subset of `qkv`."""
+    ratio: float = 1.9
+    """Scale of the piecewise index: alpha = ratio, beta = 2 ratio, gamma = 8 ratio (Eq. 18)."""
+    shared_heads: bool = True
+    """One table for all heads of a layer, or one per head."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError("method", f"one of {', '.join(METHODS)}", repr(self.method))
+        if self.mode not in MODES:
+            raise ConfigError("mode", f"one of {', '.join(MODES)}", repr(self.mode))
+        letters = set(self.on)
+        if not letters or not letters <= set("qkv") or len(letters) != len(self.on):
+            raise ConfigError("on", "a non-empty subset of 'qkv'", repr(self.on))
+        if self.mode == "bias" and "v" in letters:
+            raise ConfigError("on", "a subset of 'qk' in bias mode", repr(self.on))
+        if not self.ratio > 0.5:
+            raise ConfigError("ratio", "more than 0.5 (patches)", self.ratio)

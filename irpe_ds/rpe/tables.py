@@ -1,0 +1,66 @@
+"""The learned tables, with the state-dict keys of the released checkpoints."""
+
+import torch
+from torch import Tensor, nn
+
+from irpe_ds.rpe.buckets import BucketMap
+from irpe_ds.rpe.config import RPEConfig
+
+Term = tuple[Tensor, BucketMap]
+"""A table and the map that reads it: what `irpe_attention` takes."""
+
+
+class RPETable(nn.Module):
+    """One zero-initialised table; T[..., b] belongs to bucket b of `buckets`.
+
+    The parameter is `lookup_table_weight`, (H or 1, D, num_buckets) for queries and keys and
+    (H or 1, num_buckets, D) for values, or in bias mode `lookup_table_bias`, (H or 1, num_buckets).
+    """
+
+    def __init__(
+        self, rpe: RPEConfig, target: str, buckets: BucketMap, num_heads: int, head_dim: int
+    ) -> None:
+        super().__init__()
+        self.buckets = buckets
+        self.is_bias = rpe.mode == "bias"
+        heads, n = 1 if rpe.shared_heads else num_heads, buckets.num_buckets
+        if self.is_bias:
+            self.lookup_table_bias = nn.Parameter(torch.zeros(heads, n))
+        else:
+            shape = (heads, n, head_dim) if target == "v" else (heads, head_dim, n)
+            self.lookup_table_weight = nn.Parameter(torch.zeros(shape))
+
+    def forward(self) -> Tensor:
+        """The table. Read by a call, because ZeRO-3 gathers parameters around a module's call."""
+        return self.lookup_table_bias if self.is_bias else self.lookup_table_weight
+
+    def terms(self) -> tuple[Term, ...]:
+        """What `irpe_attention` takes as rpe_q, rpe_k or rpe_v."""
+        return ((self(), self.buckets),)
+
+
+class CrossRPETable(nn.Module):
+    """The `cross` method: a table on row offsets plus a table on column offsets."""
+
+    def __init__(self, rows: RPETable, cols: RPETable) -> None:
+        super().__init__()
+        self.rp_rows = rows
+        self.rp_cols = cols
+
+    def terms(self) -> tuple[Term, ...]:
+        """What `irpe_attention` takes as rpe_q, rpe_k or rpe_v."""
+        return (*self.rp_rows.terms(), *self.rp_cols.terms())
+
+
+def build_maps(rpe: RPEConfig, height: int, width: int, skip: int) -> tuple[BucketMap, ...]:
+    """The bucket maps of one grid: rows and columns for `cross`, else a single one."""
+    methods = ("cross_rows", "cross_cols") if rpe.method == "cross" else (rpe.method,)
+    return tuple(BucketMap.build(method, height, width, skip, rpe.ratio) for method in methods)
+
+
+def build_table(
+    rpe: RPEConfig, target: str, maps: tuple[BucketMap, ...], num_heads: int, head_dim: int
+) -> RPETable | CrossRPETable:
+    """The table or tables of one target: `target` is q, k or v, `maps` come from `build_maps`."""
+    tables = [RPETable(rpe, target, buckets, num_heads, head_dim) for buckets in maps]
+    return CrossRPETable(*tables) if rpe.method == "cross" else tables[0]

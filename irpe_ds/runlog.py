@@ -1,0 +1,299 @@
+"""The log of a run: JSONL and CSV always, Weights & Biases and TensorBoard when configured."""
+
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, TextIO
+
+from irpe_ds.errors import ConfigError
+
+METRICS = "metrics.jsonl"
+LOGIN_SECONDS = 60  # for the key prompt of W&B: the other ranks are waiting meanwhile
+FINISH_SECONDS = 300  # for the last upload: without a limit, a dead network holds the machines
+
+Row = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Where rows go."""
+
+    def write(self, kind: str, update: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self, failed: bool) -> None: ...
+
+
+class RunLog:
+    """Keeps what a run reports in its folder; for rank 0, inactive on every other rank.
+
+    The files are the record: an error in writing them is the run's. W&B and TensorBoard are
+    copies: the first error of one is told on stderr and in log.txt, and that one is switched off.
+
+    Args:
+        wandb: mode, project, entity and tags, as in `WandbConfig`.
+        resume_update: the update that training goes on from. Rows of later updates, which will
+            be written again, and a torn last line are dropped. None: a fresh run.
+
+    Raises:
+        ConfigError: a fresh run finds metrics of an earlier one, or metrics are not readable.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        active: bool = True,
+        name: str,
+        config: Mapping[str, Any],
+        wandb: Mapping[str, Any],
+        tensorboard: bool = False,
+        resume_update: int | None = None,
+    ) -> None:
+        self._copies: dict[str, Sink] = {}
+        self._files: FileSink | None = None
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._files = FileSink(folder, resume_update)
+        self._text = (folder / "log.txt").open("a", buffering=1, encoding="utf-8")
+
+        copies: dict[str, Callable[[], Sink]] = {}
+        if wandb["mode"] != "disabled":
+            resumed = resume_update is not None
+            copies["W&B"] = lambda: WandbSink(folder, name, config, resumed, **wandb)
+        if tensorboard:
+            copies["TensorBoard"] = lambda: TensorBoardSink(folder / "tensorboard", resume_update)
+        for label, open_sink in copies.items():
+            with self._guard(label):
+                self._copies[label] = open_sink()
+
+    def log(self, kind: str, update: int, values: Mapping[str, float]) -> None:
+        """Write one row of numbers; `kind`, an identifier, names its table: train, eval."""
+        if self._files is None:
+            return
+        values = {key: float(value) for key, value in values.items()}
+        self._files.write(kind, update, values)
+        for label, sink in list(self._copies.items()):
+            with self._guard(label):
+                sink.write(kind, update, values)
+
+    def note(self, text: str) -> None:
+        """Write a line to stdout and, with the time, to log.txt."""
+        if self._files is not None:
+            self._say(text, sys.stdout)
+
+    def close(self, failed: bool = False) -> None:
+        """Finish every sink; `failed` gives the W&B run exit code 1. Again: nothing."""
+        for label, sink in list(self._copies.items()):
+            with self._guard(label):
+                sink.close(failed)
+        self._copies.clear()
+        if self._files is not None:
+            self._files.close(failed)
+            self._text.close()
+            self._files = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close(failed=kind is not None)
+
+    @contextlib.contextmanager
+    def _guard(self, label: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a copy raises, training goes on
+            self._copies.pop(label, None)
+            reason = f"{type(error).__name__}: {error}"
+            self._say(f"{label} logging is switched off: {reason}", sys.stderr)
+
+    def _say(self, text: str, stream: TextIO) -> None:
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        self._text.write(f"{now} {text}\n")
+        if "tqdm" in sys.modules:  # only then can there be a progress bar to keep whole
+            from tqdm import tqdm
+
+            tqdm.write(text, file=stream)
+        else:
+            print(text, file=stream)
+        stream.flush()
+
+
+class FileSink:
+    """metrics.jsonl, the record, and `{kind}.csv`, the same rows by kind as tables.
+
+    JSON has no NaN or infinity: they are the strings "nan", "inf" and "-inf" there.
+    """
+
+    def __init__(self, folder: Path, resume_update: int | None) -> None:
+        self._folder, self._path = folder, folder / METRICS
+        self._columns: dict[str, list[str]] = {}
+        if resume_update is not None:
+            self._rewind(resume_update)
+        elif self._path.exists():
+            raise ConfigError(
+                self._path, "no metrics in the folder of a fresh run", "those of an earlier run"
+            )
+        self._file = self._path.open("a", buffering=1, encoding="utf-8")
+
+    def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
+        if not kind.isidentifier():
+            raise ValueError(f"kind: expected an identifier, got {kind!r}")
+        row: Row = dict(kind=kind, update=update, **values)
+        self._file.write(_to_line(row))
+        columns = self._columns.get(kind, [])
+        if columns and row.keys() <= {"kind", *columns}:
+            with self._table(kind).open("a", buffering=1, newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, columns, extrasaction="ignore").writerow(row)
+        else:
+            self._tabulate(kind, read_rows(self._path))
+
+    def close(self, failed: bool) -> None:
+        self._file.close()
+
+    def _rewind(self, update: int) -> None:
+        rows = read_rows(self._path) if self._path.exists() else []
+        kept = [row for row in rows if row["update"] <= update]
+        for kind in {row["kind"] for row in rows}:
+            self._tabulate(kind, kept)
+        # The record comes last: a kill before this line leaves it whole, to be rewound again.
+        _replace(self._path, "".join(map(_to_line, kept)))
+
+    def _tabulate(self, kind: str, rows: Sequence[Row]) -> None:
+        """Write the table of one kind anew; its columns are those of all its rows."""
+        rows = [row for row in rows if row["kind"] == kind]
+        columns = list(dict.fromkeys(key for row in rows for key in row if key != "kind"))
+        self._columns[kind] = columns
+        if not rows:
+            self._table(kind).unlink(missing_ok=True)
+            return
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        _replace(self._table(kind), text.getvalue())
+
+    def _table(self, kind: str) -> Path:
+        return self._folder / f"{kind}.csv"
+
+
+class WandbSink:
+    """One W&B run, with metrics `{kind}/{name}` over `update`; its id is kept in wandb_id.txt.
+
+    W&B cannot take points back: after a resume it shows those of repeated updates twice.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        config: Mapping[str, Any],
+        resumed: bool,
+        *,
+        mode: str,
+        project: str,
+        entity: str | None,
+        tags: Sequence[str],
+    ) -> None:
+        import wandb
+
+        if mode == "online" and not wandb.login(timeout=LOGIN_SECONDS):
+            raise RuntimeError("no API key; run `wandb login` or set log.wandb.mode=offline")
+        id_file = folder / "wandb_id.txt"
+        if not (resumed and id_file.exists()):
+            _replace(id_file, secrets.token_hex(4) + "\n")
+        self._run = wandb.init(
+            id=id_file.read_text().strip(),
+            resume="allow",
+            reinit="create_new",  # a run that the caller may have open stays the caller's
+            name=name,
+            config=dict(config),
+            allow_val_change=True,
+            dir=folder,
+            mode=mode,
+            project=project,
+            entity=entity,
+            tags=list(tags),
+            settings=wandb.Settings(finish_timeout=FINISH_SECONDS),
+        )
+        self._run.define_metric("update")
+        self._run.define_metric("*", step_metric="update")
+
+    def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
+        named = {f"{kind}/{key}": value for key, value in values.items()}
+        self._run.log({"update": update, **named})
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+class TensorBoardSink:
+    """Scalars `{kind}/{name}` over the update; readers hide what a resume will write again."""
+
+    def __init__(self, folder: Path, resume_update: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = None if resume_update is None else resume_update + 1
+        self._writer = SummaryWriter(str(folder), purge_step=purge)
+
+    def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(f"{kind}/{key}", value, update)
+        self._writer.flush()  # the writer is a thread: only here do its errors come out
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl, without a last line that a kill has torn.
+
+    Raises:
+        ConfigError: the file cannot be read, or another line is not a row.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigError(path, "a readable metrics file", error.strerror) from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            kind, update = row.pop("kind"), int(row.pop("update"))
+            rows.append({"kind": kind, "update": update} | {k: float(row[k]) for k in row})
+        except (ValueError, TypeError, AttributeError, KeyError):
+            if number < len(lines):
+                raise ConfigError(f"{path}:{number}", "a row of metrics", repr(line)) from None
+    return rows
+
+
+def _to_line(row: Row) -> str:
+    spelled = {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+    return json.dumps(spelled, allow_nan=False) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Give the file this content at one stroke, even if the machine dies in between."""
+    aside = path.with_name(f".{path.name}.new")
+    with aside.open("w", newline="", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)

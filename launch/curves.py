@@ -1,0 +1,193 @@
+"""Draw the curves of one or several runs: `python launch/curves.py RUN [RUN ...] --out x.png`."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+from irpe_ds.cli import run
+from irpe_ds.errors import ConfigError
+from irpe_ds.runlog import METRICS, Row, read_rows
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444")
+DASHES = ("-", (0, (3, 1.5)))
+INK, FAINT = "#24292f", "#d8dee4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One pair of axes: keys of the rows of a kind, the first drawn solid, the second dashed."""
+
+    title: str
+    unit: str
+    kind: str
+    keys: tuple[str, ...]
+    last: str
+    """How the last value is written."""
+
+
+PANELS = (
+    Panel(
+        title="Training loss", unit="cross-entropy, nats", kind="train", keys=("loss",), last=".3f"
+    ),
+    Panel(
+        title="Validation accuracy",
+        unit="% of images",
+        kind="eval",
+        keys=("top1", "top5"),
+        last=".1f",
+    ),
+    Panel(title="Learning rate", unit="per update", kind="train", keys=("lr",), last=".1e"),
+)
+LEGEND = {"top1": "top-1", "top5": "top-5"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of one key of one run; values that are not finite are gaps."""
+
+    x: list[float]
+    y: list[float]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], kind: str, key: str, axis: str) -> "Curve":
+        points = [r for r in rows if r["kind"] == kind and key in r and axis in r]
+        return cls([r[axis] for r in points], [r[key] for r in points])
+
+    def finite(self) -> list[float]:
+        return [y if math.isfinite(y) else math.nan for y in self.y]
+
+    def end(self) -> tuple[float, float] | None:
+        """The last finite point, if any."""
+        points = [p for p in zip(self.x, self.y, strict=True) if math.isfinite(p[1])]
+        return points[-1] if points else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw loss, accuracy and learning rate of runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="PNG to write")
+    parser.add_argument("--x", choices=("epoch", "update"), default="epoch", help="horizontal axis")
+    arguments = parser.parse_args()
+    if arguments.out.suffix != ".png":
+        raise ConfigError("--out", "a name that ends in .png", arguments.out)
+    figure = draw(read_runs(arguments.runs), arguments.x)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(arguments.out)
+    print(arguments.out)
+
+
+def read_runs(folders: Sequence[Path]) -> dict[str, list[Row]]:
+    """The rows of each run by name, or by path where two runs have one name.
+
+    Raises:
+        ConfigError: a folder has no metrics, or none that a panel shows.
+    """
+    names = [folder.resolve().name for folder in folders]
+    runs = {}
+    for folder, name in zip(folders, names, strict=True):
+        rows = read_rows(folder / METRICS)
+        if not any(
+            r["kind"] == panel.kind and r.keys() & panel.keys for r in rows for panel in PANELS
+        ):
+            raise ConfigError(folder / METRICS, "rows of training or evaluation", "none")
+        runs[name if names.count(name) == 1 else str(folder)] = rows
+    return runs
+
+
+def draw(runs: dict[str, list[Row]], axis: str) -> Figure:
+    """One figure, a panel for each of PANELS that the runs have rows for."""
+    curves = {
+        panel: {
+            (name, key): curve
+            for name, rows in runs.items()
+            for key in panel.keys
+            if (curve := Curve.of(rows, panel.kind, key, axis)).x
+        }
+        for panel in PANELS
+    }
+    panels = [panel for panel in PANELS if curves[panel]]
+    figure = Figure(figsize=(4.4 * len(panels), 3.9), dpi=160, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(runs)}
+    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        _draw_panel(axes, panel, curves[panel], colours)
+        axes.set_xlabel(axis, color=INK)
+    figure.legend(
+        [Line2D([], [], color=colour, linewidth=2.5) for colour in colours.values()],
+        list(colours),
+        loc="outside upper center",
+        ncols=min(len(colours), 4),
+        frameon=False,
+        fontsize=11,
+        labelcolor=INK,
+    )
+    return figure
+
+
+def _draw_panel(
+    axes: Axes,
+    panel: Panel,
+    curves: dict[tuple[str, str], Curve],
+    colours: dict[str, str],
+) -> None:
+    axes.set_title(panel.title, loc="left", fontsize=12, fontweight="bold", color=INK)
+    axes.set_ylabel(panel.unit, color=INK)
+    axes.grid(axis="y", color=FAINT, linewidth=0.8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT)
+    axes.tick_params(length=0, colors=INK, labelsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_formatter(ScalarFormatter(useMathText=True))
+    axes.ticklabel_format(axis="y", scilimits=(-2, 4))
+    for (name, key), curve in curves.items():
+        dashes = DASHES[panel.keys.index(key)]
+        axes.plot(curve.x, curve.finite(), color=colours[name], linestyle=dashes, linewidth=1.6)
+    _write_last_values(axes, panel, curves, colours)
+    keys = [key for key in panel.keys if any(key == drawn for _, drawn in curves)]
+    if len(keys) > 1:
+        axes.legend(
+            [Line2D([], [], color=INK, linestyle=DASHES[panel.keys.index(k)]) for k in keys],
+            [LEGEND[key] for key in keys],
+            loc="lower right",
+            frameon=False,
+            fontsize=9,
+            labelcolor=INK,
+        )
+
+
+def _write_last_values(
+    axes: Axes,
+    panel: Panel,
+    curves: dict[tuple[str, str], Curve],
+    colours: dict[str, str],
+) -> None:
+    """Mark where each curve ends and write its value on the right, no two on one another."""
+    ends = [(end, name, curve.y[-1]) for (name, _), curve in curves.items() if (end := curve.end())]
+    low, high = axes.get_ylim()
+    height = -math.inf
+    for (x, y), name, value in sorted(ends, key=lambda e: e[0][1]):
+        axes.plot(x, y, "o", color=colours[name], markersize=4.5, clip_on=False, zorder=3)
+        height = max((y - low) / (high - low), height + 0.065)
+        axes.annotate(
+            format(value, panel.last),
+            (1.02, height),
+            xycoords="axes fraction",
+            va="center",
+            fontsize=9.5,
+            fontweight="bold",
+            color=colours[name],
+            annotation_clip=False,
+        )
+    axes.set_ylim(low, high)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,115 @@
+"""The public op: attention with contextual or bias relative position on queries, keys, values."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from irpe_ds.errors import ConfigError
+from irpe_ds.ops import reference
+from irpe_ds.rpe import Term
+
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": reference.attention}
+
+
+def irpe_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rpe_q: Sequence[Term] = (),
+    rpe_k: Sequence[Term] = (),
+    rpe_v: Sequence[Term] = (),
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    key_padding_mask: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """softmax(scale q k^T + RPE_k + RPE_q) (v + RPE_v), as `ops/reference.py` writes it out.
+
+    Args:
+        q, k, v: (B, H, L, D) of one floating dtype; q is not yet scaled.
+        rpe_q, rpe_k: terms, each a (table, BucketMap) pair; the table is contextual,
+            (H or 1, D, num_buckets), or a bias, (H or 1, num_buckets).
+        rpe_v: terms with tables of (H or 1, num_buckets, D).
+        scale: factor on q; default D ** -0.5.
+        dropout_p: probability of dropping an attention weight.
+        key_padding_mask: (B, L) bool, True where a key must not be attended to. A row of scores
+            with no key left is NaN, as in torch.nn.functional.scaled_dot_product_attention.
+        impl: `auto`, or the name of one implementation, which then runs or raises.
+
+    Returns:
+        (B, H, L, D) in the dtype of q.
+
+    Raises:
+        ConfigError: an argument of the wrong shape, dtype or device, or an unknown `impl`.
+    """
+    _check_inputs(q, k, v, dropout_p, key_padding_mask)
+    return select(impl)(
+        q,
+        k,
+        v,
+        rpe_q=_checked_terms("rpe_q", rpe_q, q),
+        rpe_k=_checked_terms("rpe_k", rpe_k, q),
+        rpe_v=_checked_terms("rpe_v", rpe_v, q),
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        dropout_p=dropout_p,
+        key_padding_mask=key_padding_mask,
+    )
+
+
+def select(impl: str) -> Callable[..., Tensor]:
+    """The implementation behind a name; `auto` is the fastest that runs, today the reference.
+
+    Raises:
+        ConfigError: no implementation of that name.
+    """
+    if impl == "auto":
+        return reference.attention
+    if impl not in IMPLEMENTATIONS:
+        raise ConfigError("impl", f"auto or one of {', '.join(IMPLEMENTATIONS)}", repr(impl))
+    return IMPLEMENTATIONS[impl]
+
+
+def _check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, key_padding_mask: Tensor | None
+) -> None:
+    if q.dim() != 4 or not q.is_floating_point():
+        raise ConfigError("q", "a floating tensor (B, H, L, D)", f"{q.dtype} {tuple(q.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        if (x.shape, x.dtype, x.device) != (q.shape, q.dtype, q.device):
+            expected = f"{q.dtype} {tuple(q.shape)} on {q.device} as q"
+            raise ConfigError(name, expected, f"{x.dtype} {tuple(x.shape)} on {x.device}")
+    if not 0 <= dropout_p < 1:
+        raise ConfigError("dropout_p", "a probability in [0, 1)", dropout_p)
+    if key_padding_mask is not None:
+        expected_shape = (q.shape[0], q.shape[2])
+        if key_padding_mask.shape != expected_shape or key_padding_mask.dtype != torch.bool:
+            got = f"{key_padding_mask.dtype} {tuple(key_padding_mask.shape)}"
+            raise ConfigError("key_padding_mask", f"torch.bool {expected_shape}", got)
+
+
+def _checked_terms(name: str, terms: Sequence[Term], q: Tensor) -> tuple[Term, ...]:
+    """The terms with tables in q's dtype, as autocast and mixed precision need them."""
+    _, heads, length, head_dim = q.shape
+    checked = []
+    for number, (table, buckets) in enumerate(terms):
+        where = f"{name}[{number}]"
+        tokens = buckets.ids.shape[0]
+        if tokens != length:
+            (height, width), skip = buckets.grid, buckets.skip
+            expected = f"{tokens} tokens ({height}x{width} patches + {skip})"
+            raise ConfigError(where, expected, f"{length} in q")
+        if buckets.ids.device != q.device or table.device != q.device:
+            got = f"table on {table.device}, ids on {buckets.ids.device}"
+            raise ConfigError(where, f"table and ids on {q.device} as q", got)
+        buckets_n = buckets.num_buckets
+        shapes = [(head_dim, buckets_n), (buckets_n,)]
+        if name == "rpe_v":
+            shapes = [(buckets_n, head_dim)]
+        if table.shape[0] not in (1, heads) or tuple(table.shape[1:]) not in shapes:
+            leading = "1" if heads == 1 else f"1 or {heads}"
+            expected = " or ".join(f"({leading}, {', '.join(map(str, s))})" for s in shapes)
+            raise ConfigError(where, f"a table {expected}", tuple(table.shape))
+        checked.append((table.to(q.dtype), buckets))
+    return tuple(checked)

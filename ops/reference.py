@@ -1,0 +1,67 @@
+"""Eager attention with relative position: the definition that every kernel is held against.
+
+Shape suffixes: B batch, H heads (or 1), L tokens, D head dimension, N buckets.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from irpe_ds.rpe import Term
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rpe_q: Sequence[Term],
+    rpe_k: Sequence[Term],
+    rpe_v: Sequence[Term],
+    scale: float,
+    dropout_p: float,
+    key_padding_mask: Tensor | None,
+) -> Tensor:
+    """Sec. 3 and 4 of iRPE, with b(i, j) the bucket of query i against key j.
+
+        S[i,j] = scale q_i . k_j  +  scale q_i . T_K[:, b(i,j)]  +  scale k_j . T_Q[:, b(j,i)]
+        P = softmax(S);   O[i] = sum_j P[i,j] (v_j + T_V[b(i,j)])
+
+    In bias mode a term is T[b] itself. Any floating dtype, float64 included; arguments and result
+    as in `irpe_attention`, which has checked them.
+    """
+    q_BHLD = q * scale
+    scores_BHLL = q_BHLD @ k.transpose(-2, -1)
+    for table, buckets in rpe_k:
+        scores_BHLL = scores_BHLL + _scores(q_BHLD, table, buckets.ids)
+    for table, buckets in rpe_q:
+        scores_BHLL = scores_BHLL + _scores(k * scale, table, buckets.ids).transpose(-2, -1)
+    if key_padding_mask is not None:
+        scores_BHLL = scores_BHLL.masked_fill(key_padding_mask[:, None, None, :], float("-inf"))
+    probs_BHLL = F.dropout(scores_BHLL.softmax(-1), dropout_p)
+    out_BHLD = probs_BHLL @ v
+    for table_HND, buckets in rpe_v:
+        out_BHLD = out_BHLD + bucket_sum(probs_BHLL, buckets.ids, buckets.num_buckets) @ table_HND
+    return out_BHLD
+
+
+def _scores(x_BHLD: Tensor, table: Tensor, ids_LL: Tensor) -> Tensor:
+    """One term for every pair: x_i . T[:, b(i,j)], or T[b(i,j)] for a bias table (H, N)."""
+    if table.dim() == 2:
+        return table[:, ids_LL]
+    return gather(x_BHLD @ table, ids_LL)
+
+
+def gather(lookup_BHLN: Tensor, ids_LL: Tensor) -> Tensor:
+    """out[b, h, i, j] = lookup[b, h, i, ids[i, j]], (B, H, L, L)."""
+    return lookup_BHLN.gather(-1, ids_LL.expand(*lookup_BHLN.shape[:2], -1, -1))
+
+
+def bucket_sum(probs_BHLL: Tensor, ids_LL: Tensor, num_buckets: int) -> Tensor:
+    """out[b, h, i, n] = sum of probs[b, h, i, j] over the keys j in bucket n, (B, H, L, N).
+
+    With it RPE on values is one small product, never an (L, L, D) expansion of the table.
+    """
+    sums_BHLN = probs_BHLL.new_zeros(*probs_BHLL.shape[:3], num_buckets)
+    return sums_BHLN.scatter_add(-1, ids_LL.expand_as(probs_BHLL), probs_BHLL)
