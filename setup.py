@@ -1,6 +1,12 @@
 """Package irpe_ds; the folder ops/ is imported, and shipped, as irpe_ds.ops."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+INIT = Path(__file__).parent / "irpe_ds" / "__init__.py"
+VERSION = re.findall(r'^__version__ = "(.+)"$', INIT.read_text(), re.MULTILINE)[0]
 
 EXTRAS = {
     "train": ["deepspeed>=0.16", "pydantic>=2.7", "pyyaml", "safetensors", "tqdm"],
@@ -12,7 +18,7 @@ EXTRAS = {
 
 setup(
     name="irpe-ds",
-    version="0.1.0",
+    version=VERSION,
     description="Vision transformers with image relative position encoding, trained with DeepSpeed",
     license="Apache-2.0",
     python_requires=">=3.10",

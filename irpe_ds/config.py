@@ -114,6 +114,8 @@ class TrainConfig(Section):
     """Stop after so many updates, for short experiments; the schedule is not shortened."""
     log_every: PositiveInt = 50
     """Updates between two rows of the training log."""
+    keep_checkpoints: PositiveInt = 3
+    """Newest checkpoints kept; one is written after every epoch and at the end."""
 
 
 class WandbConfig(Section):

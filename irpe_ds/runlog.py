@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 from irpe_ds.errors import ConfigError
 
@@ -101,7 +101,7 @@ class RunLog:
             self._text.close()
             self._files = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(
@@ -204,7 +204,7 @@ class WandbSink:
         config: Mapping[str, Any],
         resumed: bool,
         *,
-        mode: str,
+        mode: Literal["online", "offline"],
         project: str,
         entity: str | None,
         tags: Sequence[str],

@@ -5,18 +5,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from irpe_ds.cli import run
 from irpe_ds.errors import ConfigError
 from irpe_ds.runlog import METRICS, Row, read_rows
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444")
-DASHES = ("-", (0, (3, 1.5)))
+DASHES: tuple[Literal["-", "--"], ...] = ("-", "--")
+FEW = 12  # so many points, or less, are marked one by one
 INK, FAINT = "#24292f", "#d8dee4"
 
 
@@ -30,6 +34,7 @@ class Panel:
     keys: tuple[str, ...]
     last: str
     """How the last value is written."""
+    width: float = 1.0
 
 
 PANELS = (
@@ -43,7 +48,9 @@ PANELS = (
         keys=("top1", "top5"),
         last=".1f",
     ),
-    Panel(title="Learning rate", unit="per update", kind="train", keys=("lr",), last=".1e"),
+    Panel(
+        title="Learning rate", unit="per update", kind="train", keys=("lr",), last=".2g", width=0.75
+    ),
 )
 LEGEND = {"top1": "top-1", "top5": "top-5"}
 
@@ -77,13 +84,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.out.suffix != ".png":
         raise ConfigError("--out", "a name that ends in .png", arguments.out)
-    figure = draw(read_runs(arguments.runs), arguments.x)
+    figure = draw(read_runs(arguments.runs, arguments.x), arguments.x)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out)
     print(arguments.out)
 
 
-def read_runs(folders: Sequence[Path]) -> dict[str, list[Row]]:
+def read_runs(folders: Sequence[Path], axis: str) -> dict[str, list[Row]]:
     """The rows of each run by name, or by path where two runs have one name.
 
     Raises:
@@ -93,10 +100,10 @@ def read_runs(folders: Sequence[Path]) -> dict[str, list[Row]]:
     runs = {}
     for folder, name in zip(folders, names, strict=True):
         rows = read_rows(folder / METRICS)
-        if not any(
-            r["kind"] == panel.kind and r.keys() & panel.keys for r in rows for panel in PANELS
-        ):
-            raise ConfigError(folder / METRICS, "rows of training or evaluation", "none")
+        shown = (Curve.of(rows, panel.kind, key, axis).x for panel in PANELS for key in panel.keys)
+        if not any(shown):
+            expected = f"rows of training or evaluation by {axis}"
+            raise ConfigError(folder / METRICS, expected, f"none among {len(rows)}")
         runs[name if names.count(name) == 1 else str(folder)] = rows
     return runs
 
@@ -113,10 +120,12 @@ def draw(runs: dict[str, list[Row]], axis: str) -> Figure:
         for panel in PANELS
     }
     panels = [panel for panel in PANELS if curves[panel]]
-    figure = Figure(figsize=(4.4 * len(panels), 3.9), dpi=160, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    widths = [panel.width for panel in panels]
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(4.4 * sum(widths), 3.9), dpi=160, layout=layout)
+    grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, width_ratios=widths)
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(runs)}
-    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+    for panel, axes in zip(panels, grid[0], strict=True):
         _draw_panel(axes, panel, curves[panel], colours)
         axes.set_xlabel(axis, color=INK)
     figure.legend(
@@ -142,21 +151,28 @@ def _draw_panel(
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(FAINT)
+    axes.margins(x=0.02)
     axes.tick_params(length=0, colors=INK, labelsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(6))
-    axes.yaxis.set_major_formatter(ScalarFormatter(useMathText=True))
-    axes.ticklabel_format(axis="y", scilimits=(-2, 4))
+    for direction in (axes.xaxis, axes.yaxis):
+        direction.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+        direction.set_major_formatter(StrMethodFormatter("{x:g}"))
     for (name, key), curve in curves.items():
-        dashes = DASHES[panel.keys.index(key)]
-        axes.plot(curve.x, curve.finite(), color=colours[name], linestyle=dashes, linewidth=1.6)
+        axes.plot(
+            curve.x,
+            curve.finite(),
+            color=colours[name],
+            linestyle=DASHES[panel.keys.index(key)],
+            linewidth=1.5,
+            marker="o" if len(curve.x) <= FEW else None,
+            markersize=3,
+        )
     _write_last_values(axes, panel, curves, colours)
     keys = [key for key in panel.keys if any(key == drawn for _, drawn in curves)]
-    if len(keys) > 1:
+    if len(panel.keys) > 1:
         axes.legend(
             [Line2D([], [], color=INK, linestyle=DASHES[panel.keys.index(k)]) for k in keys],
             [LEGEND[key] for key in keys],
-            loc="lower right",
+            loc="best",
             frameon=False,
             fontsize=9,
             labelcolor=INK,
@@ -172,10 +188,9 @@ def _write_last_values(
     """Mark where each curve ends and write its value on the right, no two on one another."""
     ends = [(end, name, curve.y[-1]) for (name, _), curve in curves.items() if (end := curve.end())]
     low, high = axes.get_ylim()
-    height = -math.inf
-    for (x, y), name, value in sorted(ends, key=lambda e: e[0][1]):
+    heights = _spread([(y - low) / (high - low) for (_, y), _, _ in ends], gap=0.07)
+    for ((x, y), name, value), height in zip(ends, heights, strict=True):
         axes.plot(x, y, "o", color=colours[name], markersize=4.5, clip_on=False, zorder=3)
-        height = max((y - low) / (high - low), height + 0.065)
         axes.annotate(
             format(value, panel.last),
             (1.02, height),
@@ -187,6 +202,19 @@ def _write_last_values(
             annotation_clip=False,
         )
     axes.set_ylim(low, high)
+
+
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Move heights apart, as little as need be, until neighbours are `gap` from each other."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    # Less their share of the gaps, the heights need only be in order: pool those that are not.
+    pools: list[list[float]] = []
+    for rank, index in enumerate(order):
+        pools.append([heights[index] - rank * gap])
+        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    apart = [fmean(pool) for pool in pools for _ in pool]
+    return [apart[rank] + rank * gap for rank in map(order.index, range(len(heights)))]
 
 
 if __name__ == "__main__":

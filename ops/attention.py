@@ -1,6 +1,7 @@
 """The public op: attention with contextual or bias relative position on queries, keys, values."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def irpe_attention(
         ConfigError: an argument of the wrong shape, dtype or device, or an unknown `impl`.
     """
     _check_inputs(q, k, v, dropout_p, key_padding_mask)
-    return select(impl)(
+    return select(impl).run(
         q,
         k,
         v,
@@ -58,17 +59,25 @@ def irpe_attention(
     )
 
 
-def select(impl: str) -> Callable[..., Tensor]:
-    """The implementation behind a name; `auto` is the fastest that runs, today the reference.
+class Choice(NamedTuple):
+    """The implementation that a request comes to."""
+
+    name: str
+    why: str
+    run: Callable[..., Tensor]
+
+
+def select(impl: str) -> Choice:
+    """The implementation behind a name; `auto` is the fastest that runs here.
 
     Raises:
         ConfigError: no implementation of that name.
     """
     if impl == "auto":
-        return reference.attention
+        return Choice("reference", "auto: the only implementation so far", reference.attention)
     if impl not in IMPLEMENTATIONS:
         raise ConfigError("impl", f"auto or one of {', '.join(IMPLEMENTATIONS)}", repr(impl))
-    return IMPLEMENTATIONS[impl]
+    return Choice(impl, "asked for by name", IMPLEMENTATIONS[impl])
 
 
 def _check_inputs(

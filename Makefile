@@ -1,0 +1,101 @@
+# A fresh machine needs two commands: make quickstart, make test.
+
+PYTHON ?= python3
+READY := .venv/.installed
+DIGITS := data/digits
+PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+# One shell per recipe; it stops at the first error and finds the tools of .venv first.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
+
+.PHONY: help setup quickstart test test-gpu lint format clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
+
+setup: $(READY) ## Install into .venv; every other target does so when needed
+
+quickstart: $(DIGITS)/train.beton $(DIGITS)/val.beton ## Install, convert a small real dataset, train, evaluate
+	@echo "==> Training; the first time, DeepSpeed compiles an operator"
+	export OMP_NUM_THREADS=1
+	train="launch/train.py --config launch/configs/quickstart.yaml --resume auto"
+	if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+	then deepspeed $$train
+	else DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 $$train
+	fi
+	echo "==> Evaluation"
+	python launch/evaluate.py --run runs/quickstart
+	python launch/summary.py runs/quickstart
+
+test: $(READY) ## Run the tests that need no GPU
+	@pytest -q --durations=10 -m "not gpu"
+
+test-gpu: $(READY) ## Run the tests that need an NVIDIA GPU
+	@pytest -q --durations=10 -m gpu
+
+lint: $(READY) ## Check style and types
+	@ruff check .
+	ruff format --check .
+	rm -rf build/lib
+	python setup.py -q build_py --build-lib build/lib
+	mypy
+
+format: $(READY) ## Apply the style
+	@ruff check -q --fix .
+	ruff format -q .
+
+clean: ## Remove build products and caches; .venv, data and runs stay
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+$(DIGITS)/.written: | $(READY)
+	@echo "==> Writing the digits dataset to $(@D)"
+	python data_prep/digits.py --out $(@D)
+	touch $@
+
+$(DIGITS)/%.beton: | $(DIGITS)/.written
+	@echo "==> Converting $(@D)/$*"
+	python data_prep/convert.py --source $(@D)/$* --out $@
+
+# System packages as far as they are missing, then .venv, then PyTorch, which the rest builds on.
+$(READY): setup.py constraints.txt
+	@version=3
+	if command -v $(PYTHON) >/dev/null; then
+	    version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+	    if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+	        echo "error: $(PYTHON) is Python $$version, 3.10 or later is needed: make PYTHON=..." >&2
+	        exit 1
+	    fi
+	fi
+	missing=$$(
+	    command -v g++ >/dev/null || echo g++
+	    command -v pkg-config >/dev/null || echo pkg-config
+	    pkg-config --exists opencv4 2>/dev/null || echo libopencv-dev
+	    pkg-config --exists libturbojpeg 2>/dev/null || echo libturbojpeg0-dev
+	    $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo python$$version-venv
+	    header='import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")'
+	    $(PYTHON) -c "$$header" 2>/dev/null || echo python$$version-dev
+	)
+	if [ "$$missing" ]; then
+	    echo "==> System packages:" $$missing
+	    root=$$([ $$(id -u) = 0 ] || echo sudo)
+	    if ! { type apt-get $$root >/dev/null 2>&1 && $$root apt-get -qq update &&
+	           $$root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends \
+	               install $$missing >/dev/null; }; then
+	        echo "error: cannot install the system packages, please do:" $$missing >&2
+	        exit 1
+	    fi
+	fi
+	[ -x .venv/bin/pip ] || $(PYTHON) -m venv --clear .venv
+	echo "==> PyTorch (several gigabytes)"
+	$(PIP) torch torchvision
+	echo "==> Build tools"
+	$(PIP) ninja packaging setuptools wheel
+	echo "==> DeepSpeed, FFCV and the rest; some are built from source"
+	$(PIP) --no-build-isolation -e '.[all]'
+	touch $@

@@ -1,0 +1,25 @@
+"""Check a .beton file: every image decodes, and the file is the one that its manifest describes.
+
+python data_prep/verify.py imagenet/train.beton
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from irpe_ds.cli import run
+from irpe_ds.data.verify import verify
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Check a .beton file and its manifest.")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    args = parser.parse_args()
+    info = verify(args.file, workers=args.workers)
+    against = "as its manifest says" if info.sha256 else "no manifest to compare with"
+    print(f"{info.path}: {info.num_samples} images decode, {against}")
+
+
+if __name__ == "__main__":
+    run(main)

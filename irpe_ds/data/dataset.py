@@ -1,0 +1,147 @@
+"""Opening a .beton file: is it there, is it whole, what is in it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from irpe_ds.data.ffcv_api import (
+    ALLOC_TABLE_TYPE,
+    CURRENT_VERSION,
+    FIELDS,
+    TYPE_ID_HANDLER,
+    FieldDescType,
+    HeaderType,
+    Reader,
+    get_metadata_type,
+)
+from irpe_ds.data.manifest import read_manifest
+from irpe_ds.errors import ConfigError
+
+ENTRY = np.dtype(
+    [
+        ("start", "<i8"),
+        ("bytes", "<i8"),
+        ("label", "<i8"),
+        ("height", "<i4"),
+        ("width", "<i4"),
+        ("mode", "<i4"),
+    ],
+    align=True,
+)
+"""One sample: where its bytes are, its label, its size in pixels, FFCV's image mode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """What a .beton file holds."""
+
+    path: Path
+    """The file."""
+    num_samples: int
+    """Images in it."""
+    classes: tuple[str, ...] | None
+    """Class names in label order. None: the file has no manifest, so nobody knows."""
+    sha256: str | None
+    """Hash of the file according to its manifest."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, where it is known."""
+        return None if self.classes is None else len(self.classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beton:
+    """A .beton file in memory: the bytes mapped, the tables read."""
+
+    path: Path
+    """The file."""
+    bytes: NDArray[np.uint8]
+    """Its contents."""
+    entries: NDArray[np.void]
+    """ENTRY of each sample."""
+
+
+def open_dataset(path: Path, where: str) -> DatasetInfo:
+    """Check a .beton file and say what it holds; takes moments, since nothing is hashed.
+
+    A file of someone else's, without our manifest, will do if FFCV's own tables agree with it.
+
+    Args:
+        path: the file.
+        where: the configuration key that names it, for the error.
+
+    Raises:
+        ConfigError: it is missing, cut short, unfinished, not FFCV's or has other fields.
+    """
+    try:
+        size = path.stat().st_size
+        manifest = read_manifest(path)
+        if manifest is not None and manifest.size != size:
+            expected = f"the {manifest.size} bytes that the manifest of {path} says"
+            raise ConfigError(where, expected, f"{size} bytes")
+        num_samples = _check_structure(path, size, where)
+    except OSError as error:
+        raise ConfigError(where, "a .beton file", f"{path}: {error.strerror}") from None
+    if manifest is not None and manifest.num_samples != num_samples:
+        expected = f"the {manifest.num_samples} images that the manifest of {path} says"
+        raise ConfigError(where, expected, f"{num_samples} images")
+    return DatasetInfo(
+        path=path,
+        num_samples=num_samples,
+        classes=manifest.classes if manifest else None,
+        sha256=manifest.sha256 if manifest else None,
+    )
+
+
+def read_beton(path: Path, where: str) -> Beton:
+    """Open a .beton file for reading its samples; the arguments and errors of `open_dataset`."""
+    info = open_dataset(path, where)
+    reader = Reader(path)
+    images, table = reader.metadata["f0"], reader.alloc_table
+    entries = np.zeros(info.num_samples, ENTRY)
+    for ours, theirs in (("start", "data_ptr"), ("height",) * 2, ("width",) * 2, ("mode",) * 2):
+        entries[ours] = images[theirs]
+    entries["label"] = reader.metadata["f1"]
+    file = np.memmap(path, np.uint8, "r")
+    samples = table["sample_id"].astype(np.int64)
+    # Every sample has one allocation, where its entry says, before the table.
+    agrees = (
+        np.array_equal(np.sort(samples), np.arange(info.num_samples))
+        and np.array_equal(table["ptr"], images["data_ptr"][samples])
+        and (table["ptr"] + table["size"] <= reader.header["alloc_table_ptr"]).all()
+    )
+    if not agrees:
+        raise ConfigError(where, "tables that agree with each other", f"{path}: damaged")
+    entries["bytes"][samples] = table["size"]
+    return Beton(path=path, bytes=file, entries=entries)
+
+
+def _check_structure(path: Path, size: int, where: str) -> int:
+    """Number of samples, after a look at the header, the fields and the allocation table."""
+    expected = f"a .beton file of FFCV (format {CURRENT_VERSION})"
+    if size < HeaderType.itemsize:
+        raise ConfigError(where, expected, f"{path}: {size} bytes")
+    header = np.fromfile(path, HeaderType, count=1)[0]
+    if header["version"] != CURRENT_VERSION:
+        raise ConfigError(where, expected, f"{path}: something else")
+    fields = np.fromfile(path, FieldDescType, len(FIELDS), offset=HeaderType.itemsize)
+    found = {_name(field): TYPE_ID_HANDLER.get(int(field["type_id"])) for field in fields}
+    if header["num_fields"] != len(FIELDS) or list(found.items()) != list(FIELDS.items()):
+        wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in FIELDS.items())
+        raise ConfigError(where, f"a .beton file with the fields {wanted}", f"{path}: others")
+    num_samples, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
+    entry_bytes = get_metadata_type([kind() for kind in FIELDS.values()]).itemsize
+    if num_samples == 0 or table < HeaderType.itemsize + fields.nbytes + num_samples * entry_bytes:
+        raise ConfigError(where, "a .beton file with images in it", f"{path}: an unfinished file")
+    wanted_size = table + num_samples * ALLOC_TABLE_TYPE.itemsize  # one allocation per image
+    if size != wanted_size:
+        got = f"{size}: it was cut short" if size < wanted_size else size
+        raise ConfigError(where, f"{path} to have {wanted_size} bytes", got)
+    return num_samples
+
+
+def _name(field: np.void) -> str:
+    return field["name"].tobytes().split(b"\0")[0].decode("ascii", "replace")

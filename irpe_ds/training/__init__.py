@@ -1,0 +1,1 @@
+"""Training under DeepSpeed: engine, optimiser, loop, evaluation, checkpoints."""

@@ -1,0 +1,47 @@
+"""From the loader's uint8 batch to what the model is fed: normalise and mix on the device."""
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from torch import Tensor
+
+from irpe_ds.config import DataConfig, RunConfig
+
+
+class Normalize:
+    """(x / 255 - mean) / std per channel: uint8 (B, 3, H, W) to float32 on the device."""
+
+    def __init__(self, data: DataConfig, device: torch.device) -> None:
+        mean, std = torch.tensor(data.mean), torch.tensor(data.std)
+        self.factor = (1 / (255 * std)).view(3, 1, 1).to(device)
+        self.shift = (-mean / std).view(3, 1, 1).to(device)
+        self.device = device
+
+    def __call__(self, images: Tensor) -> Tensor:
+        images = images.to(self.device, non_blocking=True)
+        return torch.addcmul(self.shift, images.float(), self.factor)
+
+
+def build_mixup(config: RunConfig) -> Mixup | None:
+    """timm's mixup and cutmix, which also smooths the labels; None when both are off."""
+    augment = config.augment
+    if not augment.mixup and not augment.cutmix:
+        return None
+    return Mixup(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        prob=augment.mix_prob,
+        switch_prob=augment.mix_switch_prob,
+        label_smoothing=augment.label_smoothing,
+        num_classes=config.model.num_classes,
+    )
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make dropout, drop path and mixing of one forward pass a function of these three numbers.
+
+    A resumed run then repeats the run that was not interrupted, with no generator state to keep.
+    """
+    torch_seed, numpy_seed = np.random.SeedSequence([seed, step, rank]).generate_state(2)
+    torch.manual_seed(int(torch_seed))
+    np.random.seed(int(numpy_seed))

@@ -1,0 +1,64 @@
+"""The ranks of a run: how many, which one is this, and what device it computes on."""
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among the processes of the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """True on the one rank that logs and writes."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the ranks, in place."""
+        dist.all_reduce(values)
+        return values
+
+
+def set_environment() -> None:
+    """Complete the launcher's environment; without a launcher, a run of one rank.
+
+    Under DeepSpeed's launcher, torchrun or SLURM's srun with RANK set, nothing is overridden.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in alone.items()})
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+
+
+def launched_ranks() -> int:
+    """Number of ranks that the launcher started."""
+    return int(os.environ["WORLD_SIZE"])
+
+
+def join() -> Ranks:
+    """Connect to the other ranks: nccl with GPUs, gloo without. DeepSpeed takes this group over."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)

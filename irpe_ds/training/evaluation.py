@@ -1,0 +1,91 @@
+"""Accuracy and loss over a validation set, every image counted once on any number of ranks."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from irpe_ds.config import RunConfig
+from irpe_ds.data.dataset import open_dataset
+from irpe_ds.data.loaders import EvalLoader
+from irpe_ds.errors import ConfigError
+from irpe_ds.models.build import build_model, load_weights
+from irpe_ds.training.batch import Normalize
+from irpe_ds.training.deepspeed_config import micro_batch
+from irpe_ds.training.distributed import Ranks, join, set_environment
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    prepare: Callable[[Tensor], Tensor],
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Top-1 and top-5 (per cent), mean cross-entropy and the number of images.
+
+    Args:
+        batches: (images, labels, valid) of this rank. Images that are not valid are padding, which
+            keeps the number of forward passes equal on all ranks, as ZeRO-3 needs.
+        prepare: from uint8 images to what the model takes.
+    """
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+    for images, labels, valid in batches:
+        logits = model(prepare(images)).float()[valid.to(ranks.device)]
+        labels = labels[valid].to(ranks.device)
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        totals[:3] += torch.stack([hits[:, :1].sum(), hits.sum(), loss])
+        totals[3] += len(labels)
+    model.train(was_training)
+    top1, top5, loss_sum, count = ranks.sum(totals).tolist()
+    return {
+        "top1": 100 * top1 / count,
+        "top5": 100 * top5 / count,
+        "loss": loss_sum / count,
+        "images": count,
+    }
+
+
+def evaluate_weights(config: RunConfig, weights: Path) -> dict[str, float] | None:
+    """Scores of a weights file in fp32 under a run's configuration; None on all but rank 0.
+
+    Raises:
+        ConfigError: the data or the weights are not what the configuration says.
+    """
+    set_environment()
+    check_data(config)
+    model = build_model(config.model)
+    load_weights(model, weights, where="--weights")
+    ranks = join()
+    batches = EvalLoader(
+        config.data.val,
+        batch_size=micro_batch(config, ranks.world_size),
+        img_size=config.model.img_size,
+        crop=config.data.val_crop,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        workers=config.data.workers,
+    )
+    normalize = Normalize(config.data, ranks.device)
+    scores = evaluate(model.to(ranks.device), batches, normalize, ranks)
+    return scores if ranks.is_first else None
+
+
+def check_data(config: RunConfig) -> None:
+    """Both sets are there, whole, and of the classes that the model has.
+
+    Raises:
+        ConfigError: one is not; the message names the configuration key.
+    """
+    for key in ("train", "val"):
+        info = open_dataset(getattr(config.data, key), f"data.{key}")
+        if info.num_classes not in (None, config.model.num_classes):
+            expected = f"{info.num_classes}, the classes of {info.path}"
+            raise ConfigError("model.num_classes", expected, config.model.num_classes)

@@ -1,0 +1,70 @@
+"""What a run folder keeps besides metrics: enough to run it again and to trust its numbers."""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from irpe_ds.config import RunConfig
+from irpe_ds.ops import select
+from irpe_ds.training.distributed import Ranks
+
+CONFIG = "config.yaml"
+PACKAGES = ("irpe-ds", "torch", "torchvision", "timm", "deepspeed", "ffcv", "numpy", "wandb")
+
+
+def write_record(config: RunConfig, settings: dict[str, Any], ranks: Ranks) -> str:
+    """Write config.yaml (resolved), deepspeed.json and environment.json into the run folder.
+
+    Returns:
+        One line for the log: what runs where.
+    """
+    found = describe_environment(config, ranks)
+    (config.folder / CONFIG).write_text(config.dump())
+    (config.folder / "deepspeed.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (config.folder / "environment.json").write_text(json.dumps(found, indent=2) + "\n")
+    op = found["attention_op"]
+    return (
+        f"{config.folder}: {config.model.name} in {config.train.precision}, "
+        f"{found['ranks']} ranks on {found['device']}, attention op {op['name']} ({op['why']})"
+    )
+
+
+def describe_environment(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """Command, commit, versions, hardware, and which implementation of the op runs and why."""
+    choice = select(config.model.impl)
+    on_gpu = ranks.device.type == "cuda"
+    return {
+        "command": shlex.join(sys.argv),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "device": torch.cuda.get_device_name(ranks.device) if on_gpu else "CPU",
+        "cuda": torch.version.cuda if on_gpu else None,
+        "ranks": ranks.world_size,
+        "attention_op": {"name": choice.name, "why": choice.why},
+    }
+
+
+def commit() -> str | None:
+    """Commit of the source that runs, with `-dirty` when files differ from it; None outside git."""
+    source = Path(__file__).parent
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

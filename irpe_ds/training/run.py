@@ -1,0 +1,78 @@
+"""A run from its configuration: check everything, build, train, keep the record."""
+
+from pathlib import Path
+
+import torch
+
+from irpe_ds.config import RunConfig
+from irpe_ds.errors import ConfigError
+from irpe_ds.models.build import build_model
+from irpe_ds.runlog import METRICS, RunLog
+from irpe_ds.training import checkpoint
+from irpe_ds.training.deepspeed_config import deepspeed_config
+from irpe_ds.training.distributed import join, launched_ranks, set_environment
+from irpe_ds.training.evaluation import check_data
+from irpe_ds.training.record import write_record
+from irpe_ds.training.trainer import Trainer
+
+
+def train(config: RunConfig, resume: str = "never") -> None:
+    """Train a run to its end.
+
+    Args:
+        resume: `never`, `auto` (go on from the newest checkpoint of the run folder, or start if
+            there is none), or the folder of one checkpoint.
+
+    Raises:
+        ConfigError: a mistake in the configuration or the data; found on every rank by itself,
+            before the ranks wait for each other.
+    """
+    set_environment()
+    settings = deepspeed_config(config, launched_ranks())
+    check_data(config)
+    start = find_start(config, resume)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model)
+    if start is not None:
+        checkpoint.check(start, checkpoint.describe(config, model, launched_ranks()))
+
+    ranks = join()
+    trainer = Trainer(config, model, settings, ranks)
+    if start is not None:
+        trainer.resume(start)
+    with RunLog(
+        config.folder,
+        active=ranks.is_first,
+        name=config.name,
+        config=config.model_dump(mode="json"),
+        wandb=config.log.wandb.model_dump(),
+        tensorboard=config.log.tensorboard,
+        resume_update=None if resume == "never" else trainer.update,
+    ) as log:
+        if ranks.is_first:
+            log.note(write_record(config, settings, ranks))
+        if trainer.update >= trainer.last_update:
+            log.note(f"{config.folder} is trained already: {trainer.update} updates")
+        elif start is not None:
+            log.note(f"going on from {start}")
+        trainer.fit(log)
+
+
+def find_start(config: RunConfig, resume: str) -> Path | None:
+    """The checkpoint to go on from; None to start anew.
+
+    Raises:
+        ConfigError: a run is there already and `resume` is `never`, or no such checkpoint.
+    """
+    if resume == "auto":
+        found = checkpoint.complete(config.folder / checkpoint.FOLDER)
+        return found[-1] if found else None
+    if resume != "never":
+        path = Path(resume)
+        if not (path / checkpoint.MANIFEST).exists():
+            raise ConfigError("--resume", "auto or the folder of a checkpoint", resume)
+        return path
+    if (config.folder / METRICS).exists():
+        expected = "a new run: --resume auto goes on with this one, name=... starts another"
+        raise ConfigError(config.folder, expected, "the folder of a run")
+    return None

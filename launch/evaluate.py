@@ -1,0 +1,53 @@
+"""Evaluate weights on the validation set: every image once, on any number of ranks.
+
+    python launch/evaluate.py --run runs/quickstart
+    deepspeed launch/evaluate.py --config x.yaml --weights deit_small_..._shared_k.pth
+"""
+
+import argparse
+from pathlib import Path
+
+from irpe_ds.cli import run
+from irpe_ds.errors import ConfigError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="run folder; its newest checkpoint is evaluated")
+    source.add_argument("--config", type=Path, metavar="YAML", help="configuration, with --weights")
+    parser.add_argument("--weights", type=Path, help=".pth or .safetensors instead of the run's")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args()
+
+    from irpe_ds.config import load_config
+    from irpe_ds.training.evaluation import evaluate_weights
+
+    config = load_config(args.config or args.run / "config.yaml", args.overrides)
+    weights = args.weights or newest_weights(args.run)
+    scores = evaluate_weights(config, weights)
+    if scores is not None:
+        print(
+            f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, "
+            f"loss {scores['loss']:.4f} on {scores['images']:.0f} images of {config.data.val}: "
+            f"{weights}"
+        )
+
+
+def newest_weights(folder: Path | None) -> Path:
+    """The weights of a run's newest checkpoint."""
+    from irpe_ds.training import checkpoint
+
+    if folder is None:
+        raise ConfigError("--weights", "a file, when --config names no run", "nothing")
+    found = checkpoint.complete(folder / checkpoint.FOLDER)
+    if not found:
+        raise ConfigError("--run", "a run folder with a checkpoint", folder)
+    return found[-1] / checkpoint.WEIGHTS
+
+
+if __name__ == "__main__":
+    run(main)

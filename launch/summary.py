@@ -1,0 +1,38 @@
+"""Sum a run up in a few lines: `python launch/summary.py runs/quickstart`."""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from irpe_ds.cli import run
+from irpe_ds.errors import ConfigError
+from irpe_ds.runlog import METRICS, read_rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="run folder")
+    folder = parser.parse_args().run
+    rows = read_rows(folder / METRICS)
+    train, scores = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
+    if not train or not scores:
+        raise ConfigError(folder, "a run with at least one epoch", "no evaluation")
+    environment = json.loads((folder / "environment.json").read_text())
+    speed = statistics.median(row["images_per_s"] for row in train)
+    last = scores[-1]
+    print(
+        f"""
+{folder}: top-1 {last["top1"]:.2f} % after {last["epoch"]:g} epochs, \
+{speed:.0f} img/s on {environment["ranks"]} x {environment["device"]}
+  metrics      {folder / METRICS}, train.csv, eval.csv
+  curves       python launch/curves.py {folder} --out curves.png
+  evaluate     python launch/evaluate.py --run {folder}
+Next: change a thing and compare, for example without relative position:
+  deepspeed launch/train.py --config {folder / "config.yaml"} name=plain model.rpe=null
+  python launch/curves.py {folder} runs/plain --out curves.png"""
+    )
+
+
+if __name__ == "__main__":
+    run(main)

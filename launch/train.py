@@ -1,0 +1,31 @@
+"""Train a run: `deepspeed launch/train.py --config x.yaml [section.key=value ...]`.
+
+Starts alone too: `python launch/train.py ...` is a run of one rank.
+"""
+
+import argparse
+
+from irpe_ds.cli import run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, metavar="YAML", help="the run's configuration")
+    parser.add_argument(
+        "--resume",
+        default="never",
+        metavar="auto|CHECKPOINT",
+        help="go on from the run's newest checkpoint, or from this one",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args()
+
+    from irpe_ds.config import load_config
+    from irpe_ds.training.run import train
+
+    train(load_config(args.config, args.overrides), args.resume)
+
+
+if __name__ == "__main__":
+    run(main)

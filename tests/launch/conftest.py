@@ -1,0 +1,45 @@
+"""The launch scripts as a user runs them, on a small data set."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """Run a command line from the repository's root; its output is text."""
+
+    def run(*command: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        bin_dir = Path(sys.executable).parent
+        path = f"{bin_dir}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path}
+        return subprocess.run(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def digits(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.beton and val.beton of the digits."""
+    folder = tmp_path_factory.mktemp("digits")
+    made = run(sys.executable, "data_prep/digits.py", "--out", folder)
+    assert made.returncode == 0, made.stderr
+    for part in ("train", "val"):
+        convert = ("data_prep/convert.py", "--source", folder / part, "--out")
+        made = run(sys.executable, *convert, folder / f"{part}.beton")
+        assert made.returncode == 0, made.stderr
+    return folder
