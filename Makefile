@@ -53,13 +53,12 @@ clean: ## Remove build products and caches; .venv, data and runs stay
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
-$(DIGITS)/.written: | $(READY)
-	@echo "==> Writing the digits dataset to $(@D)"
-	python data_prep/digits.py --out $(@D)
-	touch $@
+$(DIGITS): | $(READY)
+	@echo "==> Writing $@"
+	python data_prep/digits.py --out $@
 
-$(DIGITS)/%.beton: | $(DIGITS)/.written
-	@echo "==> Converting $(@D)/$*"
+$(DIGITS)/%.beton: | $(DIGITS)
+	@echo "==> Writing $@"
 	python data_prep/convert.py --source $(@D)/$* --out $@
 
 # System packages as far as they are missing, then .venv, then PyTorch, which the rest builds on.

@@ -50,8 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write scikit-learn's digits as an ImageFolder.")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     out: Path = parser.parse_args().out
-    images, labels = load_digits().images, load_digits().target
-    files = split(labels)
+    digits = load_digits()
+    files = split(digits.target)
     num_train = sum(name.startswith("train/") for name in files)
     contents = f"{num_train} training and {len(files) - num_train} validation images"
     if out.exists():
@@ -61,7 +61,7 @@ def main() -> None:
         return
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    write(partial, files, images)
+    write(partial, files, digits.images)
     partial.rename(out)
     print(f"{out}: wrote {contents} of 10 classes")
 

@@ -1,7 +1,7 @@
 """Evaluate weights on the validation set: every image once, on any number of ranks.
 
-    python launch/evaluate.py --run runs/quickstart
-    deepspeed launch/evaluate.py --config x.yaml --weights deit_small_..._shared_k.pth
+python launch/evaluate.py --run runs/quickstart
+deepspeed launch/evaluate.py --config x.yaml --weights deit_small_..._shared_k.pth
 """
 
 import argparse

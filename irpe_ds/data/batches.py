@@ -7,7 +7,6 @@ from threading import Event, Lock, Thread
 import numba
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from irpe_ds.data.dataset import Beton
 from irpe_ds.data.decode import decode_views
@@ -49,6 +48,7 @@ class BatchIterator:
     ) -> None:
         self._beton, self._views = beton, views
         self._batch_size, self._size, self._workers = batch_size, size, workers
+        self._pinned = torch.cuda.is_available()
         self._queue: Queue[Batch | BaseException | None] = Queue(ahead)
         self._closed = Event()
         self._thread = Thread(target=self._run, name="decode", daemon=True)
@@ -85,8 +85,11 @@ class BatchIterator:
             self._put(error)
 
     def _decode(self, views: Views) -> Batch:
-        shape = (len(views), *self._size, 3)
-        images_BHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        images_BHWC = torch.empty(
+            (len(views), *self._size, 3), dtype=torch.uint8, pin_memory=self._pinned
+        )
+        labels = torch.empty(len(views), dtype=torch.int64, pin_memory=self._pinned)
+        labels.numpy()[:] = self._beton.entries["label"][views["sample"]]
         with _decoding:
             intact = decode_views(
                 self._beton.bytes, self._beton.entries, views, images_BHWC.numpy()
@@ -95,8 +98,7 @@ class BatchIterator:
             sample = views["sample"][np.flatnonzero(~intact)[0]]
             expected = "images that decode (data_prep/verify.py checks them all)"
             raise ConfigError(self._beton.path, expected, f"damage in sample {sample}")
-        labels: NDArray[np.int64] = self._beton.entries["label"][views["sample"]]
-        return images_BHWC.permute(0, 3, 1, 2), torch.from_numpy(labels)
+        return images_BHWC.permute(0, 3, 1, 2), labels
 
     def _put(self, item: Batch | BaseException | None) -> bool:
         """Queue an item; False when the iterator was closed instead."""

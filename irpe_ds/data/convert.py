@@ -56,8 +56,6 @@ def convert(
     Raises:
         ConfigError: the source has no class folders, no images or a damaged one, or `out` exists.
     """
-    if workers < 1:
-        raise ConfigError("--workers", "at least 1", workers)
     if out.exists() and not overwrite:
         raise ConfigError("--out", "a new file, or --overwrite", f"{out}, which exists")
     folder = find_images(source)
@@ -105,7 +103,7 @@ def find_images(source: Path) -> ImageFolder:
     for label, name in enumerate(classes):
         files = [
             Path(folder, file)
-            for folder, _, names in os.walk(source / name, followlinks=True)
+            for folder, _, names in os.walk(source / name, onerror=_unreadable, followlinks=True)
             for file in names
         ]
         images = sorted(file for file in files if file.suffix.lower() in EXTENSIONS)
@@ -115,6 +113,10 @@ def find_images(source: Path) -> ImageFolder:
         labels += [label] * len(images)
         others += len(files) - len(images)
     return ImageFolder(tuple(classes), tuple(paths), tuple(labels), others)
+
+
+def _unreadable(error: OSError) -> None:
+    raise ConfigError("--source", "folders that can be read", error)
 
 
 def _write(path: Path, folder: ImageFolder, options: StorageOptions, workers: int) -> int:

@@ -112,6 +112,8 @@ def read_beton(path: Path, where: str) -> Beton:
         np.array_equal(np.sort(samples), np.arange(info.num_samples))
         and np.array_equal(table["ptr"], images["data_ptr"][samples])
         and (table["ptr"] + table["size"] <= reader.header["alloc_table_ptr"]).all()
+        and (entries["height"] > 0).all()
+        and (entries["width"] > 0).all()
     )
     if not agrees:
         raise ConfigError(where, "tables that agree with each other", f"{path}: damaged")

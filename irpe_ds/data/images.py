@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from irpe_ds.data.ffcv_api import JPG, RGBImageField, imdecode
 from irpe_ds.errors import ConfigError
@@ -67,16 +67,6 @@ class StoredImage:
     """Whether the payload is the file's own bytes."""
 
 
-class OriginalJpegField(RGBImageField):
-    """An RGB field that stores JPEG files as they are; any RGB decoder of FFCV reads them."""
-
-    def encode(self, destination: NDArray[np.void], image: "Jpeg", malloc: Malloc) -> None:
-        destination["mode"] = JPG
-        destination["height"], destination["width"] = image.height, image.width
-        destination["data_ptr"], storage = malloc(image.data.size)
-        storage[:] = image.data
-
-
 @dataclass(frozen=True)
 class Jpeg:
     """The bytes of a JPEG file and its size in pixels."""
@@ -84,6 +74,16 @@ class Jpeg:
     data: NDArray[np.uint8]
     height: int
     width: int
+
+
+class OriginalJpegField(RGBImageField):
+    """An RGB field that stores JPEG files as they are; any RGB decoder of FFCV reads them."""
+
+    def encode(self, destination: NDArray[np.void], image: Jpeg, malloc: Malloc) -> None:
+        destination["mode"] = JPG
+        destination["height"], destination["width"] = image.height, image.width
+        destination["data_ptr"], storage = malloc(image.data.size)
+        storage[:] = image.data
 
 
 def read_image(path: Path, number: int, options: StorageOptions) -> StoredImage:
@@ -107,6 +107,8 @@ def read_image(path: Path, number: int, options: StorageOptions) -> StoredImage:
                     return _stored(OriginalJpegField(), jpeg, original=True)
             pixels = np.asarray(image.convert("RGB"))
         return _stored(_field(number, options), pixels, original=False)
+    except UnidentifiedImageError:
+        raise ConfigError(path, "an undamaged image", "none that Pillow knows") from None
     except _DAMAGE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(path, "an undamaged image", reason) from None

@@ -47,7 +47,7 @@ class TrainLoader:
         self._batch_size, self._accumulation = batch_size, accumulation
         self._rank, self._world_size = rank, world_size
         self._augment, self._seed = augment, seed
-        self._size, self._workers = _height_width(img_size), _decoding_threads(workers)
+        self._size, self.workers = _height_width(img_size), _decoding_threads(workers)
         num_samples = len(self._beton.entries)
         global_batch = batch_size * world_size * accumulation
         if global_batch > num_samples:
@@ -90,7 +90,7 @@ class TrainLoader:
             views,
             batch_size=self._batch_size,
             size=self._size,
-            workers=self._workers,
+            workers=self.workers,
         )
         with closing(batches):
             yield from batches
@@ -120,7 +120,7 @@ class EvalLoader:
     ) -> None:
         self._beton = read_beton(path, "data.val")
         self._batch_size = batch_size
-        self._size, self._workers = _height_width(img_size), _decoding_threads(workers)
+        self._size, self.workers = _height_width(img_size), _decoding_threads(workers)
         samples, valid = eval_order(
             len(self._beton.entries), batch_size=batch_size, rank=rank, world_size=world_size
         )
@@ -147,7 +147,7 @@ class EvalLoader:
             self._views,
             batch_size=self._batch_size,
             size=self._size,
-            workers=self._workers,
+            workers=self.workers,
         )
         with closing(batches):
             for (images, labels), valid in zip(batches, self._valid, strict=True):

@@ -5,6 +5,8 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from irpe_ds.errors import ConfigError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -18,7 +20,12 @@ def map_in_order(
 
     Threads, since decoders, encoders and files run without the interpreter's lock. An exception
     of the function, or closing the generator, cancels what has not begun.
+
+    Raises:
+        ConfigError: there is less than one worker.
     """
+    if workers < 1:
+        raise ConfigError("--workers", "at least 1", workers)
     pending: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:

@@ -115,7 +115,8 @@ class _Streams:
     def draw(self, number: int, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """The number-th uniform in [0, 1) of the streams of these rows."""
         step = np.array([number + 1], np.uint64) * _GOLDEN
-        return (_mix(self._states[rows] + step) >> np.uint64(11)) * 2.0**-53
+        bits = _mix(self._states[rows] + step) >> np.uint64(11)
+        return bits.astype(np.float64) * 2.0**-53
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops import irpe_attention
-from irpe_ds.rpe import BucketMap, RPEConfig, Term, build_table
+from irpe_ds.rpe import BucketMap, CrossRPETable, RPEConfig, RPETable, Term, build_table
 
 
 class RPEAttention(nn.Module):
@@ -13,6 +13,17 @@ class RPEAttention(nn.Module):
 
     Tables start at zero, so the function is unchanged until training moves them.
     """
+
+    qkv: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    attn_drop: nn.Dropout
+    norm: nn.Module
+    proj: nn.Module
+    proj_drop: nn.Module
+    rpe_q: RPETable | CrossRPETable | None
+    rpe_k: RPETable | CrossRPETable | None
+    rpe_v: RPETable | CrossRPETable | None
 
     def __init__(
         self, attention: Attention, rpe: RPEConfig, maps: tuple[BucketMap, ...], impl: str = "auto"
@@ -23,9 +34,8 @@ class RPEAttention(nn.Module):
         for name, child in attention.named_children():
             self.add_module(name, child)
         for target in "qkv":
-            table = None
-            if target in rpe.on:
-                table = build_table(rpe, target, maps, self.num_heads, self.head_dim)
+            heads = (self.num_heads, self.head_dim)
+            table = build_table(rpe, target, maps, *heads) if target in rpe.on else None
             self.add_module(f"rpe_{target}", table)
         self.to(attention.qkv.weight)
         self.train(attention.training)
@@ -55,10 +65,11 @@ class RPEAttention(nn.Module):
             impl=self.impl,
         )
         out = self.norm(out.transpose(1, 2).reshape(batch, length, -1))
-        if getattr(self, "gate", None) is not None:
-            out = out * self.gate(x).sigmoid()
+        gate = getattr(self, "gate", None)  # timm before 1.0.30 has none
+        if gate is not None:
+            out = out * gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
 
 
-def _terms(table: nn.Module | None) -> tuple[Term, ...]:
+def _terms(table: RPETable | CrossRPETable | None) -> tuple[Term, ...]:
     return () if table is None else table.terms()

@@ -4,7 +4,6 @@ import difflib
 from pathlib import Path
 
 import timm
-import torch
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -25,7 +24,8 @@ def build_model(config: ModelConfig) -> nn.Module:
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise ConfigError("model.name", "a timm model name", f"{config.name!r}{hint}")
     options = {"num_classes": config.num_classes, **config.options}
-    if timm.models.get_pretrained_cfg(config.name).fixed_input_size:
+    pretrained = timm.models.get_pretrained_cfg(config.name)
+    if pretrained is None or pretrained.fixed_input_size:
         options["img_size"] = config.img_size
     if config.drop_path:
         options["drop_path_rate"] = config.drop_path

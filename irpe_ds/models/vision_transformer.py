@@ -1,19 +1,19 @@
 """timm's VisionTransformer carrying relative position in every block."""
 
 from types import MethodType
+from typing import Any, cast
 
 from timm.layers import Attention, PatchDropout
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.ops import select
-from irpe_ds.rpe import RPEConfig, RPETable, build_maps
+from irpe_ds.rpe import BucketMap, RPEConfig, RPETable, build_maps
 
 
-def equip(
-    model: VisionTransformer, rpe: RPEConfig, impl: str = "auto"
-) -> VisionTransformer:
+def equip(model: nn.Module, rpe: RPEConfig, impl: str = "auto") -> VisionTransformer:
     """Put zero-initialised relative position tables into every block, in place.
 
     Works on any timm VisionTransformer whose blocks hold timm's `Attention`: DeiT, DINOv2 with
@@ -29,43 +29,44 @@ def equip(
     Raises:
         ConfigError: a model that cannot carry the encoding; the message says why.
     """
-    _check(model)
+    vit = _checked(model)
     select(impl)
-    maps = build_maps(rpe, *model.patch_embed.grid_size, model.num_prefix_tokens)
-    for block in model.blocks:
-        block.attn = RPEAttention(block.attn, rpe, maps, impl)
+    maps = _maps(vit, rpe)
+    for block in vit.blocks:
+        block.attn = RPEAttention(cast(Attention, block.attn), rpe, maps, impl)
 
-    def set_input_size(self: VisionTransformer, *args: object, **kwargs: object) -> None:
+    def set_input_size(self: VisionTransformer, *args: Any, **kwargs: Any) -> None:
         type(self).set_input_size(self, *args, **kwargs)
-        _set_maps(self, rpe)
+        by_method = {buckets.method: buckets for buckets in _maps(self, rpe)}
+        for module in self.modules():
+            if isinstance(module, RPETable):
+                module.buckets = by_method[module.buckets.method]
 
-    model.set_input_size = MethodType(set_input_size, model)
-    return model
+    vit.set_input_size = MethodType(set_input_size, vit)  # type: ignore[method-assign]
+    return vit
 
 
-def _check(model: VisionTransformer) -> None:
+def _checked(model: nn.Module) -> VisionTransformer:
     expected = "a timm VisionTransformer with timm's Attention in every block"
     name = type(model).__name__
     if not isinstance(model, VisionTransformer):
         raise ConfigError("equip", expected, name)
     if model.dynamic_img_size:
-        raise ConfigError(
-            "equip", "a model of one input size (change it with set_input_size)", "dynamic_img_size"
-        )
+        one_size = "a model of one input size (change it with set_input_size)"
+        raise ConfigError("equip", one_size, "dynamic_img_size=True")
     if isinstance(model.patch_drop, PatchDropout):
         raise ConfigError("equip", "a model that keeps every patch", "patch_drop_rate > 0")
     for number, block in enumerate(model.blocks):
-        attention = getattr(block, "attn", None)
+        attention = getattr(block, "attn", block)
         if type(attention) is not Attention:
-            kind = type(block if attention is None else attention).__name__
-            raise ConfigError("equip", expected, f"{kind} in blocks.{number} of {name}")
+            got = f"{type(attention).__name__} in blocks.{number} of {name}"
+            raise ConfigError("equip", expected, got)
+    return model
 
 
-def _set_maps(model: VisionTransformer, rpe: RPEConfig) -> None:
-    """Point every table at the bucket maps of the model's present grid."""
-    maps = build_maps(rpe, *model.patch_embed.grid_size, model.num_prefix_tokens)
-    by_method = {buckets.method: buckets for buckets in maps}
-    for module in model.modules():
-        if isinstance(module, RPETable):
-            buckets = by_method[module.buckets.method]
-            module.buckets = buckets.to(module().device)
+def _maps(model: VisionTransformer, rpe: RPEConfig) -> tuple[BucketMap, ...]:
+    """The bucket maps of the model's present grid, on its device."""
+    height, width = model.patch_embed.grid_size
+    device = next(model.parameters()).device
+    maps = build_maps(rpe, height, width, model.num_prefix_tokens)
+    return tuple(buckets.to(device) for buckets in maps)

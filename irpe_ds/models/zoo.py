@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -68,7 +69,7 @@ def cost(name: str) -> tuple[int, int]:
     Counted from the model itself on the meta device: nothing is allocated or computed.
     """
     with torch.device("meta"):
-        model = timm.create_model(name).eval()
+        model: Any = timm.create_model(name).eval()
         image = torch.empty(1, *model.pretrained_cfg["input_size"])
         with FlopCounterMode(display=False) as counter:
             model(image)
@@ -94,11 +95,16 @@ def _released(row: Variant) -> dict[str, object]:
 def _entrypoint(row: Variant) -> Callable[..., VisionTransformer]:
     """The function that timm.create_model calls; takes `impl` beside VisionTransformer's own."""
 
-    def build(impl: str = "auto", **kwargs: object) -> VisionTransformer:
+    def build(impl: str = "auto", **kwargs: Any) -> VisionTransformer:
         return equip(VisionTransformer(**kwargs), row.rpe, impl)
 
-    def create(pretrained: bool = False, **kwargs: object) -> VisionTransformer:
-        size = {"patch_size": 16, "embed_dim": row.width, "depth": 12, "num_heads": row.heads}
+    def create(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+        size: dict[str, Any] = {
+            "patch_size": 16,
+            "embed_dim": row.width,
+            "depth": 12,
+            "num_heads": row.heads,
+        }
         return build_model_with_cfg(
             build,
             row.name,

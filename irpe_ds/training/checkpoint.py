@@ -1,9 +1,9 @@
 """Checkpoints: DeepSpeed's state to resume from, and plain weights for everybody else.
 
-    run/checkpoints/update-00000720/
-        checkpoint.json        written last: a folder without it is not a checkpoint
-        weights.safetensors    the whole model in fp32, for timm, evaluation and export
-        *.pt                   DeepSpeed's model and optimizer states
+run/checkpoints/update-00000720/
+    checkpoint.json        written last: a folder without it is not a checkpoint
+    weights.safetensors    the whole model in fp32, for timm, evaluation and export
+    *.pt                   DeepSpeed's model and optimizer states
 """
 
 import json
@@ -124,4 +124,3 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
         whole = parameter if master is None else master
         state[name] = whole.detach().float().cpu().contiguous()
     return state
-

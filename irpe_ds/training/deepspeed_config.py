@@ -1,4 +1,4 @@
-"""The dictionary that DeepSpeed gets: ZeRO and communication from a JSON, the rest from the YAML."""
+"""DeepSpeed's configuration: ZeRO and communication from a JSON, the rest from the YAML."""
 
 import json
 from typing import Any

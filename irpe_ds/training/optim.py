@@ -1,5 +1,7 @@
 """AdamW and the cosine schedule, as DeiT's recipe has them."""
 
+from collections.abc import Collection
+
 import torch
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
@@ -13,7 +15,7 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
 
     Relative position tables have two dimensions or more and decay, as in the released recipe.
     """
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    exempt: Collection[str] = getattr(model, "no_weight_decay", tuple)()
     optim = config.optim
     groups = param_groups_weight_decay(model, optim.weight_decay, no_weight_decay_list=exempt)
     return torch.optim.AdamW(groups, lr=peak_lr(config), betas=optim.betas, eps=optim.eps)

@@ -35,19 +35,21 @@ class Trainer:
 
         self.config, self.ranks = config, ranks
         batch = micro_batch(config, ranks.world_size)
-        shard = {"rank": ranks.rank, "world_size": ranks.world_size}
-        shared = {"batch_size": batch, "img_size": config.model.img_size, **shard}
+        shared: dict[str, Any] = {
+            "batch_size": batch,
+            "img_size": config.model.img_size,
+            "rank": ranks.rank,
+            "world_size": ranks.world_size,
+            "workers": config.data.workers,
+        }
         self.train_batches = TrainLoader(
             config.data.train,
             augment=config.augment,
             seed=config.seed,
             accumulation=config.train.accumulation,
-            workers=config.data.workers,
             **shared,
         )
-        self.val_batches = EvalLoader(
-            config.data.val, crop=config.data.val_crop, workers=config.data.workers, **shared
-        )
+        self.val_batches = EvalLoader(config.data.val, crop=config.data.val_crop, **shared)
         self.updates_per_epoch = len(self.train_batches) // config.train.accumulation
         self.manifest = checkpoint.describe(config, model, ranks.world_size)
         self.engine, *_ = deepspeed.initialize(
@@ -107,7 +109,7 @@ class Trainer:
         )
 
     def step(self, images: Tensor, labels: Tensor, micro_step: int) -> Tensor:
-        """One forward and backward pass, and at the end of the accumulation the update; the loss."""
+        """One forward and backward pass, the last of an update with the update; the loss."""
         number = self.update * self.config.train.accumulation + micro_step
         seed_step(self.config.seed, number, self.ranks.rank)
         images, targets = self.normalize(images), labels.to(self.ranks.device)

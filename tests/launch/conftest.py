@@ -35,7 +35,7 @@ def run() -> Run:
 @pytest.fixture(scope="session")
 def digits(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train.beton and val.beton of the digits."""
-    folder = tmp_path_factory.mktemp("digits")
+    folder = tmp_path_factory.mktemp("data") / "digits"
     made = run(sys.executable, "data_prep/digits.py", "--out", folder)
     assert made.returncode == 0, made.stderr
     for part in ("train", "val"):

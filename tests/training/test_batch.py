@@ -30,7 +30,9 @@ def test_mixup_is_off_unless_asked_for() -> None:
     assert build_mixup(run_config()) is None
 
 
-@pytest.mark.parametrize("augment", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
+@pytest.mark.parametrize(
+    "augment", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}]
+)
 def test_mixed_targets_are_smoothed_distributions(augment: dict[str, float]) -> None:
     mixup = build_mixup(run_config(label_smoothing=0.1, **augment))
     assert mixup is not None

@@ -20,7 +20,10 @@ def run_config(**train: object) -> RunConfig:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_stage_gets_the_yaml_numbers(stage: int) -> None:
     config = run_config(
-        deepspeed=DS_CONFIGS / f"zero{stage}.json", global_batch=96, accumulation=3, precision="fp16"
+        deepspeed=DS_CONFIGS / f"zero{stage}.json",
+        global_batch=96,
+        accumulation=3,
+        precision="fp16",
     )
     settings = deepspeed_config(config, world_size=4)
     assert settings["zero_optimization"]["stage"] == stage

@@ -1,0 +1,56 @@
+"""A small ImageFolder, and the .beton file made of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from irpe_ds.data.convert import convert
+from irpe_ds.data.images import StorageOptions
+
+NUM_CLASSES = 37  # one image each in `folder`: there a label identifies an image
+
+Pixels = Callable[[int, int, int], np.ndarray]
+
+
+@pytest.fixture(scope="session")
+def pixels() -> Pixels:
+    """Make an image from its number: a gradient with noise, (height, width, 3) uint8."""
+
+    def pixels(number: int, height: int, width: int) -> np.ndarray:
+        rng = np.random.default_rng(number)
+        gradient = np.add.outer(np.linspace(0, 90, height), np.linspace(0, 90, width))
+        noise = rng.integers(0, 60, (height, width, 3))
+        return (gradient[..., None] + noise + rng.integers(0, 15, 3)).astype(np.uint8)
+
+    return pixels
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, pixels: Pixels) -> Path:
+    """37 classes of one JPEG each, of many sizes; every fifth is grey."""
+    root = tmp_path_factory.mktemp("folder")
+    for number in range(NUM_CLASSES):
+        image = Image.fromarray(pixels(number, 20 + number, 56 - number))
+        path = root / f"{number:03d}" / "image.jpg"
+        path.parent.mkdir()
+        (image.convert("L") if number % 5 == 0 else image).save(path, quality=90)
+    return root
+
+
+@pytest.fixture(scope="session")
+def beton(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
+    """`folder`, converted; not to be changed."""
+    path = tmp_path_factory.mktemp("beton") / "small.beton"
+    convert(folder, path, StorageOptions(), workers=2)
+    return path
+
+
+@pytest.fixture
+def own_beton(tmp_path: Path, beton: Path) -> Path:
+    """A copy of `beton` and its manifest, to be damaged."""
+    for suffix in ("", ".json"):
+        (tmp_path / f"own.beton{suffix}").write_bytes(Path(f"{beton}{suffix}").read_bytes())
+    return tmp_path / "own.beton"

@@ -1,0 +1,273 @@
+"""Batches: the same whatever decodes them, complete, and no thread left behind."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numba import config
+from PIL import Image
+
+from irpe_ds.config import AugmentConfig
+from irpe_ds.data import batches
+from irpe_ds.data.convert import convert
+from irpe_ds.data.dataset import read_beton
+from irpe_ds.data.images import StorageOptions
+from irpe_ds.data.loaders import EvalLoader, TrainLoader
+from irpe_ds.errors import ConfigError
+
+WHOLE = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
+
+
+def train_loader(path: Path, **options: Any) -> TrainLoader:
+    defaults = {
+        "batch_size": 4,
+        "img_size": 24,
+        "augment": AugmentConfig(),
+        "seed": 0,
+        "rank": 0,
+        "world_size": 1,
+        "workers": 1,
+    }
+    return TrainLoader(path, **defaults | options)
+
+
+def everything(iterator: Iterator[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.cat(parts) for parts in zip(*iterator, strict=True))
+
+
+def decoding_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "decode"]
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_thread() -> Iterator[None]:
+    before = decoding_threads()  # a test that failed may hold one
+    yield
+    assert set(decoding_threads()) <= set(before)
+
+
+def test_batches_are_what_was_promised(beton: Path) -> None:
+    loader = train_loader(beton, accumulation=2, img_size=(24, 40))
+    found = list(loader.epoch(0))
+    assert len(found) == len(loader) == 8  # 37 // (4 * 2) updates of two passes
+    for images, labels in found:
+        assert (images.dtype, images.shape) == (torch.uint8, (4, 3, 24, 40))
+        assert (labels.dtype, labels.shape) == (torch.int64, (4,))
+
+
+needs_two_cores = pytest.mark.skipif(config.NUMBA_NUM_THREADS < 2, reason="needs two cores")
+
+
+@needs_two_cores
+def test_epoch_is_bit_identical_for_any_number_of_threads(beton: Path) -> None:
+    one, two = train_loader(beton, workers=1), train_loader(beton, workers=2)
+    images, labels = everything(one.epoch(3))
+    for other in (two, one, train_loader(beton)):
+        other_images, other_labels = everything(other.epoch(3))
+        assert torch.equal(images, other_images)
+        assert torch.equal(labels, other_labels)
+    assert not torch.equal(labels, everything(one.epoch(4))[1])
+
+
+def test_augmentation_changes_with_the_epoch(beton: Path) -> None:
+    loader = train_loader(beton, batch_size=37)
+    (images, labels), (others, other_labels) = (next(loader.epoch(e)) for e in (0, 1))
+    same = (images[labels.argsort()] == others[other_labels.argsort()]).flatten(1).all(1)
+    assert same.sum() <= 1
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 2), (2, 1), (2, 2), (4, 1)])
+def test_update_has_the_same_pixels_for_every_layout(
+    beton: Path, world_size: int, accumulation: int
+) -> None:
+    whole = train_loader(beton, batch_size=8).epoch(1)
+    batch_size = 8 // (world_size * accumulation)
+    ranks = [
+        train_loader(
+            beton,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            accumulation=accumulation,
+        ).epoch(1)
+        for rank in range(world_size)
+    ]
+    for images, labels in whole:
+        parts = [next(rank) for _ in range(accumulation) for rank in ranks]
+        their_images, their_labels = everything(iter(parts))
+        order, their_order = labels.argsort(), their_labels.argsort()
+        assert torch.equal(labels[order], their_labels[their_order])
+        assert torch.equal(images[order], their_images[their_order])
+    for rank in ranks:
+        assert next(rank, None) is None
+
+
+def test_rest_of_an_epoch_is_its_tail(beton: Path) -> None:
+    loader = train_loader(beton)
+    images, labels = everything(loader.epoch(2))
+    rest_images, rest_labels = everything(loader.epoch(2, first_pass=5))
+    assert torch.equal(images[20:], rest_images)
+    assert torch.equal(labels[20:], rest_labels)
+    assert list(loader.epoch(2, first_pass=len(loader))) == []
+
+
+def test_batches_may_be_kept(beton: Path) -> None:
+    kept, copies = [], []
+    for images, _ in train_loader(beton).epoch(0):
+        kept.append(images)
+        copies.append(images.clone())
+    assert torch.equal(torch.cat(kept), torch.cat(copies))
+    assert len({images.data_ptr() for images in kept}) == len(kept)
+
+
+@pytest.mark.parametrize("mode", ["jpg", "raw"])
+def test_pixels_are_those_of_the_image(
+    tmp_path: Path, pixels: Callable[..., np.ndarray], mode: Any
+) -> None:
+    originals = [pixels(number, 32, 32) for number in range(6)]
+    for number, original in enumerate(originals):
+        (tmp_path / "folder" / str(number)).mkdir(parents=True)
+        Image.fromarray(original).save(tmp_path / "folder" / str(number) / "image.png")
+    path = tmp_path / "square.beton"
+    options = StorageOptions(mode=mode, quality=98)
+    convert(tmp_path / "folder", path, options, workers=1)
+    mirrored = WHOLE.model_copy(update={"hflip": 1.0})
+    plain, flipped = (
+        next(train_loader(path, batch_size=6, img_size=32, augment=a).epoch(0))
+        for a in (WHOLE, mirrored)
+    )
+    assert torch.equal(plain[0].flip(3), flipped[0])
+    luma = np.array([0.299, 0.587, 0.114])  # JPEG keeps colour at half the resolution
+    for image, label in zip(*plain, strict=True):
+        error = image.permute(1, 2, 0).numpy().astype(float) - originals[label]
+        if mode == "jpg":
+            assert np.abs(error @ luma).mean() < 2
+        else:
+            assert not error.any()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_counts_every_image_once(beton: Path, world_size: int) -> None:
+    counted, lengths = [], set()
+    for rank in range(world_size):
+        loader = EvalLoader(
+            beton, batch_size=8, img_size=24, crop=0.875, rank=rank, world_size=world_size
+        )
+        for images, labels, valid in loader:
+            assert images.shape == (8, 3, 24, 24)
+            counted += labels[valid].tolist()
+        lengths.add(len(loader))
+    assert sorted(counted) == list(range(37))
+    assert len(lengths) == 1
+
+
+def test_evaluation_is_the_same_each_time(beton: Path) -> None:
+    loader = EvalLoader(beton, batch_size=8, img_size=24, crop=0.875, rank=0, world_size=1)
+    assert all(map(torch.equal, everything(iter(loader)), everything(iter(loader))))
+
+
+def test_leaving_early_ends_the_thread(beton: Path) -> None:
+    loader = train_loader(beton, batch_size=1)
+    for _ in loader.epoch(0):
+        assert len(decoding_threads()) == 1
+        break
+    assert decoding_threads() == []
+
+    def fail() -> None:
+        for _ in loader.epoch(0):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert decoding_threads() == []
+    epoch = loader.epoch(0)
+    next(epoch)
+    epoch.close()
+    assert decoding_threads() == []
+
+
+def test_exception_of_the_thread_reaches_the_consumer(
+    beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def decode_two_batches(*args: Any) -> np.ndarray:
+        calls.append(args)
+        if len(calls) == 3:
+            raise MemoryError("no room")
+        return np.ones(4, bool)
+
+    monkeypatch.setattr(batches, "decode_views", decode_two_batches)
+    epoch = train_loader(beton).epoch(0)
+    assert len([next(epoch), next(epoch)]) == 2
+    with pytest.raises(MemoryError, match="no room"):
+        next(epoch)
+
+
+def test_damaged_image_stops_training_by_name(own_beton: Path) -> None:
+    entry = read_beton(own_beton, "test").entries[21]
+    with own_beton.open("r+b") as file:
+        file.seek(int(entry["start"] + entry["bytes"] // 2))
+        file.write(bytes(30))
+    with pytest.raises(ConfigError, match=r"own\.beton: expected images .* sample 21$"):
+        list(train_loader(own_beton, batch_size=37).epoch(0))
+
+
+def test_two_loaders_may_decode_at_once(beton: Path) -> None:
+    loader = train_loader(beton, batch_size=1)
+    first, second = loader.epoch(0), loader.epoch(1)
+    alternating = [(next(first), next(second)) for _ in range(len(loader))]
+    labels = [torch.cat([pair[i][1] for pair in alternating]) for i in (0, 1)]
+    assert torch.equal(labels[0], everything(loader.epoch(0))[1])
+    assert torch.equal(labels[1], everything(loader.epoch(1))[1])
+    first.close()
+    second.close()
+
+
+def test_too_large_a_batch(beton: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.global_batch: expected at most 37.*got 40"):
+        train_loader(beton, batch_size=5, world_size=4, accumulation=2)
+
+
+def test_workers(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "NUMBA_NUM_THREADS", 12)
+    with pytest.raises(ConfigError, match=r"data\.workers: expected at most 12.*got 13"):
+        train_loader(beton, workers=13)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    assert train_loader(beton, workers=None).workers == 12
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    assert train_loader(beton, workers=None).workers == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
+    assert train_loader(beton, workers=None).workers == 1
+
+
+def test_import_leaves_torchs_threads_alone() -> None:
+    code = (
+        "import torch; torch.set_num_threads(3); import irpe_ds.data.loaders;"
+        "print(torch.get_num_threads())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "3\n", done.stderr
+
+
+def test_decoding_leaves_torchs_threads_alone(beton: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        everything(train_loader(beton).epoch(0))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

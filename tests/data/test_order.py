@@ -1,0 +1,59 @@
+"""Which rank sees which image, in training and validation."""
+
+import numpy as np
+import pytest
+
+from irpe_ds.data.order import eval_order, train_order
+
+LAYOUTS = [(1, 1, 8), (2, 1, 4), (4, 1, 2), (1, 2, 4), (2, 2, 2), (4, 2, 1)]
+
+
+def updates(world_size: int, accumulation: int, batch_size: int, epoch: int = 0) -> np.ndarray:
+    """The 8 images of each update, (updates, 8), of 37 images."""
+    ranks = [
+        train_order(
+            37,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            rank=rank,
+            world_size=world_size,
+            seed=3,
+            epoch=epoch,
+        ).reshape(-1, accumulation * batch_size)
+        for rank in range(world_size)
+    ]
+    return np.concatenate(ranks, axis=1)
+
+
+@pytest.mark.parametrize(("world_size", "accumulation", "batch_size"), LAYOUTS)
+def test_images_of_an_update_do_not_depend_on_the_layout(
+    world_size: int, accumulation: int, batch_size: int
+) -> None:
+    found = updates(world_size, accumulation, batch_size)
+    assert found.shape == (4, 8)
+    assert len(np.unique(found)) == 32  # each at most once
+    assert np.array_equal(np.sort(found), np.sort(updates(1, 1, 8)))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    assert np.array_equal(updates(1, 1, 8), updates(1, 1, 8))
+    assert not np.array_equal(updates(1, 1, 8, epoch=0), updates(1, 1, 8, epoch=1))
+    orders = [
+        train_order(37, batch_size=1, accumulation=1, rank=0, world_size=1, seed=s, epoch=0)
+        for s in (0, 1)
+    ]
+    assert not np.array_equal(*orders)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_samples", [1, 3, 24, 37])
+def test_validation_counts_every_image_once(world_size: int, num_samples: int) -> None:
+    counted, lengths = [], set()
+    for rank in range(world_size):
+        samples, valid = eval_order(num_samples, batch_size=4, rank=rank, world_size=world_size)
+        assert samples.max() < num_samples
+        counted += samples[valid].tolist()
+        lengths.add(len(samples))
+    assert sorted(counted) == list(range(num_samples))
+    assert len(lengths) == 1  # the same number of batches on every rank
+    assert lengths.pop() % 4 == 0  # all of them full

@@ -1,0 +1,239 @@
+"""The run configuration: what it reads, what it refuses, and in which words."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from irpe_ds.config import RunConfig, load_config
+from irpe_ds.errors import ConfigError
+from irpe_ds.rpe import RPEConfig
+
+MINIMAL = """
+name: run
+model: {name: deit_tiny_patch16_224}
+data: {train: train.beton, val: val.beton}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def value(config: RunConfig, key: str) -> object:
+    found: object = config
+    for part in key.split("."):
+        found = getattr(found, part)
+    return found
+
+
+class TestReading:
+    def test_defaults(self, file: Path) -> None:
+        config = load_config(file)
+        assert (config.name, config.folder) == ("run", Path("runs/run"))
+        assert config.model.rpe is None
+        assert config.train.precision == "bf16"
+        assert config.data.train == Path("train.beton")
+
+    def test_dump_reads_back_unchanged(self, file: Path) -> None:
+        config = load_config(
+            file,
+            [
+                "model.rpe={method: cross, mode: bias, on: qk, ratio: 20, shared_heads: false}",
+                "model.img_size=[192, 256]",
+                "model.options={patch_size: 8, drop_rate: 0.1}",
+                "model.weights=some/weights.pth",
+                "optim.lr=1e-3",
+                "optim.clip_grad=5",
+                "log.wandb.tags=[a, 'on']",
+                "data.workers=3",
+            ],
+        )
+        file.write_text(config.dump())
+        assert load_config(file) == config
+
+    @pytest.mark.parametrize("yaml", ["on: q", "'on': q", "{on: q}"])
+    def test_the_key_on_is_no_boolean(self, yaml: str, file: Path) -> None:
+        yaml = yaml if yaml.startswith("{") else f"{{{yaml}}}"
+        file.write_text(MINIMAL.replace("224}", f"224, rpe: {yaml}}}"))
+        assert load_config(file).model.rpe == RPEConfig(on="q")
+
+    @pytest.mark.parametrize("text", ["on", "off", "yes", "no", "y"])
+    def test_words_are_no_booleans(self, text: str, file: Path) -> None:
+        assert load_config(file, [f"name={text}"]).name == text
+
+    @pytest.mark.parametrize(
+        ("text", "expected"), [("true", True), ("True", True), ("false", False), ("FALSE", False)]
+    )
+    def test_true_and_false_are(self, text: str, expected: bool, file: Path) -> None:
+        assert load_config(file, [f"log.tensorboard={text}"]).log.tensorboard is expected
+
+
+class TestOverrides:
+    @pytest.mark.parametrize(
+        ("override", "expected"),
+        [
+            ("train.epochs=3", 3),
+            ("optim.lr=1e-3", 1e-3),
+            ("optim.lr=2", 2.0),
+            ("optim.clip_grad=", None),
+            ("optim.clip_grad=null", None),
+            ("name=a=b", "a=b"),
+            ("name='7'", "7"),
+            ("log.wandb.mode=offline", "offline"),
+            ("log.wandb.tags=[a, b]", ("a", "b")),
+            ("model.img_size=384", 384),
+            ("model.img_size=[192, 256]", (192, 256)),
+            ("model.rpe={}", RPEConfig()),
+            ("model.rpe={on: qkv}", RPEConfig(on="qkv")),
+            ("model.rpe.on=q", RPEConfig(on="q")),
+            ("model.rpe.shared_heads=false", RPEConfig(shared_heads=False)),
+            ("model.options.patch_size=8", {"patch_size": 8}),
+            ("augment.scale=[0.5, 1]", (0.5, 1.0)),
+            ("train.deepspeed=ds_configs/zero3.json", Path("ds_configs/zero3.json")),
+        ],
+    )
+    def test_forms(self, override: str, expected: object, file: Path) -> None:
+        key = override.partition("=")[0]
+        for section in ("model.rpe", "model.options"):
+            if key.startswith(section):
+                key = section
+        got = value(load_config(file, [override]), key)
+        assert got == expected
+        assert type(got) is type(expected)
+
+    def test_the_last_one_wins(self, file: Path) -> None:
+        overrides = ["train.epochs=3", "train={epochs: 4, global_batch: 8}", "train.epochs=5"]
+        train = load_config(file, overrides).train
+        assert (train.epochs, train.global_batch) == (5, 8)
+
+    def test_keeps_what_the_file_says_beside_it(self, file: Path) -> None:
+        config = load_config(file, ["model.num_classes=10"])
+        assert (config.model.name, config.model.num_classes) == ("deit_tiny_patch16_224", 10)
+
+
+class TestFrozen:
+    @pytest.mark.parametrize("key", ["name", "train.epochs", "log.wandb.mode"])
+    def test_no_field_can_be_set(self, key: str, file: Path) -> None:
+        config = load_config(file)
+        *sections, last = key.split(".")
+        owner = value(config, ".".join(sections)) if sections else config
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(owner, last, "x")
+
+    def test_runs_do_not_share_their_options(self, file: Path) -> None:
+        load_config(file).model.options["depth"] = 1
+        assert load_config(file).model.options == {}
+
+
+XFAIL = {
+    "a boolean is no number": "pydantic takes true for 1",
+    "a number is no boolean": "pydantic takes 1 for true",
+    "infinite": "pydantic takes inf for a positive number",
+    "a size below one": "pydantic's name of the union's member is in the key",
+    "a size of three": "pydantic's name of the union's member is in the key",
+    "an empty part": "the key is lost",
+}
+MISTAKES = {
+    "unknown section": ("trian.epochs=3", "trian", "one of the keys name, out", "mean train?"),
+    "unknown key": ("train.epoch=3", "train.epoch", "one of the keys epochs, gl", "mean epochs?"),
+    "unknown key, deeper": ("log.wandb.tag=a", "log.wandb.tag", "mode, project", "mean tags?"),
+    "unknown key of the encoding": ("model.rpe.onn=q", "model.rpe.onn", "method, mode", "mean on?"),
+    "unknown key, unlike any": ("train.xyz=3", "train.xyz", "one of the keys", "an unknown key"),
+    "no number": ("train.epochs=many", "train.epochs", "a valid integer", "'many'"),
+    "not whole": ("train.epochs=3.5", "train.epochs", "a valid integer", "3.5"),
+    "not positive": ("train.epochs=0", "train.epochs", "greater than 0", "0"),
+    "not a probability": ("augment.hflip=2", "augment.hflip", "less than or equal to 1", "2"),
+    "not one of several": ("train.precision=fp8", "train.precision", "'fp32', 'bf16'", "'fp8'"),
+    "nothing": ("name=", "name", "a valid string", "None"),
+    "too long": ("augment.scale=[0, 1, 1]", "augment.scale", "at most 2 items", "[0, 1, 1]"),
+    "a value for a section": ("train=3", "train", "a valid dictionary", "3"),
+    "a section for a value": ("name.x=3", "name", "a valid string", "{'x': 3}"),
+    "an encoding on nothing": ("model.rpe.on=", "model.rpe.on", "a valid string", "None"),
+    "an encoding on what is not": ("model.rpe.on=x", "model.rpe.on", "subset of 'qkv'", "'x'"),
+    "an encoding of no method": ("model.rpe.method=p", "model.rpe.method", "euclidean", "'p'"),
+    "not a number": ("optim.lr=.nan", "optim.lr", "greater than 0", "nan"),
+    "no override": ("train.epochs", "train.epochs", "section.key=value", "'train.epochs'"),
+    "no key": ("=3", "=3", "section.key=value", "'=3'"),
+    "no YAML": ("train.epochs=[1", "train.epochs", "a YAML value", "'[1'"),
+    "an empty part": ("train..epochs=3", "train..epochs", "section.key=value", "train..epochs"),
+    "a boolean is no number": ("train.epochs=true", "train.epochs", "integer", "True"),
+    "a number is no boolean": ("log.tensorboard=1", "log.tensorboard", "boolean", "1"),
+    "infinite": ("optim.lr=.inf", "optim.lr", "a finite number", "inf"),
+    "a size below one": ("model.img_size=0", "model.img_size", "greater than 0", "0"),
+    "a size of three": ("model.img_size=[1, 1, 1]", "model.img_size", "2 items", "[1, 1, 1]"),
+}
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("override", "where", "expected", "got"),
+        [
+            pytest.param(
+                *row,
+                id=name,
+                marks=[pytest.mark.xfail(strict=True, reason=XFAIL[name])] if name in XFAIL else [],
+            )
+            for name, row in MISTAKES.items()
+        ],
+    )
+    def test_of_an_override(
+        self, override: str, where: str, expected: str, got: str, file: Path
+    ) -> None:
+        with pytest.raises(ConfigError) as caught:
+            load_config(file, [override])
+        error = caught.value
+        assert error.where == where
+        assert expected in error.expected
+        assert got in str(error.got)
+        assert str(error) == f"{where}: expected {error.expected}, got {error.got}"
+        assert "\n" not in str(error)
+
+    @pytest.mark.xfail(strict=True, reason="YAML 1.1 reads 1e-5 as a string")
+    def test_scientific_notation_where_no_type_is_known(self, file: Path) -> None:
+        config = load_config(file, ["model.options.init_values=1e-5"])
+        assert config.model.options == {"init_values": 1e-5}
+
+    @pytest.mark.parametrize("section", ["name", "model", "data"])
+    def test_what_is_required(self, section: str, file: Path) -> None:
+        file.write_text("\n".join(x for x in MINIMAL.splitlines() if not x.startswith(section)))
+        with pytest.raises(ConfigError, match=f"^{section}: expected a value, got nothing"):
+            load_config(file)
+
+    @pytest.mark.parametrize(
+        ("content", "expected", "got"),
+        [
+            ("", "a mapping of sections", "NoneType"),
+            ("- a", "a mapping of sections", "list"),
+            ("a: [", "valid YAML", "line 1, column 5"),
+            ("a: !!python/object:os.system {}", "valid YAML", "python/object"),
+        ],
+    )
+    def test_of_a_file(self, content: str, expected: str, got: str, file: Path) -> None:
+        file.write_text(content)
+        with pytest.raises(ConfigError) as caught:
+            load_config(file)
+        assert caught.value.where == file
+        assert caught.value.expected == expected
+        assert got in str(caught.value.got)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.xfail(strict=True, reason="UnicodeDecodeError is neither OSError nor YAMLError")
+    def test_of_a_binary_file(self, file: Path) -> None:
+        file.write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(ConfigError, match="expected "):
+            load_config(file)
+
+    @pytest.mark.xfail(strict=True, reason="PyYAML keeps the last of two keys in silence")
+    def test_of_a_key_that_comes_twice(self, file: Path) -> None:
+        file.write_text(MINIMAL + "seed: 1\nseed: 2\n")
+        with pytest.raises(ConfigError, match="seed"):
+            load_config(file)
+
+    @pytest.mark.parametrize(("name", "got"), [("no.yaml", "No such file"), ("", "Is a directory")])
+    def test_of_a_path(self, name: str, got: str, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=f"expected a readable YAML file, got {got}"):
+            load_config(tmp_path / name)

@@ -1,0 +1,172 @@
+"""The floors of the house: who may import whom, and how little `import irpe_ds` needs."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"irpe_ds": "irpe_ds", "ops": "irpe_ds.ops", "launch": "launch", "data_prep": "data_prep"}
+"""Folders of source, and the package that each is imported as."""
+
+FLOORS = {
+    "irpe_ds.errors": -1,  # the ground: everything stands on it
+    "irpe_ds.cli": 0,
+    "irpe_ds.rpe": 0,
+    "irpe_ds.runlog": 0,
+    "irpe_ds.config": 1,
+    "irpe_ds.ops": 1,
+    "irpe_ds.models": 2,
+    "irpe_ds.data": 2,
+    "irpe_ds": 3,  # __init__.py alone, which hands on the public names of the floors below
+    "irpe_ds.training": 3,
+    "irpe_ds.scaling": 4,
+    "launch": 4,
+    "data_prep": 4,
+}
+
+OPTIONAL = ("deepspeed", "ffcv", "wandb", "matplotlib", "pydantic", "yaml", "sklearn", "tqdm")
+
+
+class Import(NamedTuple):
+    """A name that one of our modules takes from another."""
+
+    module: str
+    of: str
+    name: str
+    place: str
+
+
+def room(module: str) -> str | None:
+    """The part of the house that a module lies in, a key of FLOORS; None when it is not ours."""
+    return max((r for r in FLOORS if f"{module}.".startswith(f"{r}.")), key=len, default=None)
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """Every module of ours and its file; irpe_ds/ops is ops/ under another name."""
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            if (folder, parts[0]) != ("irpe_ds", "ops"):
+                yield ".".join((package, *parts)).removesuffix(".__init__"), path
+
+
+def imports(module: str, code: str, file: str = "") -> Iterator[Import]:
+    """What a module takes from our other modules, by import or as an attribute of an import."""
+    tree = ast.parse(code)
+    names: dict[str, str] = {}  # a name in this module -> the dotted thing that it stands for
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}:{node.lineno}: a relative import hides its floor"
+            things = {f"{node.module}.{alias.name}": alias.asname for alias in node.names}
+        elif isinstance(node, ast.Import):
+            things = {alias.name: alias.asname for alias in node.names}
+        else:
+            continue
+        for thing, alias in things.items():
+            names[alias or thing.split(".")[-1]] = thing
+            if room(thing):
+                yield Import(module, thing, thing.split(".")[-1], f"{file}:{node.lineno}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            thing = names.get(node.value.id, "")
+            if room(thing):
+                yield Import(module, thing, node.attr, f"{file}:{node.lineno}")
+
+
+def faults(found: Import) -> str | None:
+    """What is wrong with an import, if anything."""
+    here, there = room(found.module), room(found.of)
+    assert here is not None
+    assert there is not None
+    if found.name.startswith("_") and not found.name.endswith("__"):
+        return f"{found.place}: {found.module} reads the private {found.of} {found.name}"
+    if here != there and FLOORS[there] >= FLOORS[here]:
+        floors = f"{FLOORS[here]}, from {there} on floor {FLOORS[there]}"
+        return f"{found.place}: {here} imports, on floor {floors}"
+    return None
+
+
+class TestImportsGoDown:
+    @pytest.mark.parametrize(
+        ("module", "path"), list(sources()), ids=lambda x: str(x).split("/")[-1]
+    )
+    def test_in_every_file(self, module: str, path: Path) -> None:
+        found = imports(module, path.read_text(), str(path.relative_to(ROOT)))
+        assert [fault for x in found if (fault := faults(x))] == []
+
+    def test_every_module_has_a_floor(self) -> None:
+        stray = [module for module, _ in sources() if room(module) == "irpe_ds"]
+        assert stray == ["irpe_ds"]
+
+    @pytest.mark.parametrize(
+        ("module", "code"),
+        [
+            ("irpe_ds.models.zoo", "from irpe_ds.data.dataset import Beton"),
+            ("irpe_ds.models.zoo", "from irpe_ds import data"),
+            ("irpe_ds.data.loaders", "import irpe_ds.models"),
+            ("irpe_ds.data.loaders", "def f():\n    from irpe_ds.models import equip"),
+            ("irpe_ds.rpe.tables", "from irpe_ds.ops import irpe_attention"),
+            ("irpe_ds.ops.attention", "from irpe_ds.config import ModelConfig"),
+            ("irpe_ds.models.zoo", "from irpe_ds import equip"),
+            ("irpe_ds.training.run", "from launch.train import main"),
+            ("irpe_ds.models.zoo", "from irpe_ds.rpe.buckets import _index"),
+            ("irpe_ds.models.zoo", "from irpe_ds.rpe import buckets as b\nb._index(1)"),
+        ],
+    )
+    def test_finds_a_fault(self, module: str, code: str) -> None:
+        assert any(faults(found) for found in imports(module, code))
+
+    @pytest.mark.parametrize(
+        ("module", "code"),
+        [
+            ("irpe_ds.models.zoo", "import torch.nn._reduction\nfrom irpe_ds.rpe import BucketMap"),
+            ("irpe_ds.models.zoo", "from irpe_ds.models.attention import RPEAttention"),
+            ("launch.train", "from irpe_ds import __version__\nfrom irpe_ds.training import run"),
+            ("irpe_ds.rpe.tables", "from irpe_ds.errors import ConfigError"),
+        ],
+    )
+    def test_finds_no_fault(self, module: str, code: str) -> None:
+        assert not any(faults(found) for found in imports(module, code))
+
+
+def run_python(code: str, blocked: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter in which the blocked packages cannot be imported."""
+    block = f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))\n"
+    return subprocess.run(
+        [sys.executable, "-c", block + code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+class TestFreshInterpreter:
+    def test_torch_and_timm_are_enough(self) -> None:
+        name = "deit_small_patch16_224_ctx_product_50_shared_k"
+        code = f"""
+import irpe_ds, timm, torch
+assert timm.is_model({name!r})
+with torch.device("meta"):
+    timm.create_model({name!r}, depth=1)
+for public in ("BucketMap", "RPEConfig", "ConfigError", "equip", "irpe_attention"):
+    getattr(irpe_ds, public)
+"""
+        done = run_python(code, OPTIONAL)
+        assert done.returncode == 0, done.stderr
+
+    def test_what_needs_more_is_imported_on_first_use(self) -> None:
+        code = "import irpe_ds\nfor name in irpe_ds.__all__: getattr(irpe_ds, name)"
+        assert run_python(code, ()).returncode == 0
+        done = run_python(code, OPTIONAL)
+        assert "ModuleNotFoundError: import of pydantic halted" in done.stderr
+
+    def test_a_name_that_is_not_there(self) -> None:
+        done = run_python("import irpe_ds\nirpe_ds.nonsense", OPTIONAL)
+        assert "AttributeError: module 'irpe_ds' has no attribute 'nonsense'" in done.stderr
