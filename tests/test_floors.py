@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import pytest
 
+import irpe_ds
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"irpe_ds": "irpe_ds", "ops": "irpe_ds.ops", "launch": "launch", "data_prep": "data_prep"}
 """Folders of source, and the package that each is imported as."""
@@ -47,12 +49,11 @@ def room(module: str) -> str | None:
 
 
 def sources() -> Iterator[tuple[str, Path]]:
-    """Every module of ours and its file; irpe_ds/ops is ops/ under another name."""
+    """Every module of ours and its file."""
     for folder, package in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            if (folder, parts[0]) != ("irpe_ds", "ops"):
-                yield ".".join((package, *parts)).removesuffix(".__init__"), path
+            yield ".".join((package, *parts)).removesuffix(".__init__"), path
 
 
 def imports(module: str, code: str, file: str = "") -> Iterator[Import]:
@@ -134,39 +135,41 @@ class TestImportsGoDown:
         assert not any(faults(found) for found in imports(module, code))
 
 
-def run_python(code: str, blocked: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter in which the blocked packages cannot be imported."""
-    block = f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))\n"
-    return subprocess.run(
-        [sys.executable, "-c", block + code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-class TestFreshInterpreter:
-    def test_torch_and_timm_are_enough(self) -> None:
+class TestImport:
+    def test_needs_torch_and_timm_alone(self) -> None:
         name = "deit_small_patch16_224_ctx_product_50_shared_k"
         code = f"""
+import sys
+sys.modules.update(dict.fromkeys({OPTIONAL!r}))  # as if they were not installed
 import irpe_ds, timm, torch
 assert timm.is_model({name!r})
 with torch.device("meta"):
     timm.create_model({name!r}, depth=1)
 for public in ("BucketMap", "RPEConfig", "ConfigError", "equip", "irpe_attention"):
     getattr(irpe_ds, public)
+loaded = [name for name in sys.modules if name.startswith(("irpe_ds.data", "irpe_ds.config"))]
+assert not loaded, loaded
+try:
+    irpe_ds.RunConfig
+except ModuleNotFoundError as error:
+    assert error.name == "pydantic", error
+else:
+    raise AssertionError("pydantic was not blocked")
 """
-        done = run_python(code, OPTIONAL)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
 
-    def test_what_needs_more_is_imported_on_first_use(self) -> None:
-        code = "import irpe_ds\nfor name in irpe_ds.__all__: getattr(irpe_ds, name)"
-        assert run_python(code, ()).returncode == 0
-        done = run_python(code, OPTIONAL)
-        assert "ModuleNotFoundError: import of pydantic halted" in done.stderr
+    @pytest.mark.parametrize("name", irpe_ds.__all__)
+    def test_every_public_name_is_there(self, name: str) -> None:
+        assert getattr(irpe_ds, name).__name__ == name
 
-    def test_a_name_that_is_not_there(self) -> None:
-        done = run_python("import irpe_ds\nirpe_ds.nonsense", OPTIONAL)
-        assert "AttributeError: module 'irpe_ds' has no attribute 'nonsense'" in done.stderr
+    def test_no_other_name_is(self) -> None:
+        with pytest.raises(AttributeError, match="'irpe_ds' has no attribute 'nonsense'"):
+            _ = irpe_ds.nonsense

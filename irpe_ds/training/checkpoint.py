@@ -64,7 +64,7 @@ def save(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks, keep: int)
     if (path / MANIFEST).exists():
         return path
     engine.save_checkpoint(str(folder), tag=path.name, save_latest=False)
-    state = full_state_dict(engine.module)
+    state = full_state_dict(engine)
     if ranks.is_first:
         save_file(state, path / WEIGHTS)
     dist.barrier()
@@ -111,16 +111,27 @@ def _read(path: Path) -> Manifest:
     return Manifest(**json.loads((path / MANIFEST).read_text()))
 
 
-def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def full_state_dict(engine: Any) -> dict[str, Tensor]:
     """The model's whole state in fp32 on the CPU, from the master weights of any ZeRO stage.
 
     All ranks call it; parameters are gathered one by one.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    state = {name: b.detach().cpu().clone() for name, b in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        master = safe_get_full_fp32_param(parameter)
+    masters = _unpartitioned_masters(engine.optimizer)
+    state = {name: b.detach().cpu().clone() for name, b in engine.module.state_dict().items()}
+    for name, parameter in engine.module.named_parameters():
+        master = masters.get(parameter)
+        if master is None:
+            master = safe_get_full_fp32_param(parameter)
         whole = parameter if master is None else master
         state[name] = whole.detach().float().cpu().contiguous()
     return state
+
+
+def _unpartitioned_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
+    """Parameter -> fp32 master in half precision without ZeRO, which DeepSpeed has no call for."""
+    groups = zip(
+        getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=True
+    )
+    return {p: m for halves, wholes in groups for p, m in zip(halves, wholes, strict=True)}
