@@ -30,6 +30,6 @@ setup(
     ],
     package_data={"irpe_ds": ["py.typed"], "irpe_ds.ops": ["csrc/**/*"]},
     include_package_data=False,
-    install_requires=["torch>=2.6", "timm>=1.0.15"],
+    install_requires=["torch>=2.6", "timm>=1.0.19"],
     extras_require=EXTRAS,
 )

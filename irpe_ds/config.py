@@ -1,27 +1,52 @@
 """The run's configuration: one YAML and `section.key=value` overrides -> a frozen RunConfig."""
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 import yaml
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StrictBool
 
+from irpe_ds import yaml12
 from irpe_ds.errors import ConfigError
 from irpe_ds.rpe.config import RPEConfig
 
-Probability = Annotated[float, Field(ge=0, le=1)]
-Size = PositiveInt | tuple[PositiveInt, PositiveInt]
+Count = Annotated[int, Field(strict=True, gt=0)]
+Natural = Annotated[int, Field(strict=True, ge=0)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+NonNegative = Annotated[float, Field(strict=True, ge=0)]
+Probability = Annotated[float, Field(strict=True, ge=0, le=1)]
+Share = Annotated[float, Field(strict=True, gt=0, le=1)]
+Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
+
+
+def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ConfigError("", "the smaller number first", list(pair))
+    return pair
+
+
+def _height_width(size: object) -> object:
+    sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
+    if not all(type(side) is int and side > 0 for side in sides):
+        raise ConfigError("", "a positive integer or [height, width]", repr(size))
+    return size
+
+
+Size = Annotated[int | tuple[int, int], BeforeValidator(_height_width)]
 
 
 class Section(pydantic.BaseModel):
     """Frozen; unknown keys and values of the wrong type are errors."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
 
@@ -32,7 +57,7 @@ class ModelConfig(Section):
     """The encoding to equip the model with. None: the model as its name says."""
     impl: str = "auto"
     """Implementation of the attention op: `auto`, or one that must run or fail."""
-    num_classes: PositiveInt = 1000
+    num_classes: Count = 1000
     """Must equal the class count of the data."""
     img_size: Size = 224
     """Input height and width, pixels."""
@@ -49,26 +74,26 @@ class DataConfig(Section):
     """Training set, .beton."""
     val: Path
     """Validation set, .beton."""
-    workers: PositiveInt | None = None
+    workers: Count | None = None
     """Decoding threads per rank. None: the cores divided by the ranks of this machine."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means of the normalisation, for pixels in [0, 1]."""
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     """Channel deviations of the normalisation, for pixels in [0, 1]."""
-    val_crop: Probability = 0.875
+    val_crop: Share = 0.875
     """Share of the shorter side that the centre crop of validation keeps."""
 
 
 class AugmentConfig(Section):
-    scale: tuple[Probability, Probability] = (0.08, 1.0)
+    scale: Annotated[tuple[Share, Share], AfterValidator(_ascending)] = (0.08, 1.0)
     """Area of the random resized crop, as a share of the image."""
-    ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    ratio: Annotated[tuple[Positive, Positive], AfterValidator(_ascending)] = (3 / 4, 4 / 3)
     """Aspect ratio of the random resized crop, width over height."""
     hflip: Probability = 0.5
     """Probability of a horizontal flip."""
-    mixup: NonNegativeFloat = 0.0
+    mixup: NonNegative = 0.0
     """Alpha of mixup; 0 turns it off."""
-    cutmix: NonNegativeFloat = 0.0
+    cutmix: NonNegative = 0.0
     """Alpha of cutmix; 0 turns it off."""
     mix_prob: Probability = 1.0
     """Probability that a batch is mixed at all."""
@@ -79,42 +104,42 @@ class AugmentConfig(Section):
 
 
 class OptimConfig(Section):
-    lr: PositiveFloat = 5e-4
+    lr: Positive = 5e-4
     """Peak learning rate for `lr_batch` images; scaled linearly with train.global_batch."""
-    lr_batch: PositiveInt = 512
+    lr_batch: Count = 512
     """Images that `lr`, `warmup_lr` and `min_lr` stand for."""
-    warmup_lr: NonNegativeFloat = 1e-6
+    warmup_lr: NonNegative = 1e-6
     """Learning rate of the first update, scaled as `lr` is."""
-    min_lr: NonNegativeFloat = 1e-5
+    min_lr: NonNegative = 1e-5
     """Learning rate at the end of the cosine, scaled as `lr` is."""
-    warmup_epochs: NonNegativeFloat = 5
+    warmup_epochs: NonNegative = 5
     """Length of the linear warm-up, epochs."""
-    weight_decay: NonNegativeFloat = 0.05
+    weight_decay: NonNegative = 0.05
     """Decoupled weight decay; tensors of one dimension and timm's exempt names have none."""
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of AdamW's moments."""
-    eps: PositiveFloat = 1e-8
+    eps: Positive = 1e-8
     """Denominator guard of AdamW."""
-    clip_grad: PositiveFloat | None = None
+    clip_grad: Positive | None = None
     """Largest global gradient norm. None: no clipping."""
 
 
 class TrainConfig(Section):
-    epochs: PositiveInt = 300
+    epochs: Count = 300
     """Passes over the training set; the cosine ends with the last."""
-    global_batch: PositiveInt = 1024
+    global_batch: Count = 1024
     """Images per update, over all ranks and accumulation steps."""
-    accumulation: PositiveInt = 1
+    accumulation: Count = 1
     """Forward and backward passes per update."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the model; master weights stay in fp32."""
     deepspeed: Path = Path("ds_configs/zero1.json")
     """DeepSpeed JSON with ZeRO and communication settings only."""
-    max_updates: PositiveInt | None = None
+    max_updates: Count | None = None
     """Stop after so many updates, for short experiments; the schedule is not shortened."""
-    log_every: PositiveInt = 50
+    log_every: Count = 50
     """Updates between two rows of the training log."""
-    keep_checkpoints: PositiveInt = 3
+    keep_checkpoints: Count = 3
     """Newest checkpoints kept; one is written after every epoch and at the end."""
 
 
@@ -131,18 +156,18 @@ class WandbConfig(Section):
 
 class LogConfig(Section):
     wandb: WandbConfig = WandbConfig()
-    tensorboard: bool = False
+    tensorboard: StrictBool = False
     """Write TensorBoard events into the run folder too."""
 
 
 class RunConfig(Section):
     """Everything that a training run depends on; kept in the run folder as config.yaml."""
 
-    name: str
-    """Name of the run and of its folder."""
+    name: Annotated[str, Field(pattern=r"^[\w.-]*\w[\w.-]*$")]
+    """Name of the run and of its folder: letters, digits and . _ - only."""
     output: Path = Path("runs")
     """Folder that holds the run folder."""
-    seed: NonNegativeInt = 0
+    seed: Natural = 0
     """Seed of initialisation, sample order, augmentation and dropout."""
     model: ModelConfig
     data: DataConfig
@@ -159,19 +184,6 @@ class RunConfig(Section):
     def dump(self) -> str:
         """The resolved configuration as YAML that `load_config` reads back unchanged."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-class _Yaml12Loader(yaml.SafeLoader):
-    """YAML 1.2's booleans: only true and false, so that the key `on` stays a string."""
-
-
-_Yaml12Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Yaml12Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -191,10 +203,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(), Loader=_Yaml12Loader)
+        values = yaml12.load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(path, "a readable YAML file", error.strerror) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(path, "valid YAML", " ".join(str(error).split())) from None
     if not isinstance(values, dict):
         raise ConfigError(path, "a mapping of sections", type(values).__name__)
@@ -203,13 +215,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(override, "an override of the form section.key=value", repr(override))
+    *sections, last = key.split(".")
+    if not equals or not all((*sections, last)):
+        raise ConfigError(
+            key or override, "an override of the form section.key=value", repr(override)
+        )
     try:
-        value = yaml.load(text, Loader=_Yaml12Loader)
+        value = yaml12.load(text)
     except yaml.YAMLError:
         raise ConfigError(key, "a YAML value", repr(text)) from None
-    *sections, last = key.split(".")
     for section in sections:
         if not isinstance(values.get(section), dict):
             values[section] = {}
@@ -230,8 +244,9 @@ def _explain(error: pydantic.ValidationError) -> ConfigError:
     if first["type"].startswith("missing"):
         return ConfigError(where, "a value", "nothing: the key is required")
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigError):  # RPEConfig names its field itself
-        return ConfigError(f"{where}.{cause.where}", cause.expected, cause.got)
+    if isinstance(cause, ConfigError):  # RPEConfig names its field, other validators leave it out
+        where = f"{where}.{cause.where}" if cause.where else where
+        return ConfigError(where, cause.expected, cause.got)
     expected = first["msg"].removeprefix("Input should be ")
     return ConfigError(where, expected[0].lower() + expected[1:], repr(first["input"]))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops import reference
-from irpe_ds.rpe import Term
+from irpe_ds.rpe import BucketMap, Term
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": reference.attention}
 
@@ -93,32 +93,45 @@ def _check_inputs(
         raise ConfigError("dropout_p", "a probability in [0, 1)", dropout_p)
     if key_padding_mask is not None:
         expected_shape = (q.shape[0], q.shape[2])
-        if key_padding_mask.shape != expected_shape or key_padding_mask.dtype != torch.bool:
-            got = f"{key_padding_mask.dtype} {tuple(key_padding_mask.shape)}"
-            raise ConfigError("key_padding_mask", f"torch.bool {expected_shape}", got)
+        mask = (key_padding_mask.dtype, tuple(key_padding_mask.shape), key_padding_mask.device)
+        if mask != (torch.bool, expected_shape, q.device):
+            expected = f"torch.bool {expected_shape} on {q.device}"
+            got = f"{mask[0]} {mask[1]} on {mask[2]}"
+            raise ConfigError("key_padding_mask", expected, got)
 
 
 def _checked_terms(name: str, terms: Sequence[Term], q: Tensor) -> tuple[Term, ...]:
     """The terms with tables in q's dtype, as autocast and mixed precision need them."""
-    _, heads, length, head_dim = q.shape
-    checked = []
-    for number, (table, buckets) in enumerate(terms):
+    for number, term in enumerate(terms):
         where = f"{name}[{number}]"
-        tokens = buckets.ids.shape[0]
-        if tokens != length:
-            (height, width), skip = buckets.grid, buckets.skip
-            expected = f"{tokens} tokens ({height}x{width} patches + {skip})"
-            raise ConfigError(where, expected, f"{length} in q")
-        if buckets.ids.device != q.device or table.device != q.device:
-            got = f"table on {table.device}, ids on {buckets.ids.device}"
-            raise ConfigError(where, f"table and ids on {q.device} as q", got)
-        buckets_n = buckets.num_buckets
-        shapes = [(head_dim, buckets_n), (buckets_n,)]
-        if name == "rpe_v":
-            shapes = [(buckets_n, head_dim)]
-        if table.shape[0] not in (1, heads) or tuple(table.shape[1:]) not in shapes:
-            leading = "1" if heads == 1 else f"1 or {heads}"
-            expected = " or ".join(f"({leading}, {', '.join(map(str, s))})" for s in shapes)
-            raise ConfigError(where, f"a table {expected}", tuple(table.shape))
-        checked.append((table.to(q.dtype), buckets))
-    return tuple(checked)
+        match term:
+            case (Tensor() as table, BucketMap() as buckets):
+                _check_table(where, table, buckets, q, on_values=name == "rpe_v")
+            case (table, buckets):
+                got = f"({type(table).__name__}, {type(buckets).__name__})"
+                raise ConfigError(where, "a pair (table, BucketMap)", got)
+            case _:
+                raise ConfigError(where, "a pair (table, BucketMap)", type(term).__name__)
+    return tuple((table.to(q.dtype), buckets) for table, buckets in terms)
+
+
+def _check_table(
+    where: str, table: Tensor, buckets: BucketMap, q: Tensor, *, on_values: bool
+) -> None:
+    _, heads, length, head_dim = q.shape
+    tokens, n = buckets.ids.shape[0], buckets.num_buckets
+    if tokens != length:
+        (height, width), skip = buckets.grid, buckets.skip
+        expected = f"{tokens} tokens ({height}x{width} patches + {skip})"
+        raise ConfigError(where, expected, f"{length} in q")
+    if buckets.ids.device != q.device or table.device != q.device:
+        got = f"table on {table.device}, ids on {buckets.ids.device}"
+        raise ConfigError(where, f"table and ids on {q.device} as q", got)
+    shapes = [(n, head_dim)] if on_values else [(head_dim, n), (n,)]
+    fits = table.dim() >= 2 and table.shape[0] in (1, heads) and tuple(table.shape[1:]) in shapes
+    if not table.is_floating_point():
+        raise ConfigError(where, "a table of floating point numbers", table.dtype)
+    if not fits:
+        leading = "1" if heads == 1 else f"1 or {heads}"
+        expected = " or ".join(f"({leading}, {', '.join(map(str, s))})" for s in shapes)
+        raise ConfigError(where, f"a table {expected}", tuple(table.shape))

@@ -54,8 +54,8 @@ class RPEAttention(nn.Module):
         qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, L, D)
         out = irpe_attention(
-            self.q_norm(q),
-            self.k_norm(k),
+            self.q_norm(q).to(v.dtype),  # under autocast a norm returns float32
+            self.k_norm(k).to(v.dtype),
             v,
             rpe_q=_terms(self.rpe_q),
             rpe_k=_terms(self.rpe_k),
@@ -65,7 +65,7 @@ class RPEAttention(nn.Module):
             impl=self.impl,
         )
         out = self.norm(out.transpose(1, 2).reshape(batch, length, -1))
-        gate = getattr(self, "gate", None)  # timm before 1.0.30 has none
+        gate = getattr(self, "gate", None)  # older releases of timm have none
         if gate is not None:
             out = out * gate(x).sigmoid()
         return self.proj_drop(self.proj(out))

@@ -1,7 +1,9 @@
 """From the `model` section of a run's configuration to a model, and from a file to its weights."""
 
 import difflib
+import logging
 from pathlib import Path
+from typing import Any
 
 import timm
 from timm.models import load_state_dict
@@ -11,6 +13,10 @@ from torch import Tensor, nn
 from irpe_ds.config import ModelConfig
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.vision_transformer import equip
+from irpe_ds.models.zoo import ZOO
+
+logger = logging.getLogger(__name__)
+OWN_FIELDS = {"num_classes", "img_size", "drop_path_rate", "impl"}
 
 
 def build_model(config: ModelConfig) -> nn.Module:
@@ -23,54 +29,88 @@ def build_model(config: ModelConfig) -> nn.Module:
         close = difflib.get_close_matches(config.name, timm.list_models(), n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise ConfigError("model.name", "a timm model name", f"{config.name!r}{hint}")
-    options = {"num_classes": config.num_classes, **config.options}
-    pretrained = timm.models.get_pretrained_cfg(config.name)
-    if pretrained is None or pretrained.fixed_input_size:
-        options["img_size"] = config.img_size
-    if config.drop_path:
-        options["drop_path_rate"] = config.drop_path
     try:
-        model = timm.create_model(config.name, **options)
-    except (TypeError, AssertionError) as error:
-        raise ConfigError("model.options", f"arguments that {config.name} takes", error) from None
+        model = timm.create_model(config.name, **_arguments(config))
+    except ConfigError as error:
+        raise ConfigError(f"model.{error.where}", error.expected, error.got) from None
+    except Exception as error:  # timm's models raise many kinds for arguments they do not take
+        got = f"{_arguments(config)}: {_first_line(error)}"
+        raise ConfigError("model", f"arguments that {config.name} takes", got) from None
     if config.rpe is not None:
-        model = equip(model, config.rpe, config.impl)
+        try:
+            model = equip(model, config.rpe, config.impl)
+        except ConfigError as error:
+            where = "model.impl" if error.where == "impl" else "model.rpe"
+            raise ConfigError(where, error.expected, error.got) from None
+    elif config.impl != "auto" and config.name not in ZOO:
+        raise ConfigError("model.impl", "auto for a model without relative position", config.impl)
     if config.weights is not None:
         load_weights(model, config.weights, where="model.weights")
     return model
+
+
+def _arguments(config: ModelConfig) -> dict[str, Any]:
+    """What timm.create_model gets."""
+    twice = OWN_FIELDS & config.options.keys()
+    if twice:
+        expected = "no argument that has a key of its own in `model`"
+        raise ConfigError("options", expected, ", ".join(sorted(twice)))
+    arguments = {"num_classes": config.num_classes, **config.options}
+    name, _, _ = config.name.partition(".")  # after the point comes timm's tag of the weights
+    pretrained = timm.models.get_pretrained_cfg(name)
+    if pretrained is None or pretrained.fixed_input_size:
+        arguments["img_size"] = config.img_size
+    if config.drop_path:
+        arguments["drop_path_rate"] = config.drop_path
+    if config.name in ZOO:
+        arguments["impl"] = config.impl
+    return arguments
 
 
 def load_weights(model: nn.Module, path: Path, where: str) -> None:
     """Load a checkpoint: .safetensors, or .pth such as the released `{"model": ..., "args": ...}`.
 
     Position embeddings are interpolated to the model's grid; relative position tables belong to
-    offsets, not to places, and are loaded as they are. Pickles are read with weights_only=True.
+    offsets, not to places, and are loaded as they are. A file without any table, such as plain
+    DeiT's, leaves them at zero, which is logged. Of a timm training checkpoint the EMA weights
+    are taken when it has some. Pickles are read with weights_only=True.
 
     Raises:
         ConfigError: the file cannot be read, or holds the weights of another model.
     """
+    expected = model.state_dict()
     try:
         state = load_state_dict(str(path))
+        if isinstance(model, VisionTransformer) and _first_difference(expected, state):
+            state = checkpoint_filter_fn(state, model)
     except FileNotFoundError:
         raise ConfigError(where, "a checkpoint file", f"nothing at {path}") from None
-    except Exception as error:  # torch and safetensors raise many kinds for a file that is broken
-        reason = str(error).splitlines()[0]
-        raise ConfigError(where, "a readable checkpoint", f"{path}: {reason}") from None
-    if isinstance(model, VisionTransformer):
-        state = checkpoint_filter_fn(state, model)
-    difference = _first_difference(model.state_dict(), state)
+    except Exception as error:  # a broken or foreign file raises any kind, deep inside torch
+        fits = f"a readable checkpoint of this {type(model).__name__}"
+        raise ConfigError(where, fits, f"{path}: {_first_line(error)}") from None
+    if not any("lookup_table" in key for key in state):
+        tables = {key: value for key, value in expected.items() if "lookup_table" in key}
+        if tables:
+            logger.warning("%s has no relative position tables: they start at zero", path)
+        state = state | tables
+    difference = _first_difference(expected, state)
     if difference:
-        raise ConfigError(where, f"the weights of this {type(model).__name__}", difference)
+        got = f"{path} with {difference}"
+        raise ConfigError(where, f"the weights of this {type(model).__name__}", got)
     model.load_state_dict(state)
 
 
-def _first_difference(expected: dict[str, Tensor], got: dict[str, Tensor]) -> str | None:
-    for key in expected.keys() | got.keys():
+def _first_difference(expected: dict[str, Tensor], got: dict[str, Any]) -> str | None:
+    for key in (*expected, *(key for key in got if key not in expected)):
         if key not in got:
             return f"no tensor {key}"
         if key not in expected:
             return f"an extra tensor {key}"
-        if expected[key].shape != got[key].shape:
-            shapes = f"{tuple(got[key].shape)}, not {tuple(expected[key].shape)}"
-            return f"{key} of shape {shapes}"
+        shape = getattr(got[key], "shape", None)
+        if shape != expected[key].shape:
+            return f"{key} of shape {tuple(shape or ())}, not {tuple(expected[key].shape)}"
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,6 +1,6 @@
 """timm's VisionTransformer carrying relative position in every block."""
 
-from types import MethodType
+from functools import partial
 from typing import Any, cast
 
 from timm.layers import Attention, PatchDropout
@@ -34,16 +34,17 @@ def equip(model: nn.Module, rpe: RPEConfig, impl: str = "auto") -> VisionTransfo
     maps = _maps(vit, rpe)
     for block in vit.blocks:
         block.attn = RPEAttention(cast(Attention, block.attn), rpe, maps, impl)
-
-    def set_input_size(self: VisionTransformer, *args: Any, **kwargs: Any) -> None:
-        type(self).set_input_size(self, *args, **kwargs)
-        by_method = {buckets.method: buckets for buckets in _maps(self, rpe)}
-        for module in self.modules():
-            if isinstance(module, RPETable):
-                module.buckets = by_method[module.buckets.method]
-
-    vit.set_input_size = MethodType(set_input_size, vit)  # type: ignore[method-assign]
+    vit.set_input_size = partial(_set_input_size, vit, rpe)  # type: ignore[method-assign]
     return vit
+
+
+def _set_input_size(model: VisionTransformer, rpe: RPEConfig, *args: Any, **kwargs: Any) -> None:
+    """timm's set_input_size, then every table reads the bucket maps of the new grid."""
+    type(model).set_input_size(model, *args, **kwargs)
+    by_method = {buckets.method: buckets for buckets in _maps(model, rpe)}
+    for module in model.modules():
+        if isinstance(module, RPETable):
+            module.buckets = by_method[module.buckets.method]
 
 
 def _checked(model: nn.Module) -> VisionTransformer:
@@ -58,6 +59,8 @@ def _checked(model: nn.Module) -> VisionTransformer:
         raise ConfigError("equip", "a model that keeps every patch", "patch_drop_rate > 0")
     for number, block in enumerate(model.blocks):
         attention = getattr(block, "attn", block)
+        if isinstance(attention, RPEAttention):
+            raise ConfigError("equip", "a model without relative position", f"{name} with it")
         if type(attention) is not Attention:
             got = f"{type(attention).__name__} in blocks.{number} of {name}"
             raise ConfigError("equip", expected, got)

@@ -1,5 +1,6 @@
 """The zoo: one row per released model, registered with timm under the released name."""
 
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -69,7 +70,9 @@ def cost(name: str) -> tuple[int, int]:
     Counted from the model itself on the meta device: nothing is allocated or computed.
     """
     with torch.device("meta"):
-        model: Any = timm.create_model(name).eval()
+        # The counter sees PyTorch's own operators, not those of a fused implementation.
+        impl: dict[str, Any] = {"impl": "reference"} if name in ZOO else {}
+        model: Any = timm.create_model(name, **impl).eval()
         image = torch.empty(1, *model.pretrained_cfg["input_size"])
         with FlopCounterMode(display=False) as counter:
             model(image)
@@ -105,14 +108,15 @@ def _entrypoint(row: Variant) -> Callable[..., VisionTransformer]:
             "depth": 12,
             "num_heads": row.heads,
         }
-        return build_model_with_cfg(
-            build,
-            row.name,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-            **(size | kwargs),
-        )
+        with torch.serialization.safe_globals([Namespace]):  # the released files hold one
+            return build_model_with_cfg(
+                build,
+                row.name,
+                pretrained,
+                pretrained_filter_fn=checkpoint_filter_fn,
+                feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+                **(size | kwargs),
+            )
 
     create.__name__ = row.name
     create.__doc__ = f"DeiT with {row.rpe}."

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from irpe_ds.errors import ConfigError
+from irpe_ds.rpe.config import check_ratio
 
 METHODS = ("euclidean", "quantization", "product", "cross_rows", "cross_cols")
 
@@ -46,12 +47,22 @@ class BucketMap(nn.Module):
 
     ids: Tensor
 
-    def __init__(
-        self, method: str, ids: Tensor, num_buckets: int, grid: tuple[int, int], skip: int
-    ) -> None:
+    def __init__(self, method: str, height: int, width: int, skip: int, ratio: float) -> None:
         super().__init__()
-        self.method, self.num_buckets, self.grid, self.skip = method, num_buckets, grid, skip
-        self.register_buffer("ids", ids, persistent=False)
+        self.method, self.grid, self.skip, self.ratio = method, (height, width), skip, ratio
+        index = _index(method, height, width, ratio)
+        self.num_buckets = (2 * int(2 * ratio) + 1) ** (2 if method == "product" else 1)
+        if skip:
+            length = skip + height * width
+            patches, index = index, torch.full((length, length), self.num_buckets, device="cpu")
+            index[skip:, skip:] = patches
+            self.num_buckets += 1
+        self.register_buffer("ids", index, persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Fill `ids` again, for a model that was made on the meta device."""
+        again = BucketMap(self.method, *self.grid, self.skip, self.ratio)
+        self.ids.copy_(again.ids)
 
     @classmethod
     def build(
@@ -67,22 +78,15 @@ class BucketMap(nn.Module):
         - product: both offsets, one bucket per pair of levels
 
         Raises:
-            ConfigError: an unknown method, or a size that is no size.
+            ConfigError: an unknown method, or a size or ratio that has no meaning.
         """
         if method not in METHODS:
             raise ConfigError("method", f"one of {', '.join(METHODS)}", repr(method))
         if height < 1 or width < 1 or skip < 0:
             got = f"height={height}, width={width}, skip={skip}"
             raise ConfigError("grid", "height and width >= 1 and skip >= 0", got)
-        index = _index(method, height, width, ratio)
-        num_buckets = (2 * int(2 * ratio) + 1) ** (2 if method == "product" else 1)
-        if skip:
-            patches = index
-            length = skip + height * width
-            index = torch.full((length, length), num_buckets, device="cpu")
-            index[skip:, skip:] = patches
-            num_buckets += 1
-        return cls(method, index, num_buckets, (height, width), skip)
+        check_ratio(ratio)
+        return cls(method, height, width, skip, ratio)
 
     def extra_repr(self) -> str:
         height, width = self.grid

@@ -1,5 +1,6 @@
 """Which image relative position encoding a model carries."""
 
+import math
 from dataclasses import dataclass
 
 from irpe_ds.errors import ConfigError
@@ -32,10 +33,15 @@ class RPEConfig:
             raise ConfigError("method", f"one of {', '.join(METHODS)}", repr(self.method))
         if self.mode not in MODES:
             raise ConfigError("mode", f"one of {', '.join(MODES)}", repr(self.mode))
-        letters = set(self.on)
+        letters = set(self.on) if isinstance(self.on, str) else set()
         if not letters or not letters <= set("qkv") or len(letters) != len(self.on):
             raise ConfigError("on", "a non-empty subset of 'qkv'", repr(self.on))
         if self.mode == "bias" and "v" in letters:
             raise ConfigError("on", "a subset of 'qk' in bias mode", repr(self.on))
-        if not self.ratio > 0.5:
-            raise ConfigError("ratio", "more than 0.5 (patches)", self.ratio)
+        check_ratio(self.ratio)
+
+
+def check_ratio(ratio: float) -> None:
+    """Raise ConfigError unless Eq. 18 is defined: alpha = ratio must exceed half a patch."""
+    if not isinstance(ratio, int | float) or not 0.5 < ratio < math.inf:
+        raise ConfigError("ratio", "a number of patches above 0.5", repr(ratio))

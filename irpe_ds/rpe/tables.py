@@ -30,6 +30,10 @@ class RPETable(nn.Module):
             shape = (heads, n, head_dim) if target == "v" else (heads, head_dim, n)
             self.lookup_table_weight = nn.Parameter(torch.zeros(shape))
 
+    def reset_parameters(self) -> None:
+        """Back to zero, the initialisation."""
+        nn.init.zeros_(self())
+
     def forward(self) -> Tensor:
         """The table. Read by a call, because ZeRO-3 gathers parameters around a module's call."""
         return self.lookup_table_bias if self.is_bias else self.lookup_table_weight

@@ -131,7 +131,9 @@ def full_state_dict(engine: Any) -> dict[str, Tensor]:
 
 def _unpartitioned_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
     """Parameter -> fp32 master in half precision without ZeRO, which DeepSpeed has no call for."""
-    groups = zip(
-        getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=True
-    )
-    return {p: m for halves, wholes in groups for p, m in zip(halves, wholes, strict=True)}
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    if not isinstance(optimizer, FP16_UnfusedOptimizer):
+        return {}
+    groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    return {p: m for halves, masters in groups for p, m in zip(halves, masters, strict=True)}

@@ -61,7 +61,7 @@ def evaluate_weights(config: RunConfig, weights: Path) -> dict[str, float] | Non
     """
     set_environment()
     check_data(config)
-    model = build_model(config.model)
+    model = build_model(config.model.model_copy(update={"weights": None}))
     load_weights(model, weights, where="--weights")
     ranks = join()
     batches = EvalLoader(

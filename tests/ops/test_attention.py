@@ -108,9 +108,6 @@ MISTAKES = {
         "table on meta, ids on cpu",
     ),
     "unknown implementation": ({"impl": "Reference"}, "impl", "auto", "'Reference'"),
-}
-
-UNCLEAR = {
     "mask elsewhere": (
         {"key_padding_mask": torch.zeros(2, 7, dtype=torch.bool, device="meta")},
         "key_padding_mask",
@@ -127,7 +124,7 @@ UNCLEAR = {
         {"rpe_k": ((torch.zeros(1, 4, 50), MAP.ids),)},
         "rpe_k[0]",
         "(table, BucketMap)",
-        "Tensor",
+        "(Tensor, Tensor)",
     ),
     "a table of one number": ({"rpe_k": term()}, "rpe_k[0]", "(1 or 3, 50)", "()"),
     "an integer table": (
@@ -137,13 +134,11 @@ UNCLEAR = {
         "torch.int64",
     ),
 }
-XFAIL = pytest.mark.xfail(strict=True, reason="irpe_attention does not check this yet")
 
 
 @pytest.mark.parametrize(
     ("mistake", "where", "expected", "got"),
-    [pytest.param(*row, id=name) for name, row in MISTAKES.items()]
-    + [pytest.param(*row, id=name, marks=XFAIL) for name, row in UNCLEAR.items()],
+    [pytest.param(*row, id=name) for name, row in MISTAKES.items()],
 )
 def test_mistakes(mistake: dict[str, Any], where: str, expected: str, got: str) -> None:
     inputs = {name: torch.zeros(2, 3, 7, 4) for name in "qkv"} | mistake

@@ -108,7 +108,6 @@ def test_errors(arguments: tuple, where: str) -> None:
     assert str(arguments[0 if where == "method" else 2]) in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="BucketMap.build does not check its ratio")
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_ratio_without_meaning(ratio: float) -> None:
     with pytest.raises(ConfigError, match=r"^ratio: expected .*, got "):
