@@ -22,9 +22,12 @@ def main() -> None:
     args = parser.parse_intermixed_args()
 
     from irpe_ds.config import load_config
+
+    config = load_config(args.config, args.overrides)  # before the imports that take seconds
+
     from irpe_ds.training.run import train
 
-    train(load_config(args.config, args.overrides), args.resume)
+    train(config, args.resume)
 
 
 if __name__ == "__main__":
