@@ -82,8 +82,8 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"update-*/{MANIFEST}"))
 
 
-def check(path: Path, present: Manifest) -> None:
-    """Whether the run described by `present` can go on from this checkpoint.
+def check(path: Path, present: Manifest) -> int:
+    """The updates that a checkpoint has done, if the run described by `present` can go on from it.
 
     Raises:
         ConfigError: it belongs to another model, or to ranks, a stage or a precision that cannot
@@ -99,10 +99,11 @@ def check(path: Path, present: Manifest) -> None:
         if getattr(saved, field) != getattr(present, field):
             expected = f"{field} {getattr(present, field)}, as in this run"
             raise ConfigError(path, expected, getattr(saved, field))
+    return saved.update
 
 
 def resume(engine: Any, path: Path) -> int:
-    """Load a checkpoint, which `check` has passed, into the engine; the updates it has done."""
+    """Load a checkpoint that `check` let pass into the engine; the updates it has done."""
     engine.load_checkpoint(str(path.parent), tag=path.name)
     return _read(path).update
 

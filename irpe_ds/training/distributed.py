@@ -48,9 +48,9 @@ def set_environment() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
 
 
-def launched_ranks() -> int:
-    """Number of ranks that the launcher started."""
-    return int(os.environ["WORLD_SIZE"])
+def launched() -> tuple[int, int]:
+    """This rank and the number of ranks, as the launcher numbered them."""
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def join() -> Ranks:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from irpe_ds.config import RunConfig
-from irpe_ds.data.dataset import open_dataset
+from irpe_ds.data.dataset import DatasetInfo, open_dataset
 from irpe_ds.data.loaders import EvalLoader
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_model, load_weights
@@ -78,14 +78,15 @@ def evaluate_weights(config: RunConfig, weights: Path) -> dict[str, float] | Non
     return scores if ranks.is_first else None
 
 
-def check_data(config: RunConfig) -> None:
-    """Both sets are there, whole, and of the classes that the model has.
+def check_data(config: RunConfig) -> DatasetInfo:
+    """What the training set holds, once both sets are whole and of the classes of the model.
 
     Raises:
         ConfigError: one is not; the message names the configuration key.
     """
-    for key in ("train", "val"):
-        info = open_dataset(getattr(config.data, key), f"data.{key}")
+    train = open_dataset(config.data.train, "data.train")
+    for info in (train, open_dataset(config.data.val, "data.val")):
         if info.num_classes not in (None, config.model.num_classes):
             expected = f"{info.num_classes}, the classes of {info.path}"
             raise ConfigError("model.num_classes", expected, config.model.num_classes)
+    return train

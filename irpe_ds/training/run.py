@@ -10,8 +10,9 @@ from irpe_ds.models.build import build_model
 from irpe_ds.runlog import METRICS, RunLog
 from irpe_ds.training import checkpoint
 from irpe_ds.training.deepspeed_config import deepspeed_config
-from irpe_ds.training.distributed import join, launched_ranks, set_environment
+from irpe_ds.training.distributed import join, launched, set_environment
 from irpe_ds.training.evaluation import check_data
+from irpe_ds.training.plan import plan
 from irpe_ds.training.record import write_record
 from irpe_ds.training.trainer import Trainer
 
@@ -28,16 +29,22 @@ def train(config: RunConfig, resume: str = "never") -> None:
             before the ranks wait for each other.
     """
     set_environment()
-    settings = deepspeed_config(config, launched_ranks())
-    check_data(config)
+    rank, world_size = launched()
+    settings = deepspeed_config(config, world_size)
+    whole = plan(config, check_data(config).num_samples)
     start = find_start(config, resume)
     torch.manual_seed(config.seed)
     model = build_model(config.model)
     if start is not None:
-        checkpoint.check(start, checkpoint.describe(config, model, launched_ranks()))
+        manifest = checkpoint.describe(config, model, world_size)
+        update = checkpoint.check(start, manifest)
+        if update >= whole.last_update:
+            if rank == 0:
+                print(f"{config.folder} is trained already: {update} updates")
+            return
 
     ranks = join()
-    trainer = Trainer(config, model, settings, ranks)
+    trainer = Trainer(config, whole, model, settings, ranks)
     if start is not None:
         trainer.resume(start)
     with RunLog(
@@ -51,9 +58,7 @@ def train(config: RunConfig, resume: str = "never") -> None:
     ) as log:
         if ranks.is_first:
             log.note(write_record(config, settings, ranks))
-        if trainer.update >= trainer.last_update:
-            log.note(f"{config.folder} is trained already: {trainer.update} updates")
-        elif start is not None:
+        if start is not None:
             log.note(f"going on from {start}")
         trainer.fit(log)
 

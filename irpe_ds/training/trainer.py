@@ -21,6 +21,7 @@ from irpe_ds.training.deepspeed_config import micro_batch
 from irpe_ds.training.distributed import Ranks
 from irpe_ds.training.evaluation import evaluate
 from irpe_ds.training.optim import build_optimizer, build_schedule
+from irpe_ds.training.plan import Plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,11 +30,16 @@ class Trainer:
     """One model under DeepSpeed with its data: trains epochs, evaluates, saves, resumes."""
 
     def __init__(
-        self, config: RunConfig, model: nn.Module, settings: dict[str, Any], ranks: Ranks
+        self,
+        config: RunConfig,
+        plan: Plan,
+        model: nn.Module,
+        settings: dict[str, Any],
+        ranks: Ranks,
     ) -> None:
         import deepspeed
 
-        self.config, self.ranks = config, ranks
+        self.config, self.plan, self.ranks = config, plan, ranks
         batch = micro_batch(config, ranks.world_size)
         shared: dict[str, Any] = {
             "batch_size": batch,
@@ -50,33 +56,26 @@ class Trainer:
             **shared,
         )
         self.val_batches = EvalLoader(config.data.val, crop=config.data.val_crop, **shared)
-        self.updates_per_epoch = len(self.train_batches) // config.train.accumulation
         self.manifest = checkpoint.describe(config, model, ranks.world_size)
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model, config), config=settings
         )
-        self.schedule = build_schedule(self.engine.optimizer, config, self.updates_per_epoch)
+        self.schedule = build_schedule(self.engine.optimizer, config, plan.updates_per_epoch)
         self.normalize = Normalize(config.data, ranks.device)
         self.mixup = build_mixup(config)
         self.update = 0
 
-    @property
-    def last_update(self) -> int:
-        """The update that training ends with."""
-        planned = self.config.train.epochs * self.updates_per_epoch
-        return min(planned, self.config.train.max_updates or planned)
-
     def fit(self, log: RunLog) -> None:
         """Train to the last update, with evaluation and a checkpoint after every epoch."""
-        while self.update < self.last_update:
+        while self.update < self.plan.last_update:
             self.train_epoch(log)
             self.validate(log)
             self.save()
 
     def train_epoch(self, log: RunLog) -> None:
         """Train from the present update to the end of its epoch, or to the last update."""
-        epoch, done = divmod(self.update, self.updates_per_epoch)
-        end = min(self.last_update, (epoch + 1) * self.updates_per_epoch)
+        epoch, done = divmod(self.update, self.plan.updates_per_epoch)
+        end = min(self.plan.last_update, (epoch + 1) * self.plan.updates_per_epoch)
         accumulation = self.config.train.accumulation
         batches = self.train_batches.epoch(epoch, first_pass=done * accumulation)
         with closing(batches), self.progress_bar(epoch, done) as bar:
@@ -99,7 +98,7 @@ class Trainer:
     def progress_bar(self, epoch: int, done: int) -> tqdm:
         """Updates of this epoch, on rank 0; a redirected log gets a line now and then."""
         return tqdm(
-            total=self.updates_per_epoch,
+            total=self.plan.updates_per_epoch,
             initial=done,
             desc=f"epoch {epoch + 1}/{self.config.train.epochs}",
             unit="update",
@@ -126,7 +125,7 @@ class Trainer:
     def report(self, row: dict[str, float]) -> dict[str, float]:
         """The meter's row with what the engine knows."""
         row["lr"] = self.engine.optimizer.param_groups[0]["lr"]
-        row["epoch"] = self.update / self.updates_per_epoch
+        row["epoch"] = self.update / self.plan.updates_per_epoch
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             row["grad_norm"] = float(norm)
@@ -142,7 +141,7 @@ class Trainer:
         scores = evaluate(
             self.engine, self.val_batches, lambda x: self.normalize(x).to(dtype), self.ranks
         )
-        epoch = self.update / self.updates_per_epoch
+        epoch = self.update / self.plan.updates_per_epoch
         log.log("eval", self.update, {"epoch": epoch, **scores})
         log.note(
             f"epoch {epoch:g}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, "

@@ -1,0 +1,34 @@
+"""How many updates a run has."""
+
+from dataclasses import dataclass
+
+from irpe_ds.config import RunConfig
+from irpe_ds.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Length of a run, in updates."""
+
+    updates_per_epoch: int
+    """Whole global batches in the training set."""
+    last_update: int
+    """The update that training ends with."""
+
+
+def plan(config: RunConfig, num_samples: int) -> Plan:
+    """The plan of this run on so many training images.
+
+    Raises:
+        ConfigError: they do not fill one global batch.
+    """
+    train = config.train
+    updates_per_epoch = num_samples // train.global_batch
+    if not updates_per_epoch:
+        expected = f"at most {num_samples}, the images in {config.data.train}"
+        raise ConfigError("train.global_batch", expected, train.global_batch)
+    last_update = train.epochs * updates_per_epoch
+    return Plan(
+        updates_per_epoch=updates_per_epoch,
+        last_update=min(last_update, train.max_updates or last_update),
+    )
