@@ -25,7 +25,7 @@ quickstart: $(DIGITS)/train.beton $(DIGITS)/val.beton ## Install, convert a smal
 	export OMP_NUM_THREADS=1
 	train="launch/train.py --config launch/configs/quickstart.yaml --resume auto"
 	if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
-	then deepspeed $$train
+	then deepspeed --num_gpus 1 $$train
 	else DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 $$train
 	fi
 	echo "==> Evaluation"

@@ -107,11 +107,11 @@ class OptimConfig(Section):
     lr: Positive = 5e-4
     """Peak learning rate for `lr_batch` images; scaled linearly with train.global_batch."""
     lr_batch: Count = 512
-    """Images that `lr`, `warmup_lr` and `min_lr` stand for."""
+    """Images that `lr` stands for."""
     warmup_lr: NonNegative = 1e-6
-    """Learning rate of the first update, scaled as `lr` is."""
+    """Learning rate of the first update; not scaled."""
     min_lr: NonNegative = 1e-5
-    """Learning rate at the end of the cosine, scaled as `lr` is."""
+    """Learning rate at the end of the cosine; not scaled."""
     warmup_epochs: NonNegative = 5
     """Length of the linear warm-up, epochs."""
     weight_decay: NonNegative = 0.05
@@ -175,6 +175,13 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     log: LogConfig = LogConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _warmup_ends(self) -> "RunConfig":
+        if self.optim.warmup_epochs >= self.train.epochs:
+            expected = f"less than train.epochs, which is {self.train.epochs}"
+            raise ConfigError("optim.warmup_epochs", expected, self.optim.warmup_epochs)
+        return self
 
     @property
     def folder(self) -> Path:
@@ -245,8 +252,8 @@ def _explain(error: pydantic.ValidationError) -> ConfigError:
         return ConfigError(where, "a value", "nothing: the key is required")
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):  # RPEConfig names its field, other validators leave it out
-        where = f"{where}.{cause.where}" if cause.where else where
-        return ConfigError(where, cause.expected, cause.got)
+        parts = [str(part) for part in (where, cause.where) if part]
+        return ConfigError(".".join(parts), cause.expected, cause.got)
     expected = first["msg"].removeprefix("Input should be ")
     return ConfigError(where, expected[0].lower() + expected[1:], repr(first["input"]))
 

@@ -19,6 +19,7 @@ def main() -> None:
     source.add_argument("--run", type=Path, help="run folder; its newest checkpoint is evaluated")
     source.add_argument("--config", type=Path, metavar="YAML", help="configuration, with --weights")
     parser.add_argument("--weights", type=Path, help=".pth or .safetensors instead of the run's")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per rank and pass")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
@@ -28,7 +29,7 @@ def main() -> None:
 
     config = load_config(args.config or args.run / "config.yaml", args.overrides)
     weights = args.weights or newest_weights(args.run)
-    scores = evaluate_weights(config, weights)
+    scores = evaluate_weights(config, weights, args.batch_size)
     if scores is not None:
         print(
             f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, "

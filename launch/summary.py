@@ -28,7 +28,7 @@ def main() -> None:
   metrics      {folder / METRICS}, train.csv, eval.csv
   curves       python launch/curves.py {folder} --out curves.png
   evaluate     python launch/evaluate.py --run {folder}
-Next, after `source .venv/bin/activate`: change a thing and compare, here no relative position:
+Next, after `source .venv/bin/activate`: change a thing and compare, here without relative position:
   deepspeed launch/train.py --config {folder / "config.yaml"} name=plain model.rpe=null
   python launch/curves.py {folder} runs/plain --out curves.png"""
     )

@@ -25,9 +25,11 @@ def main() -> None:
 
     config = load_config(args.config, args.overrides)  # before the imports that take seconds
 
+    from irpe_ds.training.distributed import leave
     from irpe_ds.training.run import train
 
     train(config, args.resume)
+    leave()
 
 
 if __name__ == "__main__":

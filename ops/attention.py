@@ -35,8 +35,8 @@ def irpe_attention(
         rpe_v: terms with tables of (H or 1, num_buckets, D).
         scale: factor on q; default D ** -0.5.
         dropout_p: probability of dropping an attention weight.
-        key_padding_mask: (B, L) bool, True where a key must not be attended to. A row of scores
-            with no key left is NaN, as in torch.nn.functional.scaled_dot_product_attention.
+        key_padding_mask: (B, L) bool, True where a key must not be attended to. Where no key
+            is left the result is zero, as in torch.nn.functional.scaled_dot_product_attention.
         impl: `auto`, or the name of one implementation, which then runs or raises.
 
     Returns:

@@ -37,9 +37,14 @@ def attention(
         scores_BHLL = scores_BHLL + _scores(q_BHLD, table, buckets.ids)
     for table, buckets in rpe_q:
         scores_BHLL = scores_BHLL + _scores(k * scale, table, buckets.ids).transpose(-2, -1)
-    if key_padding_mask is not None:
-        scores_BHLL = scores_BHLL.masked_fill(key_padding_mask[:, None, None, :], float("-inf"))
-    probs_BHLL = F.dropout(scores_BHLL.softmax(-1), dropout_p)
+    if key_padding_mask is None:
+        probs_BHLL = scores_BHLL.softmax(-1)
+    else:
+        empty_B1 = key_padding_mask.all(1, keepdim=True)  # no key left: zero, not 0 / 0
+        hidden_BL = key_padding_mask & ~empty_B1
+        probs_BHLL = scores_BHLL.masked_fill(hidden_BL[:, None, None], float("-inf")).softmax(-1)
+        probs_BHLL = probs_BHLL.masked_fill(empty_B1[:, None, None], 0.0)
+    probs_BHLL = F.dropout(probs_BHLL, dropout_p)
     out_BHLD = probs_BHLL @ v
     for table_HND, buckets in rpe_v:
         out_BHLD = out_BHLD + bucket_sum(probs_BHLL, buckets.ids, buckets.num_buckets) @ table_HND

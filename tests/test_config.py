@@ -13,6 +13,7 @@ MINIMAL = """
 name: run
 model: {name: deit_tiny_patch16_224}
 data: {train: train.beton, val: val.beton}
+optim: {warmup_epochs: 0}
 """
 
 

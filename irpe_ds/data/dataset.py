@@ -42,7 +42,7 @@ class DatasetInfo:
     num_samples: int
     """Images in it."""
     classes: tuple[str, ...] | None
-    """Class names in label order. None: the file has no manifest, so nobody knows."""
+    """Class names in label order. None: the file has no manifest, so they are unknown."""
     sha256: str | None
     """Hash of the file according to its manifest."""
 
@@ -67,7 +67,7 @@ class Beton:
 def open_dataset(path: Path, where: str) -> DatasetInfo:
     """Check a .beton file and say what it holds; takes moments, since nothing is hashed.
 
-    A file of someone else's, without our manifest, will do if FFCV's own tables agree with it.
+    A file that FFCV itself wrote, without our manifest, will do if its own tables agree with it.
 
     Args:
         path: the file.

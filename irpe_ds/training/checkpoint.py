@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from irpe_ds.config import RunConfig
 from irpe_ds.errors import ConfigError
-from irpe_ds.training.deepspeed_config import zero_stage
 from irpe_ds.training.distributed import Ranks
+from irpe_ds.training.plan import Plan
 
 FOLDER, MANIFEST, WEIGHTS = "checkpoints", "checkpoint.json", "weights.safetensors"
 
@@ -35,6 +35,10 @@ class Manifest:
     zero_stage: int
     precision: str
     global_batch: int
+    accumulation: int
+    updates_per_epoch: int
+    """With `update` the position in the data."""
+    seed: int
     shapes: dict[str, list[int]]
     """Shape of every parameter of the model, by name."""
 
@@ -43,14 +47,19 @@ class Manifest:
         return replace(self, update=update)
 
 
-def describe(config: RunConfig, model: nn.Module, world_size: int) -> Manifest:
+def describe(
+    config: RunConfig, settings: dict[str, Any], plan: Plan, model: nn.Module, world_size: int
+) -> Manifest:
     """The manifest of this run before its first update."""
     return Manifest(
         update=0,
         world_size=world_size,
-        zero_stage=zero_stage(config),
+        zero_stage=settings["zero_optimization"]["stage"],
         precision=config.train.precision,
         global_batch=config.train.global_batch,
+        accumulation=config.train.accumulation,
+        updates_per_epoch=plan.updates_per_epoch,
+        seed=config.seed,
         shapes={name: list(p.shape) for name, p in model.named_parameters()},
     )
 
@@ -58,11 +67,9 @@ def describe(config: RunConfig, model: nn.Module, world_size: int) -> Manifest:
 def save(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks, keep: int) -> Path:
     """Write a checkpoint, visible only when it is whole, and remove all but the newest `keep`.
 
-    All ranks call it. A checkpoint of the same update that is there already is left alone.
+    All ranks call it.
     """
     path = folder / f"update-{manifest.update:08d}"
-    if (path / MANIFEST).exists():
-        return path
     engine.save_checkpoint(str(folder), tag=path.name, save_latest=False)
     state = full_state_dict(engine)
     if ranks.is_first:
@@ -86,8 +93,8 @@ def check(path: Path, present: Manifest) -> int:
     """The updates that a checkpoint has done, if the run described by `present` can go on from it.
 
     Raises:
-        ConfigError: it belongs to another model, or to ranks, a stage or a precision that cannot
-            take it over.
+        ConfigError: it belongs to another model, or to data, ranks, a stage or a precision with
+            which its training would not go on as it began.
     """
     saved = _read(path)
     if saved.shapes != present.shapes:
@@ -95,21 +102,23 @@ def check(path: Path, present: Manifest) -> int:
         name = min(n for n in names if saved.shapes.get(n) != present.shapes.get(n))
         expected = f"{name} of shape {present.shapes.get(name)}, as in this model"
         raise ConfigError(path, expected, saved.shapes.get(name))
-    for field in ("world_size", "zero_stage", "precision", "global_batch"):
-        if getattr(saved, field) != getattr(present, field):
-            expected = f"{field} {getattr(present, field)}, as in this run"
-            raise ConfigError(path, expected, getattr(saved, field))
+    for key, value in asdict(present).items():
+        if key != "update" and getattr(saved, key) != value:
+            raise ConfigError(path, f"{key} {value}, as in this run", getattr(saved, key))
     return saved.update
 
 
 def resume(engine: Any, path: Path) -> int:
-    """Load a checkpoint that `check` let pass into the engine; the updates it has done."""
+    """Load a checkpoint accepted by `check` into the engine; the updates it has done."""
     engine.load_checkpoint(str(path.parent), tag=path.name)
     return _read(path).update
 
 
 def _read(path: Path) -> Manifest:
-    return Manifest(**json.loads((path / MANIFEST).read_text()))
+    try:
+        return Manifest(**json.loads((path / MANIFEST).read_text()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(path / MANIFEST, "a manifest of this version", error) from None
 
 
 def full_state_dict(engine: Any) -> dict[str, Tensor]:
@@ -120,14 +129,19 @@ def full_state_dict(engine: Any) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     masters = _unpartitioned_masters(engine.optimizer)
-    state = {name: b.detach().cpu().clone() for name, b in engine.module.state_dict().items()}
+    state = {name: _whole(tensor) for name, tensor in engine.module.state_dict().items()}
     for name, parameter in engine.module.named_parameters():
         master = masters.get(parameter)
         if master is None:
             master = safe_get_full_fp32_param(parameter)
-        whole = parameter if master is None else master
-        state[name] = whole.detach().float().cpu().contiguous()
+        state[name] = _whole(parameter if master is None else master)
     return state
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, in fp32 if it is of floating point."""
+    copy = tensor.detach().to("cpu", copy=True).contiguous()
+    return copy.float() if copy.is_floating_point() else copy
 
 
 def _unpartitioned_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+import pydantic
+
 from irpe_ds.config import RunConfig
 from irpe_ds.errors import ConfigError
 
@@ -12,6 +14,7 @@ OWNED_BY_YAML = {
     "gradient_accumulation_steps": "train.accumulation",
     "gradient_clipping": "optim.clip_grad",
     "bf16": "train.precision",
+    "bfloat16": "train.precision",
     "fp16": "train.precision",
     "torch_autocast": "train.precision",
     "optimizer": "optim",
@@ -22,19 +25,26 @@ OWNED_BY_YAML = {
 """Keys of DeepSpeed's that the JSON must not set, and the YAML key that does."""
 
 
+ALLOWED = {
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "comms_logger",
+}
+"""Keys of DeepSpeed's that the JSON may set."""
+
+
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration for this run on so many ranks.
 
     Raises:
-        ConfigError: the JSON cannot be read or sets one of the YAML's numbers, or the batch does
-            not divide among ranks and accumulation steps.
+        ConfigError: the JSON cannot be read, sets one of the YAML's numbers or what DeepSpeed does
+            not know, or the precision or the batch do not go with it.
     """
     train = config.train
     settings = _read_json(config)
-    for key, owner in OWNED_BY_YAML.items():
-        if key in settings:
-            got = f"{key}: {json.dumps(settings[key])}"
-            raise ConfigError(train.deepspeed, f"no {key!r}: {owner} in the YAML sets it", got)
+    _check_precision(config, settings["zero_optimization"]["stage"])
     settings |= {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": micro_batch(config, world_size),
@@ -65,12 +75,23 @@ def micro_batch(config: RunConfig, world_size: int) -> int:
     return images
 
 
-def zero_stage(config: RunConfig) -> int:
-    """The ZeRO stage that the run's JSON asks for."""
-    return _read_json(config)["zero_optimization"]["stage"]
+def _check_precision(config: RunConfig, stage: int) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    precision, accelerator = config.train.precision, get_accelerator()
+    if precision == "fp16" and stage == 0:
+        # DeepSpeed 0.19 unscales the gradients there, but does not scale the loss.
+        expected = "bf16 or fp32 without ZeRO, or fp16 with stage 1 or more"
+        raise ConfigError("train.precision", expected, "fp16 with stage 0")
+    runs = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
+    if precision in runs and not runs[precision]():
+        expected = f"a precision that {accelerator.device_name()} supports"
+        raise ConfigError("train.precision", expected, precision)
 
 
 def _read_json(config: RunConfig) -> dict[str, Any]:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
     path = config.train.deepspeed
     try:
         settings = json.loads(path.read_text())
@@ -82,4 +103,21 @@ def _read_json(config: RunConfig) -> dict[str, Any]:
     zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
         raise ConfigError(path, "zero_optimization.stage of 0, 1, 2 or 3", zero)
+    for key, value in settings.items():
+        got = f"{key}: {json.dumps(value)}"
+        if key in OWNED_BY_YAML:
+            expected = f"no {key!r}: {OWNED_BY_YAML[key]} in the YAML sets it"
+            raise ConfigError(path, expected, got)
+        if key not in ALLOWED:
+            expected = f"only ZeRO and communication settings ({', '.join(sorted(ALLOWED))})"
+            raise ConfigError(path, expected, got)
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise ConfigError(f"{path}: {where}", first["msg"], repr(first["input"])) from None
+    if zero.get("offload_optimizer"):
+        expected = "no offload_optimizer: it needs DeepSpeed's own AdamW, runs use PyTorch's"
+        raise ConfigError(path, expected, json.dumps(zero["offload_optimizer"]))
     return settings

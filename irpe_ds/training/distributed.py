@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from irpe_ds.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
@@ -27,15 +29,31 @@ class Ranks:
         dist.all_reduce(values)
         return values
 
+    def range(self, value: int) -> tuple[int, int]:
+        """The smallest and the largest value of a rank."""
+        both = torch.tensor([-value, value], device=self.device)
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        negative, largest = both.tolist()
+        return -negative, largest
+
+
+LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
 
 def set_environment() -> None:
-    """Complete the launcher's environment; without a launcher, a run of one rank.
+    """Complete what DeepSpeed's launcher or torchrun set; without one, a run of one rank.
 
-    Under DeepSpeed's launcher, torchrun or SLURM's srun with RANK set, nothing is overridden.
+    Raises:
+        ConfigError: several processes were started by something that does not number them.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
+        for variable in LAUNCHERS:
+            if int(os.environ.get(variable, "1")) > 1:
+                expected = "a launcher that sets RANK: deepspeed or torchrun"
+                got = f"{variable}={os.environ[variable]} alone"
+                raise ConfigError("launch", expected, got)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -55,10 +73,16 @@ def launched() -> tuple[int, int]:
 
 def join() -> Ranks:
     """Connect to the other ranks: nccl with GPUs, gloo without. DeepSpeed takes this group over."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+    if gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+
+
+def leave() -> None:
+    """Close the connections of `join`, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

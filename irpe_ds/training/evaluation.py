@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from irpe_ds.config import RunConfig
-from irpe_ds.data.dataset import DatasetInfo, open_dataset
+from irpe_ds.data.dataset import DatasetInfo, open_dataset, read_beton
 from irpe_ds.data.loaders import EvalLoader
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_model, load_weights
 from irpe_ds.training.batch import Normalize
-from irpe_ds.training.deepspeed_config import micro_batch
-from irpe_ds.training.distributed import Ranks, join, set_environment
+from irpe_ds.training.distributed import Ranks, join, leave, set_environment
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -53,20 +52,23 @@ def evaluate(
     }
 
 
-def evaluate_weights(config: RunConfig, weights: Path) -> dict[str, float] | None:
+def evaluate_weights(config: RunConfig, weights: Path, batch_size: int) -> dict[str, float] | None:
     """Scores of a weights file in fp32 under a run's configuration; None on all but rank 0.
+
+    Args:
+        batch_size: images of one forward pass of one rank.
 
     Raises:
         ConfigError: the data or the weights are not what the configuration says.
     """
     set_environment()
-    check_data(config)
+    open_checked(config, "val")
     model = build_model(config.model.model_copy(update={"weights": None}))
     load_weights(model, weights, where="--weights")
     ranks = join()
     batches = EvalLoader(
         config.data.val,
-        batch_size=micro_batch(config, ranks.world_size),
+        batch_size=batch_size,
         img_size=config.model.img_size,
         crop=config.data.val_crop,
         rank=ranks.rank,
@@ -75,18 +77,34 @@ def evaluate_weights(config: RunConfig, weights: Path) -> dict[str, float] | Non
     )
     normalize = Normalize(config.data, ranks.device)
     scores = evaluate(model.to(ranks.device), batches, normalize, ranks)
+    leave()
     return scores if ranks.is_first else None
 
 
 def check_data(config: RunConfig) -> DatasetInfo:
-    """What the training set holds, once both sets are whole and of the classes of the model.
+    """What the training set holds, once both sets are whole and of the model's classes.
 
     Raises:
         ConfigError: one is not; the message names the configuration key.
     """
-    train = open_dataset(config.data.train, "data.train")
-    for info in (train, open_dataset(config.data.val, "data.val")):
-        if info.num_classes not in (None, config.model.num_classes):
-            expected = f"{info.num_classes}, the classes of {info.path}"
-            raise ConfigError("model.num_classes", expected, config.model.num_classes)
+    train, val = open_checked(config, "train"), open_checked(config, "val")
+    if train.classes and val.classes and train.classes != val.classes:
+        pairs = zip(train.classes, val.classes, strict=True)
+        expected, got = next((t, v) for t, v in pairs if t != v)
+        raise ConfigError("data.val", f"the classes of {train.path}, with {expected!r}", repr(got))
     return train
+
+
+def open_checked(config: RunConfig, part: str) -> DatasetInfo:
+    """What data.train or data.val holds, if it is whole and of the model's classes."""
+    path, num_classes = getattr(config.data, part), config.model.num_classes
+    info = open_dataset(path, f"data.{part}")
+    if info.num_classes not in (None, num_classes):
+        expected = f"{info.num_classes}, the classes of {path}"
+        raise ConfigError("model.num_classes", expected, num_classes)
+    if info.num_classes is None:  # no manifest: the labels have to tell
+        largest = int(read_beton(path, f"data.{part}").entries["label"].max())
+        if largest >= num_classes:
+            expected = f"more than {largest}, the largest label of {path}"
+            raise ConfigError("model.num_classes", expected, num_classes)
+    return info

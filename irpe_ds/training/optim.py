@@ -34,12 +34,11 @@ def build_schedule(
     A function of n alone, so that a resumed run needs no state of it.
     """
     optim = config.optim
-    scale = peak_lr(config) / optim.lr
     return CosineLRScheduler(
         optimizer,
         t_initial=config.train.epochs * updates_per_epoch,
-        lr_min=optim.min_lr * scale,
+        lr_min=optim.min_lr,
         warmup_t=round(optim.warmup_epochs * updates_per_epoch),
-        warmup_lr_init=optim.warmup_lr * scale,
+        warmup_lr_init=optim.warmup_lr,
         t_in_epochs=False,
     )

@@ -16,7 +16,7 @@ class Plan:
     """The update that training ends with."""
 
 
-def plan(config: RunConfig, num_samples: int) -> Plan:
+def make_plan(config: RunConfig, num_samples: int) -> Plan:
     """The plan of this run on so many training images.
 
     Raises:

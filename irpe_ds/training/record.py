@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from irpe_ds.config import RunConfig
+from irpe_ds.models.zoo import ZOO
 from irpe_ds.ops import select
 from irpe_ds.training.distributed import Ranks
 
 CONFIG = "config.yaml"
+QUIET: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
 PACKAGES = ("irpe-ds", "torch", "torchvision", "timm", "deepspeed", "ffcv", "numpy", "wandb")
 
 
@@ -38,29 +40,35 @@ def write_record(config: RunConfig, settings: dict[str, Any], ranks: Ranks) -> s
 
 def describe_environment(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """Command, commit, versions, hardware, and which implementation of the op runs and why."""
-    choice = select(config.model.impl)
+    name, why = "timm's own", "the model has no relative position"
+    if config.model.rpe is not None or config.model.name in ZOO:
+        name, why, _ = select(config.model.impl)
     on_gpu = ranks.device.type == "cuda"
     return {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(arg for arg in sys.argv if not arg.startswith("--local_rank")),
         "commit": commit(),
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "device": torch.cuda.get_device_name(ranks.device) if on_gpu else "CPU",
         "cuda": torch.version.cuda if on_gpu else None,
         "ranks": ranks.world_size,
-        "attention_op": {"name": choice.name, "why": choice.why},
+        "attention_op": {"name": name, "why": why},
     }
 
 
 def commit() -> str | None:
     """Commit of the source that runs, with `-dirty` when files differ from it; None outside git."""
-    source = Path(__file__).parent
-    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"]
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        # An installed copy may lie in a repository that is not ours, such as the user's own.
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], **QUIET)
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40"], **QUIET
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return described.stdout.strip()
 
 
 def _version(package: str) -> str | None:

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,6 @@ from irpe_ds.data.loaders import EvalLoader, TrainLoader
 from irpe_ds.runlog import RunLog
 from irpe_ds.training import checkpoint
 from irpe_ds.training.batch import Normalize, build_mixup, seed_step
-from irpe_ds.training.deepspeed_config import micro_batch
 from irpe_ds.training.distributed import Ranks
 from irpe_ds.training.evaluation import evaluate
 from irpe_ds.training.optim import build_optimizer, build_schedule
@@ -33,16 +33,16 @@ class Trainer:
         self,
         config: RunConfig,
         plan: Plan,
+        manifest: checkpoint.Manifest,
         model: nn.Module,
         settings: dict[str, Any],
         ranks: Ranks,
     ) -> None:
         import deepspeed
 
-        self.config, self.plan, self.ranks = config, plan, ranks
-        batch = micro_batch(config, ranks.world_size)
+        self.config, self.plan, self.manifest, self.ranks = config, plan, manifest, ranks
         shared: dict[str, Any] = {
-            "batch_size": batch,
+            "batch_size": settings["train_micro_batch_size_per_gpu"],
             "img_size": config.model.img_size,
             "rank": ranks.rank,
             "world_size": ranks.world_size,
@@ -56,7 +56,6 @@ class Trainer:
             **shared,
         )
         self.val_batches = EvalLoader(config.data.val, crop=config.data.val_crop, **shared)
-        self.manifest = checkpoint.describe(config, model, ranks.world_size)
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model, config), config=settings
         )
@@ -90,6 +89,10 @@ class Trainer:
                 if self.update % self.config.train.log_every == 0 or self.update == end:
                     row = self.report(meter.read())
                     log.log("train", self.update, row)
+                    if not math.isfinite(row["loss"]):
+                        raise FloatingPointError(
+                            f"the loss of update {self.update} is {row['loss']}"
+                        )
                     bar.set_postfix_str(
                         f"loss {row['loss']:.3f}, lr {row['lr']:.1e}, "
                         f"{row['images_per_s']:.0f} img/s"

@@ -26,7 +26,8 @@ def mistakes(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     (folder / "headless.beton").write_bytes(whole[: len(whole) // 2])
     torch.save({"model": {"head.weight": torch.zeros(10, 96)}}, folder / "other.pth")
     (folder / "update-00000007").mkdir()
-    saved = {"update": 7, "world_size": 1, "zero_stage": 1, "precision": "bf16", "global_batch": 64}
+    saved = {"update": 7, "world_size": 1, "zero_stage": 1, "precision": "bf16", "seed": 0}
+    saved |= {"global_batch": 64, "accumulation": 1, "updates_per_epoch": 22}
     (folder / "update-00000007/checkpoint.json").write_text(json.dumps(saved | {"shapes": {}}))
     return {path.name: path for path in folder.iterdir()}
 

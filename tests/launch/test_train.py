@@ -47,6 +47,19 @@ def runs(run: Any, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         done = run(*launcher, "tests/launch/train_several.py", plan, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
 
+    plain = overrides("plain", 1, "fp32", UPDATES)
+    others = {
+        "plain": "model.drop_path=0",  # whose draws depend on how an update is cut up
+        "accumulated": "train.accumulation=2",
+        "clipped": "optim.clip_grad=0.5",
+    }
+    launch(
+        "others",
+        [
+            ((*plain, others["plain"], f"name={name}", text), "never")
+            for name, text in others.items()
+        ],
+    )
     kinds = {"whole": UPDATES, "resumed": STOP}
     launch("first", [(overrides(k, *c, kinds[k]), "never") for c in CASES for k in kinds])
     launch("second", [(overrides("resumed", *case, UPDATES), "auto") for case in CASES])
@@ -87,6 +100,18 @@ def test_bf16_follows_fp32(runs: Path, stage: int) -> None:
     reference, found = losses(runs / "whole-0-fp32"), losses(runs / f"whole-{stage}-bf16")
     torch.testing.assert_close(found[:5], reference[:5], rtol=0, atol=0.02)
     assert (found - reference).abs().mean() < 0.05
+
+
+def test_accumulation_changes_nothing(runs: Path) -> None:
+    expected, found = losses(runs / "plain"), losses(runs / "accumulated")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_clipping_bounds_the_update(runs: Path) -> None:
+    plain, clipped = (rows(runs / name, "train") for name in ("plain", "clipped"))
+    assert plain[0]["loss"] == clipped[0]["loss"]
+    assert plain[0]["grad_norm"] > 0.5
+    assert not torch.equal(losses(runs / "plain"), losses(runs / "clipped"))
 
 
 @every_case

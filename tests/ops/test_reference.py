@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from irpe_ds import ops
 from irpe_ds.ops.reference import bucket_sum
@@ -217,12 +218,16 @@ class TestKeyPadding:
             gone = inputs[name].grad.transpose(1, 2)[mask]
             assert not gone.any()
 
-    def test_a_row_without_keys_is_nan_as_in_torch(self, make_inputs: Callable) -> None:
+    def test_without_a_key_it_is_zero_as_in_torch(self, make_inputs: Callable) -> None:
         inputs = make_inputs(RPEConfig(on="qkv"))
+        q, k, v = (inputs[name].requires_grad_() for name in "qkv")
         mask = torch.tensor([[True] * 7, [False] * 7])
         out = irpe_attention(**inputs, key_padding_mask=mask)
-        assert out[0].isnan().all()
-        assert out[1].isfinite().all()
+        assert not out[0].any()
+        assert not scaled_dot_product_attention(q, k, v, ~mask[:, None, None])[0].any()
+        torch.testing.assert_close(out[1], irpe_attention(**inputs)[1])
+        grads = torch.autograd.grad(out.sum(), (q, k, v))
+        assert all(not grad[0].any() and grad[1].isfinite().all() for grad in grads)
 
 
 class TestDropout:

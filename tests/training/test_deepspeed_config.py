@@ -23,15 +23,15 @@ def test_every_stage_gets_the_yaml_numbers(stage: int) -> None:
         deepspeed=DS_CONFIGS / f"zero{stage}.json",
         global_batch=96,
         accumulation=3,
-        precision="fp16",
+        precision="bf16",
     )
     settings = deepspeed_config(config, world_size=4)
     assert settings["zero_optimization"]["stage"] == stage
     assert settings["train_batch_size"] == 96
     assert settings["train_micro_batch_size_per_gpu"] == 8
     assert settings["gradient_accumulation_steps"] == 3
-    assert settings["fp16"] == {"enabled": True}
-    assert "bf16" not in settings
+    assert settings["bf16"] == {"enabled": True}
+    assert "fp16" not in settings
 
 
 @pytest.mark.parametrize("key", OWNED_BY_YAML)
@@ -50,6 +50,40 @@ def test_json_without_a_stage_is_refused(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"mine\.json: expected"):
         deepspeed_config(run_config(deepspeed=path), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        (
+            {"zero_optimization": {"stage": 1}, "data_efficiency": {}},
+            ("data_efficiency", "only ZeRO"),
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "overlap_com": True}},
+            ("zero_optimization.overlap_com",),
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            ("offload_optimizer", "AdamW"),
+        ),
+    ],
+)
+def test_what_deepspeed_would_not_take(
+    settings: dict[str, object], parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ConfigError) as error:
+        deepspeed_config(run_config(deepspeed=path), world_size=1)
+    for part in (str(path), *parts):
+        assert part in str(error.value)
+
+
+def test_fp16_needs_zero() -> None:
+    config = run_config(deepspeed=DS_CONFIGS / "zero0.json", precision="fp16")
+    with pytest.raises(ConfigError, match=r"train\.precision: .*fp16 with stage 0"):
+        deepspeed_config(config, world_size=1)
 
 
 def test_missing_json_names_the_key() -> None:

@@ -45,9 +45,9 @@ def test_schedule_is_warmup_then_cosine_per_update(config: RunConfig) -> None:
         return optimizer.param_groups[0]["lr"]
 
     peak = 5e-4 * 1024 / 512
-    assert lr(0) == pytest.approx(1e-6 * 2)
-    assert lr(10) == pytest.approx(1e-6 * 2 + (peak - 1e-6 * 2) / 2)
+    assert lr(0) == pytest.approx(1e-6)
+    assert lr(10) == pytest.approx(1e-6 + (peak - 1e-6) / 2)
     for update in (20, 50, 99):
         cosine = 0.5 * (1 + math.cos(math.pi * update / 100))
-        assert lr(update) == pytest.approx(2e-5 + (peak - 2e-5) * cosine)
-    assert lr(10) == pytest.approx(1e-6 * 2 + (peak - 1e-6 * 2) / 2)  # a function of the update
+        assert lr(update) == pytest.approx(1e-5 + (peak - 1e-5) * cosine)
+    assert lr(10) == pytest.approx(1e-6 + (peak - 1e-6) / 2)  # a function of the update
