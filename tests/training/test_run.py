@@ -66,5 +66,5 @@ def test_data_must_fill_a_batch(config: RunConfig) -> None:
 
 def test_a_folder_that_cannot_be(config: RunConfig) -> None:
     config.output.joinpath("x").write_text("a file where the folder should be")
-    with pytest.raises(ConfigError, match="^output: expected a folder that can be written"):
+    with pytest.raises(ConfigError, match=r"^output: expected a folder that can be written"):
         check_folder(config)
