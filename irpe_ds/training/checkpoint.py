@@ -80,6 +80,7 @@ def save(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks, keep: int)
         partial.write_text(json.dumps(asdict(manifest)))
         os.replace(partial, path / MANIFEST)
         for old in complete(folder)[:-keep]:
+            (old / MANIFEST).unlink()  # first, so that a kill leaves no checkpoint that looks whole
             shutil.rmtree(old)
     return path
 
@@ -100,8 +101,9 @@ def check(path: Path, present: Manifest) -> int:
     if saved.shapes != present.shapes:
         names = saved.shapes.keys() | present.shapes.keys()
         name = min(n for n in names if saved.shapes.get(n) != present.shapes.get(n))
-        expected = f"{name} of shape {present.shapes.get(name)}, as in this model"
-        raise ConfigError(path, expected, saved.shapes.get(name))
+        there, here = (manifest.shapes.get(name, "absent") for manifest in (saved, present))
+        got = f"another's: {name} of shape {there}, which is {here} here"
+        raise ConfigError(path, "the parameters of this model", got)
     for key, value in asdict(present).items():
         if key != "update" and getattr(saved, key) != value:
             raise ConfigError(path, f"{key} {value}, as in this run", getattr(saved, key))
@@ -130,7 +132,7 @@ def full_state_dict(engine: Any) -> dict[str, Tensor]:
 
     masters = _unpartitioned_masters(engine.optimizer)
     state = {name: _whole(tensor) for name, tensor in engine.module.state_dict().items()}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
         master = masters.get(parameter)
         if master is None:
             master = safe_get_full_fp32_param(parameter)
