@@ -100,11 +100,8 @@ class EvalLoader:
     """Centre crops of all images in file order, each counted exactly once over all ranks.
 
     Args:
-        path: a .beton file.
-        batch_size: images per rank and forward pass.
-        img_size: height and width of the images, pixels.
         crop: share of the image that the largest centred box of this shape keeps, per side.
-        workers: decoding threads; None takes this rank's share of the cores.
+            The others are those of TrainLoader.
     """
 
     def __init__(

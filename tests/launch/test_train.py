@@ -107,7 +107,7 @@ def test_accumulation_changes_nothing(runs: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_clipping_bounds_the_update(runs: Path) -> None:
+def test_clipping_is_applied(runs: Path) -> None:
     plain, clipped = (rows(runs / name, "train") for name in ("plain", "clipped"))
     assert plain[0]["loss"] == clipped[0]["loss"]
     assert plain[0]["grad_norm"] > 0.5

@@ -104,9 +104,11 @@ class TestFamilies:
         assert maps_of(model)[0].grid == model.patch_embed.grid_size
 
     @pytest.mark.parametrize("rpe", ENCODINGS, ids=lambda rpe: f"{rpe.method}-{rpe.on}")
-    @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_base_patch16_siglip_224"])
-    def test_every_table_learns(self, name: str, rpe: RPEConfig, create: Create) -> None:
-        model = equip(create(name), rpe).train()
+    @pytest.mark.parametrize(("name", "options"), FAMILIES.values(), ids=FAMILIES)
+    def test_every_table_learns(
+        self, name: str, options: dict[str, Any], rpe: RPEConfig, create: Create
+    ) -> None:
+        model = equip(create(name, **options), rpe).train()
         features = model.forward_features(image_for(model))
         (features * torch.randn_like(features)).sum().backward()
         for key, table in tables_of(model).items():
