@@ -1,5 +1,7 @@
-"""Attention with image relative position, by one public op."""
+"""Attention with image relative position: the public op and its building block."""
 
-from irpe_ds.ops.attention import irpe_attention, select
+from irpe_ds.ops.attention import irpe_attention
+from irpe_ds.ops.dispatch import select
+from irpe_ds.ops.gather import bucket_sum, irpe_gather
 
-__all__ = ["irpe_attention", "select"]
+__all__ = ["bucket_sum", "irpe_attention", "irpe_gather", "select"]

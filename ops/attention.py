@@ -1,16 +1,14 @@
 """The public op: attention with contextual or bias relative position on queries, keys, values."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.ops import reference
+from irpe_ds.ops.dispatch import IMPLEMENTATIONS, decided
 from irpe_ds.rpe import BucketMap, Term
-
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": reference.attention}
 
 
 def irpe_attention(
@@ -37,47 +35,34 @@ def irpe_attention(
         dropout_p: probability of dropping an attention weight.
         key_padding_mask: (B, L) bool, True where a key must not be attended to. Where no key
             is left the result is zero, as in torch.nn.functional.scaled_dot_product_attention.
-        impl: `auto`, or the name of one implementation, which then runs or raises.
+        impl: `auto`, or the name of one implementation, which then runs or raises;
+            `irpe_ds.ops.select` says what `auto` comes to.
 
     Returns:
-        (B, H, L, D) in the dtype of q.
+        (B, H, L, D) in the dtype of q; under autocast in autocast's, as PyTorch's own attention.
 
     Raises:
-        ConfigError: an argument of the wrong shape, dtype or device, or an unknown `impl`.
+        ConfigError: an argument of the wrong shape, dtype or device, or an `impl` that is unknown
+            or does not run here.
     """
     _check_inputs(q, k, v, dropout_p, key_padding_mask)
-    return select(impl).run(
-        q,
-        k,
-        v,
-        rpe_q=_checked_terms("rpe_q", rpe_q, q),
-        rpe_k=_checked_terms("rpe_k", rpe_k, q),
-        rpe_v=_checked_terms("rpe_v", rpe_v, q),
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        dropout_p=dropout_p,
-        key_padding_mask=key_padding_mask,
-    )
-
-
-class Choice(NamedTuple):
-    """The implementation that a request comes to."""
-
-    name: str
-    why: str
-    run: Callable[..., Tensor]
-
-
-def select(impl: str) -> Choice:
-    """The implementation behind a name; `auto` is the fastest that runs here.
-
-    Raises:
-        ConfigError: no implementation of that name.
-    """
-    if impl == "auto":
-        return Choice("reference", "auto: the only implementation so far", reference.attention)
-    if impl not in IMPLEMENTATIONS:
-        raise ConfigError("impl", f"auto or one of {', '.join(IMPLEMENTATIONS)}", repr(impl))
-    return Choice(impl, "asked for by name", IMPLEMENTATIONS[impl])
+    device = q.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    run = IMPLEMENTATIONS[decided(impl, device, q.dtype)]
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        return run(
+            q,
+            k,
+            v,
+            rpe_q=_checked_terms("rpe_q", rpe_q, q),
+            rpe_k=_checked_terms("rpe_k", rpe_k, q),
+            rpe_v=_checked_terms("rpe_v", rpe_v, q),
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            dropout_p=dropout_p,
+            key_padding_mask=key_padding_mask,
+        )
 
 
 def _check_inputs(

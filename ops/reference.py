@@ -60,7 +60,7 @@ def _scores(x_BHLD: Tensor, table: Tensor, ids_LL: Tensor) -> Tensor:
 
 def gather(lookup_BHLN: Tensor, ids_LL: Tensor) -> Tensor:
     """out[b, h, i, j] = lookup[b, h, i, ids[i, j]], (B, H, L, L)."""
-    return lookup_BHLN.gather(-1, ids_LL.expand(*lookup_BHLN.shape[:2], -1, -1))
+    return lookup_BHLN.gather(-1, ids_LL.long().expand(*lookup_BHLN.shape[:2], -1, -1))
 
 
 def bucket_sum(probs_BHLL: Tensor, ids_LL: Tensor, num_buckets: int) -> Tensor:
@@ -69,4 +69,4 @@ def bucket_sum(probs_BHLL: Tensor, ids_LL: Tensor, num_buckets: int) -> Tensor:
     With it RPE on values is one small product, never an (L, L, D) expansion of the table.
     """
     sums_BHLN = probs_BHLL.new_zeros(*probs_BHLL.shape[:3], num_buckets)
-    return sums_BHLN.scatter_add(-1, ids_LL.expand_as(probs_BHLL), probs_BHLL)
+    return sums_BHLN.scatter_add(-1, ids_LL.long().expand_as(probs_BHLL), probs_BHLL)

@@ -9,7 +9,7 @@ from torch import nn
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.attention import RPEAttention
-from irpe_ds.ops import select
+from irpe_ds.ops.dispatch import check_name
 from irpe_ds.rpe import BucketMap, RPEConfig, RPETable, build_maps
 
 
@@ -30,7 +30,7 @@ def equip(model: nn.Module, rpe: RPEConfig, impl: str = "auto") -> VisionTransfo
         ConfigError: a model that cannot carry the encoding; the message says why.
     """
     vit = _checked(model)
-    select(impl)
+    check_name(impl)
     maps = _maps(vit, rpe)
     for block in vit.blocks:
         block.attn = RPEAttention(cast(Attention, block.attn), rpe, maps, impl)

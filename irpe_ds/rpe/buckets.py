@@ -39,7 +39,7 @@ class BucketMap(nn.Module):
     layers of a model share one.
 
     Attributes:
-        ids: (L, L) int64, L = skip + height * width; ids[i, j] is b(i, j), query i against key j.
+        ids: (L, L) int32, L = skip + height * width; ids[i, j] is b(i, j), query i against key j.
         num_buckets: rows that a table for this map has; with skip tokens the last is theirs.
         grid: (height, width) of the patches.
         skip: leading tokens without a place on the grid (class, distillation, registers).
@@ -57,7 +57,7 @@ class BucketMap(nn.Module):
             patches, index = index, torch.full((length, length), self.num_buckets, device="cpu")
             index[skip:, skip:] = patches
             self.num_buckets += 1
-        self.register_buffer("ids", index, persistent=False)
+        self.register_buffer("ids", index.int(), persistent=False)
 
     def reset_parameters(self) -> None:
         """Fill `ids` again, for a model that was made on the meta device."""

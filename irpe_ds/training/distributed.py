@@ -71,9 +71,15 @@ def launched() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
+def device_type() -> str:
+    """`cuda`, or `cpu` where there is no GPU or DS_ACCELERATOR says so."""
+    gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    return "cuda" if gpu else "cpu"
+
+
 def join() -> Ranks:
     """Connect to the other ranks: nccl with GPUs, gloo without. DeepSpeed takes this group over."""
-    gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    gpu = device_type() == "cuda"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)

@@ -5,6 +5,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,37 +13,50 @@ from typing import Any
 import torch
 
 from irpe_ds.config import RunConfig
+from irpe_ds.errors import ConfigError
 from irpe_ds.models.zoo import ZOO
-from irpe_ds.ops import select
+from irpe_ds.ops.dispatch import Choice, FallbackWarning, select
 from irpe_ds.training.distributed import Ranks
+from irpe_ds.training.trainer import DTYPES
 
 CONFIG = "config.yaml"
 QUIET: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
 PACKAGES = ("irpe-ds", "torch", "torchvision", "timm", "deepspeed", "ffcv", "numpy", "wandb")
 
 
-def write_record(config: RunConfig, settings: dict[str, Any], ranks: Ranks) -> str:
+def attention_op(config: RunConfig, device_type: str) -> Choice:
+    """The implementation of the attention op that will run, built if need be, and why.
+
+    Raises:
+        ConfigError: `model.impl` names one that does not run here.
+    """
+    if config.model.rpe is None and config.model.name not in ZOO:
+        return Choice("timm's own", "the model has no relative position")
+    warnings.simplefilter("ignore", FallbackWarning)  # the run's log says it, once
+    try:
+        return select(config.model.impl, device_type, DTYPES[config.train.precision])
+    except ConfigError as error:
+        raise ConfigError(f"model.{error.where}", error.expected, error.got) from None
+
+
+def write_record(config: RunConfig, settings: dict[str, Any], ranks: Ranks, op: Choice) -> str:
     """Write config.yaml (resolved), deepspeed.json and environment.json into the run folder.
 
     Returns:
         One line for the log: what runs where.
     """
-    found = describe_environment(config, ranks)
+    found = describe_environment(ranks, op)
     (config.folder / CONFIG).write_text(config.dump())
     (config.folder / "deepspeed.json").write_text(json.dumps(settings, indent=2) + "\n")
     (config.folder / "environment.json").write_text(json.dumps(found, indent=2) + "\n")
-    op = found["attention_op"]
     return (
         f"{config.folder}: {config.model.name} in {config.train.precision}, "
-        f"{found['ranks']} ranks on {found['device']}, attention op {op['name']} ({op['why']})"
+        f"{found['ranks']} ranks on {found['device']}, attention op {op.name} ({op.why})"
     )
 
 
-def describe_environment(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+def describe_environment(ranks: Ranks, op: Choice) -> dict[str, Any]:
     """Command, commit, versions, hardware, and which implementation of the op runs and why."""
-    name, why = "timm's own", "the model has no relative position"
-    if config.model.rpe is not None or config.model.name in ZOO:
-        name, why, _ = select(config.model.impl)
     on_gpu = ranks.device.type == "cuda"
     return {
         "command": shlex.join(arg for arg in sys.argv if not arg.startswith("--local_rank")),
@@ -52,7 +66,7 @@ def describe_environment(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(ranks.device) if on_gpu else "CPU",
         "cuda": torch.version.cuda if on_gpu else None,
         "ranks": ranks.world_size,
-        "attention_op": {"name": name, "why": why},
+        "attention_op": op._asdict(),
     }
 
 

@@ -11,10 +11,10 @@ from irpe_ds.models.build import build_model
 from irpe_ds.runlog import METRICS, RunLog
 from irpe_ds.training import checkpoint
 from irpe_ds.training.deepspeed_config import deepspeed_config
-from irpe_ds.training.distributed import join, launched, set_environment
+from irpe_ds.training.distributed import device_type, join, launched, set_environment
 from irpe_ds.training.evaluation import check_data
 from irpe_ds.training.plan import make_plan
-from irpe_ds.training.record import write_record
+from irpe_ds.training.record import attention_op, write_record
 from irpe_ds.training.trainer import Trainer
 
 
@@ -43,6 +43,7 @@ def train(config: RunConfig, resume: str = "never") -> None:
             print(f"{config.folder} is trained already, {update} updates; name=... starts another")
         return
     check_folder(config)
+    op = attention_op(config, device_type())
 
     ranks = join()
     first, last = ranks.range(update)
@@ -62,7 +63,7 @@ def train(config: RunConfig, resume: str = "never") -> None:
         resume_update=None if resume == "never" else trainer.update,
     ) as log:
         if ranks.is_first:
-            log.note(write_record(config, settings, ranks))
+            log.note(write_record(config, settings, ranks, op))
         if start is not None:
             log.note(f"going on from {start}")
         trainer.fit(log)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.ops import irpe_attention, select
+from irpe_ds.ops import irpe_attention
 from irpe_ds.rpe import BucketMap, RPEConfig
 
 # The inputs below are (B, H, L, D) = (2, 3, 7, 4): a 2x3 grid and one class token, 50 buckets.
@@ -158,20 +158,6 @@ def test_one_head_takes_one_table() -> None:
         ConfigError, match=r"^rpe_k\[0\]: expected a table \(1, 4, 50\) or \(1, 50\)"
     ):
         irpe_attention(q, q, q, rpe_k=term(2, 4, 50))
-
-
-def test_an_explicit_choice_runs_or_raises() -> None:
-    assert select("reference").name == "reference"
-    with pytest.raises(
-        ConfigError, match=r"^impl: expected auto or one of .*reference.*, got 'fast'"
-    ):
-        select("fast")
-
-
-def test_the_default_choice_says_why() -> None:
-    choice = select("auto")
-    assert choice.name != "auto"
-    assert choice.why.startswith("auto: ")
 
 
 def test_the_default_scale(make_inputs: Callable) -> None:

@@ -1,4 +1,4 @@
-"""The reference: the released implementation's numbers, and a loop written from the formula."""
+"""Every implementation: the released numbers, a loop written from the formula, low precision."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,7 +18,8 @@ from irpe_ds.rpe import BucketMap, RPEConfig, Term, build_maps, build_table
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "attention.npz")
 GOLDEN_CASES = [key.removesuffix("|out") for key in GOLDEN if key.endswith("|out")]
-irpe_attention = partial(ops.irpe_attention, impl="reference")
+COMPILED = ("gather", "cpu")
+Attention = Callable[..., Tensor]
 
 RELEASED_METHODS = {"euc": "euclidean", "quant": "quantization"}
 
@@ -28,6 +29,11 @@ ENCODINGS = [
     for mode, on in (("contextual", "qkv"), ("bias", "qk"))
     for shared in (True, False)
 ]
+
+
+@pytest.fixture(params=("reference", *COMPILED))
+def irpe_attention(request: pytest.FixtureRequest) -> Attention:
+    return partial(ops.irpe_attention, impl=request.param)
 
 
 def ids(rpe: RPEConfig) -> str:
@@ -46,7 +52,10 @@ def tables_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
 class TestGolden:
     @pytest.mark.parametrize("case", GOLDEN_CASES)
     def test_output_and_every_gradient(
-        self, case: str, fill: Callable[[str, tuple[int, ...], float], Tensor]
+        self,
+        irpe_attention: Attention,
+        case: str,
+        fill: Callable[[str, tuple[int, ...], float], Tensor],
     ) -> None:
         method, mode, sharing, on, heads, head_dim, grid, skip, ratio, batch = case.split("|")
         height, width = map(int, grid.split("x"))
@@ -125,13 +134,17 @@ def attention_by_loops(
 
 class TestFormula:
     @pytest.mark.parametrize("rpe", ENCODINGS, ids=ids)
-    def test_equals_the_loops(self, make_inputs: Callable, rpe: RPEConfig) -> None:
+    def test_equals_the_loops(
+        self, irpe_attention: Attention, make_inputs: Callable, rpe: RPEConfig
+    ) -> None:
         inputs = make_inputs(rpe)
         with torch.no_grad():
             expected = attention_by_loops(**inputs)
             torch.testing.assert_close(irpe_attention(**inputs), expected)
 
-    def test_terms_of_different_kinds_add_up(self, make_inputs: Callable) -> None:
+    def test_terms_of_different_kinds_add_up(
+        self, irpe_attention: Attention, make_inputs: Callable
+    ) -> None:
         inputs = make_inputs(RPEConfig(on="qkv"))
         more = make_inputs(RPEConfig(method="cross", mode="bias", on="qk", shared_heads=False))
         for name in ("rpe_q", "rpe_k"):
@@ -140,7 +153,9 @@ class TestFormula:
         with torch.no_grad():
             torch.testing.assert_close(irpe_attention(**inputs), attention_by_loops(**inputs))
 
-    def test_scale_multiplies_contextual_terms_but_no_bias(self, make_inputs: Callable) -> None:
+    def test_scale_multiplies_contextual_terms_but_no_bias(
+        self, irpe_attention: Attention, make_inputs: Callable
+    ) -> None:
         contextual = make_inputs(RPEConfig(on="qkv"))
         bias = make_inputs(RPEConfig(mode="bias", on="qk"))
         inputs = {
@@ -156,25 +171,27 @@ class TestFormula:
         out = irpe_attention(**inputs, scale=3.0)
         torch.testing.assert_close(out, irpe_attention(**scaled, scale=1.0))
 
-    def test_without_terms_is_torch_s_attention(self, make_inputs: Callable) -> None:
+    def test_without_terms_is_torch_s_attention(
+        self, irpe_attention: Attention, make_inputs: Callable
+    ) -> None:
         inputs = make_inputs()
         expected = torch.nn.functional.scaled_dot_product_attention(*inputs.values())
         torch.testing.assert_close(irpe_attention(**inputs), expected)
 
-    def test_one_token(self, make_inputs: Callable) -> None:
+    def test_one_token(self, irpe_attention: Attention, make_inputs: Callable) -> None:
         inputs = make_inputs(RPEConfig(on="qkv", shared_heads=False), grid=(1, 1), skip=0)
         ((table, buckets),) = inputs["rpe_v"]
         expected = inputs["v"] + table[:, buckets.ids[0]]
         torch.testing.assert_close(irpe_attention(**inputs), expected)
 
-    def test_an_empty_batch(self, make_inputs: Callable) -> None:
+    def test_an_empty_batch(self, irpe_attention: Attention, make_inputs: Callable) -> None:
         inputs = make_inputs(RPEConfig(on="qkv"), batch=0)
         out = irpe_attention(**inputs)
         assert out.shape == (0, 2, 7, 4)
         out.sum().backward()
         assert all(not table.grad.any() for table in tables_of(inputs).values())
 
-    def test_strides_do_not_matter(self, make_inputs: Callable) -> None:
+    def test_strides_do_not_matter(self, irpe_attention: Attention, make_inputs: Callable) -> None:
         inputs = make_inputs(RPEConfig(on="qkv"))
         strided = {
             name: x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -190,7 +207,9 @@ class TestFormula:
 
 class TestGradient:
     @pytest.mark.parametrize("rpe", ENCODINGS, ids=ids)
-    def test_gradcheck(self, make_inputs: Callable, rpe: RPEConfig) -> None:
+    def test_gradcheck(
+        self, irpe_attention: Attention, make_inputs: Callable, rpe: RPEConfig
+    ) -> None:
         inputs = make_inputs(rpe, grid=(2, 2), batch=1, head_dim=2)
         tables = tables_of(inputs)
 
@@ -204,7 +223,9 @@ class TestGradient:
 
 
 class TestKeyPadding:
-    def test_equals_removing_the_keys(self, make_inputs: Callable) -> None:
+    def test_equals_removing_the_keys(
+        self, irpe_attention: Attention, make_inputs: Callable
+    ) -> None:
         inputs = make_inputs(RPEConfig(on="qkv"))
         kept = [[0, 1, 4, 6], [2]]
         mask = torch.ones(2, 7, dtype=torch.bool)
@@ -218,7 +239,9 @@ class TestKeyPadding:
             gone = inputs[name].grad.transpose(1, 2)[mask]
             assert not gone.any()
 
-    def test_without_a_key_it_is_zero_as_in_torch(self, make_inputs: Callable) -> None:
+    def test_without_a_key_it_is_zero_as_in_torch(
+        self, irpe_attention: Attention, make_inputs: Callable
+    ) -> None:
         inputs = make_inputs(RPEConfig(on="qkv"))
         q, k, v = (inputs[name].requires_grad_() for name in "qkv")
         mask = torch.tensor([[True] * 7, [False] * 7])
@@ -233,25 +256,38 @@ class TestKeyPadding:
 class TestDropout:
     P = 0.25
 
-    def probabilities(self, inputs: dict[str, Any], dropout_p: float) -> Tensor:
+    @pytest.fixture
+    def probabilities(self, irpe_attention: Attention) -> Callable[..., Tensor]:
         """The weights themselves: the output for values that are unit vectors."""
-        inputs = {name: x for name, x in inputs.items() if name != "rpe_v"}
-        inputs["v"] = torch.eye(inputs["v"].shape[-1], dtype=torch.float64).expand_as(inputs["v"])
-        torch.manual_seed(7)
-        return irpe_attention(**inputs, dropout_p=dropout_p)
 
-    def test_drops_weights_and_scales_the_others(self, make_inputs: Callable) -> None:
+        def read(inputs: dict[str, Any], dropout_p: float) -> Tensor:
+            inputs = {name: x for name, x in inputs.items() if name != "rpe_v"}
+            identity = torch.eye(inputs["v"].shape[-1], dtype=torch.float64)
+            inputs["v"] = identity.expand_as(inputs["v"])
+            torch.manual_seed(7)
+            return irpe_attention(**inputs, dropout_p=dropout_p)
+
+        return read
+
+    def test_drops_weights_and_scales_the_others(
+        self, probabilities: Callable[..., Tensor], make_inputs: Callable
+    ) -> None:
         inputs = make_inputs(RPEConfig(on="qkv"), batch=200, grid=(2, 3), skip=2, head_dim=8)
-        dropped, full = self.probabilities(inputs, self.P), self.probabilities(inputs, 0.0)
+        dropped, full = probabilities(inputs, self.P), probabilities(inputs, 0.0)
         kept = dropped != 0
         torch.testing.assert_close(dropped, kept * full / (1 - self.P))
         share, n = kept.double().mean().item(), kept.numel()
         assert share == pytest.approx(1 - self.P, abs=5 * math.sqrt(self.P * (1 - self.P) / n))
-        assert torch.equal(self.probabilities(inputs, self.P), dropped)  # one seed, one mask
+        assert torch.equal(probabilities(inputs, self.P), dropped)  # one seed, one mask
 
-    def test_one_mask_for_values_and_their_encoding(self, make_inputs: Callable) -> None:
+    def test_one_mask_for_values_and_their_encoding(
+        self,
+        irpe_attention: Attention,
+        probabilities: Callable[..., Tensor],
+        make_inputs: Callable,
+    ) -> None:
         inputs = make_inputs(RPEConfig(on="qkv"), grid=(2, 3), skip=2, head_dim=8)
-        probs = self.probabilities(inputs, self.P)
+        probs = probabilities(inputs, self.P)
         ((table, buckets),) = inputs["rpe_v"]
         expected = probs @ inputs["v"] + torch.einsum(
             "bhij,ijd->bhid", probs, table[0][buckets.ids]
@@ -266,7 +302,12 @@ class TestLowPrecision:
     )
     @pytest.mark.parametrize("method", ["product", "euclidean"])
     def test_error_against_float64(
-        self, make_inputs: Callable, method: str, dtype: torch.dtype, epsilon: float
+        self,
+        irpe_attention: Attention,
+        make_inputs: Callable,
+        method: str,
+        dtype: torch.dtype,
+        epsilon: float,
     ) -> None:
         """Large buckets are the danger: sums over many keys in few bits would lose the last."""
         rpe = RPEConfig(method=method, on="qkv")
@@ -290,7 +331,9 @@ class TestLowPrecision:
             error = (got.double() - want).abs().max() / want.abs().max()
             assert error < 8 * epsilon, f"{name}: {error:.2e}"
 
-    def test_tables_in_float32_serve_queries_in_bfloat16(self, make_inputs: Callable) -> None:
+    def test_tables_in_float32_serve_queries_in_bfloat16(
+        self, irpe_attention: Attention, make_inputs: Callable
+    ) -> None:
         rpe = RPEConfig(on="qkv")
         inputs = make_inputs(rpe, dtype=torch.bfloat16) | {
             name: terms
@@ -302,7 +345,7 @@ class TestLowPrecision:
         out.sum().backward()
         assert all(table.grad.dtype == torch.float32 for table in tables_of(inputs).values())
 
-    def test_autocast(self, make_inputs: Callable) -> None:
+    def test_autocast(self, irpe_attention: Attention, make_inputs: Callable) -> None:
         inputs = make_inputs(RPEConfig(on="qkv"), dtype=torch.float32)
         expected = irpe_attention(**inputs)
         with torch.autocast("cpu", torch.bfloat16):
@@ -312,7 +355,7 @@ class TestLowPrecision:
         assert all(table.grad.isfinite().all() for table in tables_of(inputs).values())
 
 
-def test_compiles_as_one_graph(make_inputs: Callable) -> None:
+def test_compiles_as_one_graph(irpe_attention: Attention, make_inputs: Callable) -> None:
     inputs = make_inputs(RPEConfig(on="qkv", shared_heads=False), dtype=torch.float32)
     leaves = [inputs[name] for name in "qkv"] + list(tables_of(inputs).values())
     compiled = torch.compile(irpe_attention, fullgraph=True, backend="aot_eager")
@@ -334,7 +377,9 @@ def test_bucket_sum() -> None:
     torch.testing.assert_close(sums, expected.expand(2, 3, 3, 4))
 
 
-def test_values_are_never_expanded_to_every_pair() -> None:
+def test_values_are_never_expanded_to_every_pair(
+    irpe_attention: Attention,
+) -> None:
     """An (L, L, D) table, as the released implementation makes it, is the largest tensor it has."""
     buckets = BucketMap.build("product", 6, 6, 1)
     q = torch.randn(1, 1, 37, 64, requires_grad=True)

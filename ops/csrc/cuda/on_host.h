@@ -1,0 +1,329 @@
+// CUDA on the host: kernels run as they are written, one fiber per CUDA thread, block after block.
+//
+// A fiber gives way only where threads meet, so a kernel that forgets to synchronise reads what
+// the others have not written yet; g_reversed runs the fibers of a block from the last to the
+// first, and a result that depends on it is a race. Threads that meet at different places, or
+// not at all, are an error. With AddressSanitizer, shared memory has exactly the size asked for.
+// Included by primitives.cuh, which says what each primitive does.
+#pragma once
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __restrict__
+
+namespace irpe::cuda {
+
+using std::max;
+using std::min;
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+namespace host {
+
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 64 * 1024;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "kernel on host: %s\n", what);
+  std::abort();
+}
+
+enum class Waits { kNot, kForWarp, kForBlock, kDone };
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool inside;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  void* shadow_stack = nullptr;  // AddressSanitizer's
+  Waits waits = Waits::kNot;
+  std::vector<std::vector<Copy>> copies;  // closed groups, oldest first
+  std::vector<Copy> open_copies;
+};
+
+// What the lanes of one warp show each other.
+struct Exchange {
+  alignas(16) unsigned char bytes[kWarp][64];
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Exchange> exchanges;
+  std::unique_ptr<unsigned char[]> shared;
+  std::function<void()> body;
+  ucontext_t scheduler;
+  void* scheduler_shadow_stack = nullptr;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
+  int current = 0;
+};
+
+inline Block* g_block = nullptr;
+inline bool g_reversed = false;
+inline dim3 g_block_index, g_thread_index;
+
+inline void leave_scheduler(Block& block, Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&block.scheduler_shadow_stack, fiber.stack.get(), kStackBytes);
+#endif
+  swapcontext(&block.scheduler, &fiber.context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(block.scheduler_shadow_stack, nullptr, nullptr);
+#endif
+}
+
+inline void back_in_fiber(Block& block, Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fiber.shadow_stack, &block.scheduler_stack,
+                                  &block.scheduler_stack_bytes);
+#endif
+  (void)block, (void)fiber;
+}
+
+// To the scheduler, until all threads concerned have come as far.
+inline void give_way(Waits waits) {
+  Block& block = *g_block;
+  Fiber& fiber = block.fibers[block.current];
+  fiber.waits = waits;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(waits == Waits::kDone ? nullptr : &fiber.shadow_stack,
+                                 block.scheduler_stack, block.scheduler_stack_bytes);
+#endif
+  swapcontext(&fiber.context, &block.scheduler);
+  back_in_fiber(block, fiber);
+}
+
+inline void fiber_main() {
+  Block& block = *g_block;
+  back_in_fiber(block, block.fibers[block.current]);
+  block.body();
+  give_way(Waits::kDone);
+}
+
+// Lets the threads [first, end) go on when all that are not done wait for `what`.
+inline bool release(Block& block, size_t first, size_t end, Waits what) {
+  bool any = false;
+  for (size_t t = first; t < end; ++t) {
+    const Waits waits = block.fibers[t].waits;
+    if (waits != what && waits != Waits::kDone) return false;
+    any = any || waits == what;
+  }
+  for (size_t t = first; any && t < end; ++t) {
+    if (block.fibers[t].waits == what) block.fibers[t].waits = Waits::kNot;
+  }
+  return any;
+}
+
+inline void run_block(Block& block, int threads) {
+  for (Fiber& fiber : block.fibers) {
+    fiber.waits = Waits::kNot;
+    fiber.copies.clear();
+    fiber.open_copies.clear();
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, fiber_main, 0);
+  }
+  for (bool progress = true; progress;) {
+    for (int n = 0; n < threads; ++n) {
+      block.current = g_reversed ? threads - 1 - n : n;
+      g_thread_index = dim3(static_cast<unsigned>(block.current), 0, 0);
+      Fiber& fiber = block.fibers[block.current];
+      if (fiber.waits == Waits::kNot) leave_scheduler(block, fiber);
+    }
+    progress = release(block, 0, threads, Waits::kForBlock);
+    for (int warp = 0; warp < threads; warp += kWarp) {
+      const int end = std::min(warp + kWarp, threads);
+      progress = release(block, warp, end, Waits::kForWarp) || progress;
+    }
+  }
+  for (const Fiber& fiber : block.fibers) {
+    if (fiber.waits != Waits::kDone) fail("threads wait for each other at different places");
+  }
+}
+
+// Shows `mine` to the warp and calls read(all) when every lane has shown its own.
+template <typename T, typename Read>
+auto exchange(const T& mine, Read read) {
+  static_assert(sizeof(T) <= sizeof(Exchange::bytes[0]));
+  Exchange& all = g_block->exchanges[g_block->current / kWarp];
+  std::memcpy(all.bytes[g_block->current % kWarp], &mine, sizeof mine);
+  give_way(Waits::kForWarp);
+  const auto result = read([&](int lane) {
+    T theirs;
+    std::memcpy(&theirs, all.bytes[lane], sizeof theirs);
+    return theirs;
+  });
+  give_way(Waits::kForWarp);
+  return result;
+}
+
+}  // namespace host
+
+#define blockIdx (::irpe::cuda::host::g_block_index)
+#define threadIdx (::irpe::cuda::host::g_thread_index)
+
+inline void __syncthreads() { host::give_way(host::Waits::kForBlock); }
+inline void __syncwarp() { host::give_way(host::Waits::kForWarp); }
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, void*,
+           Arguments... arguments) {
+  host::Block block;
+  block.fibers.resize(threads);
+  block.exchanges.resize((threads + host::kWarp - 1) / host::kWarp);
+  block.body = [=] { kernel(arguments...); };
+  host::g_block = &block;
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        host::g_block_index = dim3(x, y, z);
+        block.shared.reset(new unsigned char[shared_bytes]);
+        std::memset(block.shared.get(), 0xFF, shared_bytes);  // NaN, until it is written
+        host::run_block(block, threads);
+      }
+    }
+  }
+  host::g_block = nullptr;
+  return 0;
+}
+
+template <typename T>
+T* shared_memory() {
+  return reinterpret_cast<T*>(host::g_block->shared.get());
+}
+
+inline int32_t checked(int32_t id, int32_t n) {
+  if (id < 0 || id >= n) host::fail("an id is out of range");
+  return id;
+}
+
+inline float to_float(f16 x) {
+  _Float16 number;
+  std::memcpy(&number, &x, sizeof number);
+  return number;
+}
+inline float to_float(bf16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float number;
+  std::memcpy(&number, &bits, sizeof number);
+  return number;
+}
+inline void from_float(float x, f16& to) {
+  const _Float16 number = static_cast<_Float16>(x);
+  std::memcpy(&to, &number, sizeof number);
+}
+inline void from_float(float x, bf16& to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t half_to_even = 0x7FFF + (bits >> 16 & 1);
+  to.bits = std::isnan(x) ? 0x7FFF : static_cast<uint16_t>((bits + half_to_even) >> 16);
+}
+
+inline float shuffle_xor(float x, int mask) {
+  const int lane = host::g_block->current % host::kWarp;
+  return host::exchange(x, [=](auto of_lane) { return of_lane(lane ^ mask); });
+}
+
+template <bool transpose = false>
+void load_matrices(uint32_t (&words)[4], const void* row) {
+  struct Words {
+    uint32_t words[4];
+  };
+  const int lane = host::g_block->current % host::kWarp;
+  const Words loaded = host::exchange(row, [=](auto row_of) {
+    Words result;
+    for (int m = 0; m < 4; ++m) {
+      uint16_t pair[2];
+      for (int e = 0; e < 2; ++e) {
+        const int r = lane / 4, c = lane % 4 * 2 + e;
+        const void* from = row_of(m * 8 + (transpose ? c : r));
+        pair[e] = static_cast<const uint16_t*>(from)[transpose ? r : c];
+      }
+      std::memcpy(&result.words[m], pair, sizeof pair);
+    }
+    return result;
+  });
+  std::copy(loaded.words, loaded.words + 4, words);
+}
+
+template <typename T>
+void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Factors {
+    T a[8], b[4];
+  };
+  struct Sums {
+    float sums[4];
+  };
+  Factors mine;
+  std::memcpy(mine.a, a, sizeof mine.a);
+  std::memcpy(mine.b, b, sizeof mine.b);
+  const int lane = host::g_block->current % host::kWarp;
+  const Sums added = host::exchange(mine, [&](auto of_lane) {
+    Sums result;
+    for (int e = 0; e < 4; ++e) {
+      const int r = lane / 4 + e / 2 * 8, c = lane % 4 * 2 + e % 2;
+      float sum = sums[e];
+      for (int k = 0; k < 16; ++k) {
+        const Factors left = of_lane(r % 8 * 4 + k % 8 / 2), right = of_lane(c * 4 + k % 8 / 2);
+        sum += to_float(left.a[k / 8 * 4 + r / 8 * 2 + k % 2]) *
+               to_float(right.b[k / 8 * 2 + k % 2]);
+      }
+      result.sums[e] = sum;
+    }
+    return result;
+  });
+  std::copy(added.sums, added.sums + 4, sums);
+}
+
+inline void copy_start(void* shared, const void* from, bool inside = true) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
+    host::fail("a copy of 16 bytes is not aligned to 16 bytes");
+  }
+  host::g_block->fibers[host::g_block->current].open_copies.push_back({shared, from, inside});
+}
+
+inline void copies_commit() {
+  host::Fiber& fiber = host::g_block->fibers[host::g_block->current];
+  fiber.copies.push_back(std::move(fiber.open_copies));
+  fiber.open_copies.clear();
+}
+
+template <int groups>
+void copies_wait() {
+  auto& copies = host::g_block->fibers[host::g_block->current].copies;
+  while (copies.size() > groups) {
+    for (const host::Copy& copy : copies.front()) {
+      if (copy.inside) {
+        std::memcpy(copy.to, copy.from, 16);
+      } else {
+        std::memset(copy.to, 0, 16);
+      }
+    }
+    copies.erase(copies.begin());
+  }
+}
+
+}  // namespace irpe::cuda
