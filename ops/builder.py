@@ -7,7 +7,6 @@ DS_BUILD_IRPE=1 pip install --no-build-isolation .      compiles on installation
 import contextlib
 import fcntl
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +39,7 @@ class IRPEBuilder(CUDAOpBuilder):
         except Unavailable as error:
             self.without_cuda = str(error)
         self.build_for_cpu = self.toolkit is None
+        self.cache = toolchain.cache()
 
     def absolute_name(self) -> str:
         """The module of an ahead-of-time build."""
@@ -49,10 +49,6 @@ class IRPEBuilder(CUDAOpBuilder):
         """Absolute paths; nvcc compiles only files without PyTorch's headers."""
         names = ["binding.cpp", "cpu/rpe.cpp", *(["cuda/rpe.cu"] if self.toolkit else [])]
         return [str(CSRC / name) for name in names]
-
-    def include_paths(self) -> list[str]:
-        """The toolkit's headers: those of the nvidia wheels are where no compiler looks."""
-        return [str(self.toolkit.home / "include")] if self.toolkit else []
 
     def cxx_args(self) -> list[str]:
         """DeepSpeed's, with AVX2 rather than this very machine's instructions.
@@ -88,17 +84,21 @@ class IRPEBuilder(CUDAOpBuilder):
         return self.error_log is None
 
     def load(self, verbose: bool = False) -> ModuleType:
-        """The compiled module; compiles it when the cache has none that fits.
+        """The compiled module: prebuilt, or from the cache, or compiled now.
 
         Raises:
-            Unavailable: no compiler, a compiler that fails, a cache that cannot be written.
+            Unavailable: no compiler, a compiler that fails, a cache that cannot be written, or a
+                prebuilt module for another PyTorch or CUDA.
         """
+        prebuilt = library.load_prebuilt()
+        if prebuilt is not None:
+            return prebuilt
         if not self.is_compatible():
             raise Unavailable(str(self.error_log))
-        folder = self.cache_folder() / self.name
+        folder = self.cache / self.name
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _only_process(folder), self._environment():
+            with _only_process(folder), self.environment():
                 return super().load(verbose)
         except OSError as error:
             hint = "set TORCH_EXTENSIONS_DIR to a folder that can be written"
@@ -107,20 +107,19 @@ class IRPEBuilder(CUDAOpBuilder):
             raise Unavailable(_first_error(error, folder)) from error
 
     def builder(self) -> Any:
-        """The setuptools extension of an ahead-of-time build."""
-        with self._environment():
-            return super().builder()
-
-    @staticmethod
-    def cache_folder() -> Path:
-        """Where just-in-time builds lie, one folder for each version of Python and PyTorch."""
-        root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-        python = "py{}{}".format(*sys.version_info)
-        return Path(root) / f"irpe_{python}_torch{torch.__version__}"
+        """The setuptools extension of an ahead-of-time build; build it within `environment`."""
+        make = cpp_extension.CUDAExtension if self.toolkit else cpp_extension.CppExtension
+        with self.environment():
+            return make(
+                name=self.absolute_name(),
+                sources=[os.path.relpath(source) for source in self.sources()],
+                extra_compile_args={"cxx": self.cxx_args(), "nvcc": self.nvcc_args()},
+                extra_link_args=self.extra_ldflags(),
+            )
 
     def _runtime_folder(self) -> Path:
         assert self.toolkit is not None
-        link = self.cache_folder() / "lib" / "libcudart.so"
+        link = self.cache / "lib" / "libcudart.so"
         link.parent.mkdir(parents=True, exist_ok=True)
         if link.resolve() != self.toolkit.runtime.resolve():
             link.unlink(missing_ok=True)
@@ -128,13 +127,12 @@ class IRPEBuilder(CUDAOpBuilder):
         return link.parent
 
     @contextlib.contextmanager
-    def _environment(self) -> Iterator[None]:
+    def environment(self) -> Iterator[None]:
         """What PyTorch's build reads from the process, for as long as it runs."""
         variables = {
             "PATH": toolchain.path_with_scripts(),
-            "TORCH_EXTENSIONS_DIR": str(self.cache_folder()),
-            "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST")
-            or toolchain.ARCHITECTURES,
+            "TORCH_EXTENSIONS_DIR": str(self.cache),
+            "TORCH_CUDA_ARCH_LIST": toolchain.architectures(),
         }
         before = {name: os.environ.get(name) for name in variables}
         home, cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME, None
@@ -165,11 +163,11 @@ def _only_process(folder: Path) -> Iterator[None]:
 
 def _first_error(error: Exception, folder: Path) -> str:
     """One line for what a compiler printed, all of which goes into build.log."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    first = next((line for line in lines if "error" in line.lower() and ": " in line), lines[0])
     log = folder / "build.log"
-    log.write_text("\n".join(lines) + "\n")
-    return f"the build failed: {first.strip()} (all of it in {log})"
+    log.write_text(f"{error}\n")
+    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    first = next((line for line in lines if " error: " in line), lines[0])
+    return f"the build failed, see {log}: {first}"
 
 
 def _show_in_ds_report() -> None:

@@ -5,7 +5,8 @@ import importlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,14 +35,17 @@ class Library(NamedTuple):
 def load() -> Library:
     """Load the operators: prebuilt ones, else those of `IRPEBuilder`, which may compile them."""
     try:
-        origin, without_cuda = _load_prebuilt() or _build()
+        module = load_prebuilt()
+        without_cuda = _built_for()["without_cuda"] if module else ""
+        if module is None:
+            module, without_cuda = _build()
     except Unavailable as error:
         return Library(str(error), str(error), "")
     from irpe_ds.ops import gather
 
     gather.register()
     has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("irpe_ds::gather", "CUDA")
-    return Library(None, None if has_cuda else without_cuda, origin)
+    return Library(None, None if has_cuda else without_cuda, str(module.__file__))
 
 
 def require(device_type: str) -> None:
@@ -61,21 +65,24 @@ def missing(device_type: str) -> str | None:
     return getattr(load(), device_type)
 
 
-def _load_prebuilt() -> tuple[str, str] | None:
+def load_prebuilt() -> ModuleType | None:
+    """The module of an ahead-of-time build, if there is one.
+
+    Raises:
+        Unavailable: it was built for another PyTorch or CUDA than is installed.
+    """
     if find_spec(PREBUILT) is None:
         return None
-    built = json.loads((Path(__file__).parent / "irpe_op.json").read_text())
-    here = versions()
+    built, here = _built_for(), versions()
     if any(built[name] != here[name] for name in here):
         built_for, found = (
             ", ".join(f"{name} {of[name]}" for name in here) for of in (built, here)
         )
-        raise Unavailable(f"prebuilt for {built_for}, but here is {found}; install irpe-ds again")
+        raise Unavailable(f"prebuilt for {built_for}, but here is {found}: install irpe-ds again")
     try:
-        module = importlib.import_module(PREBUILT)
+        return importlib.import_module(PREBUILT)
     except ImportError as error:
         raise Unavailable(f"the prebuilt operators do not load: {error}") from error
-    return str(module.__file__), built["without_cuda"]
 
 
 def versions() -> dict[str, str | None]:
@@ -83,11 +90,14 @@ def versions() -> dict[str, str | None]:
     return {"torch": torch.__version__, "cuda": torch.version.cuda}
 
 
-def _build() -> tuple[str, str]:
+def _built_for() -> dict[str, Any]:
+    return json.loads(Path(__file__).with_name("irpe_op.json").read_text())
+
+
+def _build() -> tuple[ModuleType, str]:
     try:
         from irpe_ds.ops.builder import IRPEBuilder
     except ImportError as error:
         raise Unavailable(f"to build them DeepSpeed is needed ({error})") from error
     builder = IRPEBuilder()
-    module = builder.load()
-    return str(module.__file__), builder.without_cuda
+    return builder.load(), builder.without_cuda

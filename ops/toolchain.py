@@ -8,8 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,20 @@ from irpe_ds.ops.library import Unavailable
 
 ARCHITECTURES = "8.0;9.0+PTX"
 """TORCH_CUDA_ARCH_LIST unless it is set: every GPU from Ampere on, whatever machine compiles."""
+
+
+def architectures() -> str:
+    """The GPU architectures that are compiled for, as TORCH_CUDA_ARCH_LIST writes them."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+
+
+def cache() -> Path:
+    """Where just-in-time builds lie, one folder for each version of Python and PyTorch."""
+    from torch.utils.cpp_extension import get_default_build_root  # imports for seconds
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    python = "py{}{}".format(*sys.version_info)
+    return Path(root) / f"irpe_{python}_torch{torch.__version__}"
 
 
 class CUDAToolkit(NamedTuple):
@@ -87,13 +101,16 @@ def _homes(major: str) -> Iterator[Path]:
     on_path = shutil.which("nvcc")
     if on_path:
         yield Path(on_path).resolve().parents[1]
-    for home in (Path("/usr/local/cuda"), _wheels() / f"cu{major}"):
+    for home in (Path("/usr/local/cuda"), *_wheels(major)):
         if (home / "bin" / "nvcc").exists():
             yield home
 
 
-def _wheels() -> Path:
-    return Path(sysconfig.get_path("purelib")) / "nvidia"
+def _wheels(major: str) -> list[Path]:
+    """Where pip puts the nvidia wheels of one major version; PyTorch depends on some of them."""
+    spec = find_spec("nvidia")
+    places = spec.submodule_search_locations if spec else None
+    return [Path(place) / f"cu{major}" for place in places or ()]
 
 
 def _toolkit(home: Path, wanted: str) -> CUDAToolkit:
@@ -108,7 +125,7 @@ def _toolkit(home: Path, wanted: str) -> CUDAToolkit:
         raise Unavailable(f"{nvcc} is CUDA {version}, PyTorch is built for CUDA {wanted}")
     if not (home / "include" / "cuda_runtime_api.h").exists():
         raise Unavailable(f"{home} has no include/cuda_runtime_api.h")
-    folders = (home / "lib64", home / "lib", _wheels() / f"cu{major}" / "lib")
+    folders = (home / "lib64", home / "lib", *(wheel / "lib" for wheel in _wheels(major)))
     for folder in folders:
         for name in ("libcudart.so", f"libcudart.so.{major}"):
             if (folder / name).exists():

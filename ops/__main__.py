@@ -1,0 +1,105 @@
+"""What of the iRPE operators runs on this machine, and why not: `python -m irpe_ds.ops`.
+
+With --build they are built first, if they are not ready.
+"""
+
+import argparse
+import importlib.metadata
+import subprocess
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+
+import torch
+
+from irpe_ds.ops import dispatch, library, toolchain
+from irpe_ds.ops.library import Unavailable
+
+NAME_WIDTH, STATE_WIDTH = 24, 12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--build", action="store_true", help="build the operators if need be")
+    if parser.parse_args().build:
+        library.load()
+    rule = "-" * (NAME_WIDTH + 2 * STATE_WIDTH)
+    print("\n".join([rule, *implementations(), rule, *surroundings(), rule]))
+
+
+def implementations() -> Iterator[str]:
+    """One line for each implementation and device: ready, possible, and why not."""
+    ready = ready_library()
+    yield _dotted("implementation", _dotted("installed", "compatible", STATE_WIDTH))
+    yield _dotted("reference", _dotted("[YES]", "[OKAY]", STATE_WIDTH))
+    for name, devices in dispatch.NEEDS.items():
+        for device in devices:
+            obstacle = compile_obstacle(device)
+            if library.load.cache_info().currsize:  # built, or found not to build
+                obstacle = getattr(library.load(), device)
+            installed = "[YES]" if ready and obstacle is None else "[NO]"
+            compatible = "[OKAY]" if obstacle is None else f"[NO] {obstacle}"
+            yield _dotted(f"{name} ({device})", _dotted(installed, compatible, STATE_WIDTH))
+
+
+def surroundings() -> Iterator[str]:
+    """Versions, compilers and places."""
+    yield _dotted("torch", f"{torch.__version__}, CUDA {torch.version.cuda}")
+    yield _dotted("deepspeed", _found(lambda: importlib.metadata.version("deepspeed")))
+    yield _dotted("C++ compiler", _found(_cxx_version))
+    yield _dotted("CUDA compiler", _found(_cuda_version))
+    yield _dotted("architectures", toolchain.architectures())
+    yield _dotted("ninja", _found(toolchain.ninja))
+    yield _dotted("prebuilt", library.PREBUILT if find_spec(library.PREBUILT) else "no")
+    yield _dotted("cache", str(toolchain.cache()))
+    yield _dotted("ready", ready_library() or "no: built on first use, or by --build")
+
+
+def ready_library() -> str | None:
+    """The file of operators that need no compiling."""
+    if library.load.cache_info().currsize:
+        return library.load().origin or None
+    spec = find_spec(library.PREBUILT)
+    cached = toolchain.cache() / "irpe" / "irpe.so"
+    return spec.origin if spec else str(cached) if cached.exists() else None
+
+
+def compile_obstacle(device: str) -> str | None:
+    """What a just-in-time build for a device type would lack."""
+    try:
+        if find_spec("deepspeed") is None:
+            raise Unavailable("to build them DeepSpeed is needed: pip install 'irpe-ds[train]'")
+        toolchain.cxx()
+        toolchain.ninja()
+        if device == "cuda":
+            toolchain.cuda()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def _cxx_version() -> str:
+    command = toolchain.cxx()
+    printed = subprocess.run([*command.split(), "--version"], capture_output=True, text=True)
+    return f"{command}: {(printed.stdout.splitlines() or ['does not run'])[0]}"
+
+
+def _cuda_version() -> str:
+    toolkit = toolchain.cuda()
+    return f"{toolkit.home / 'bin' / 'nvcc'}: {toolkit.version}"
+
+
+def _found(call: Callable[[], str]) -> str:
+    try:
+        return call()
+    except (Unavailable, importlib.metadata.PackageNotFoundError) as error:
+        return f"[NO] {error}"
+
+
+def _dotted(name: str, value: str, width: int = NAME_WIDTH) -> str:
+    return f"{name} {'.' * (width - len(name) - 2)} {value}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""Building the operators: what is found, what is missing and in which words, what lies ready."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.env_report import op_report
+from deepspeed.ops.op_builder.builder import CUDAOpBuilder, OpBuilder
+
+from irpe_ds.ops import __main__ as report
+from irpe_ds.ops import library, toolchain
+from irpe_ds.ops.builder import IRPEBuilder
+from irpe_ds.ops.library import Unavailable
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache, and no operators in this process as far as DeepSpeed knows."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
+    return tmp_path
+
+
+def test_it_is_a_deepspeed_op() -> None:
+    builder = IRPEBuilder()
+    assert isinstance(builder, CUDAOpBuilder)
+    assert builder.is_compatible()
+    assert library.load().origin
+    assert builder.load().__file__ == library.load().origin
+    assert all(Path(source).exists() for source in builder.sources())
+
+
+def test_cuda_is_built_without_a_gpu() -> None:
+    assert library.load().cuda is None
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("irpe_ds::bucket_sum", "CUDA")
+
+
+def test_ds_report_knows_it(capsys: pytest.CaptureFixture[str]) -> None:
+    op_report(verbose=False)
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("irpe "))
+    assert "OKAY" in line
+
+
+class TestWhatIsMissing:
+    def reason(self) -> str:
+        with pytest.raises(Unavailable) as caught:
+            IRPEBuilder().load()
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    def test_no_compiler(self, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        expected = "there is no C++ compiler 'no-such-compiler': install g++, or set CXX"
+        assert self.reason() == expected
+
+    def test_a_broken_compiler(self, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        broken = script(
+            fresh / "c++",
+            'case "$*" in *-version*|*-dump*) exec c++ "$@";; esac\n'
+            'echo "x.cpp:3:5: fatal error: torch went missing" >&2; exit 1',
+        )
+        monkeypatch.setenv("CXX", str(broken))
+        log = toolchain.cache() / "irpe" / "build.log"
+        expected = f"the build failed, see {log}: x.cpp:3:5: fatal error: torch went missing"
+        assert self.reason() == expected
+        assert "binding.cpp" in log.read_text()
+
+    def test_no_ninja(self, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(toolchain, "path_with_scripts", lambda: str(fresh))
+        assert self.reason() == "ninja is not installed: pip install ninja"
+
+    def test_a_cache_that_cannot_be_written(
+        self, fresh: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/no/such/folder")
+        reason = self.reason()
+        assert reason.startswith(f"cannot build in {toolchain.cache()}/irpe (")
+        assert reason.endswith("set TORCH_EXTENSIONS_DIR to a folder that can be written")
+
+
+def test_a_lock_that_a_killed_build_left_is_no_obstacle(tmp_path: Path) -> None:
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "/bin/false"}
+    code = "from irpe_ds.ops import library, toolchain as t; f = t.cache() / 'irpe'; "
+    code += "f.mkdir(parents=True); (f / 'lock').touch(); print(library.load().cpu)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert "/bin/false" in done.stdout
+
+
+class TestCUDAToolkit:
+    def only(self, monkeypatch: pytest.MonkeyPatch, *homes: Path) -> None:
+        monkeypatch.setattr(toolchain, "_homes", lambda major: iter(homes))
+
+    def test_of_the_nvidia_wheels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What `irpe-ds[cuda]` installs, and `make setup` with it."""
+        (home,) = toolchain._wheels("13")
+        self.only(monkeypatch, home)
+        assert toolchain.cuda().home == home
+        assert toolchain.cuda().version.startswith("13.")
+
+    def test_another_version_of_cuda(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        old = script(tmp_path / "old/bin/nvcc", 'echo "tools, release 12.4, V12.4.131"')
+        self.only(monkeypatch, tmp_path / "old")
+        reason = f"{old} is CUDA 12.4, PyTorch is built for CUDA {torch.version.cuda}; install CUDA"
+        with pytest.raises(Unavailable, match=f"^{reason}"):
+            toolchain.cuda()
+        builder = IRPEBuilder()
+        assert builder.without_cuda.startswith(reason)
+        assert not any(source.endswith(".cu") for source in builder.sources())
+        assert "-DIRPE_WITH_CUDA" not in builder.cxx_args()
+
+    def test_the_first_that_fits(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        script(tmp_path / "old/bin/nvcc", 'echo "tools, release 12.4, V12.4.131"')
+        (home,) = toolchain._wheels("13")
+        self.only(monkeypatch, tmp_path / "old", tmp_path / "none", home)
+        assert toolchain.cuda().home == home
+
+    @pytest.mark.parametrize(
+        ("nvcc", "reason"),
+        [
+            ("exit 3", "bin/nvcc does not run"),
+            ('echo "release 13.0, V13.0.88"', "has no include/cuda_runtime_api.h"),
+        ],
+    )
+    def test_half_a_toolkit(
+        self, nvcc: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        script(tmp_path / "bin/nvcc", nvcc)
+        self.only(monkeypatch, tmp_path)
+        with pytest.raises(Unavailable, match=reason):
+            toolchain.cuda()
+
+    def test_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.only(monkeypatch)
+        with pytest.raises(Unavailable, match=r"^there is no nvcc; install CUDA .*irpe-ds\[cuda"):
+            toolchain.cuda()
+        monkeypatch.setattr(torch.version, "cuda", None)
+        with pytest.raises(Unavailable, match=r"^PyTorch is a build without CUDA$"):
+            toolchain.cuda()
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_no_kernel_spills_registers(architecture: str, tmp_path: Path) -> None:
+    toolkit = toolchain.cuda()
+    options = ["-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v", "-c"]
+    for source in (ROOT / "ops" / "csrc" / "cuda").glob("*.cu"):
+        command = [toolkit.home / "bin" / "nvcc", *options, source, "-o", tmp_path / "x.o"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        spills = [line for line in done.stderr.splitlines() if "spill" in line]
+        assert spills
+        for line in spills:
+            assert "0 bytes spill stores, 0 bytes spill loads" in line
+
+
+class TestReport:
+    def lines(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> dict[str, str]:
+        monkeypatch.setattr(sys, "argv", ["irpe_ds.ops"])
+        report.main()
+        split = (line.partition(" ..") for line in capsys.readouterr().out.splitlines())
+        return {name: rest.lstrip(". ") for name, dots, rest in split if dots}
+
+    def test_ready(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        library.load()
+        lines = self.lines(monkeypatch, capsys)
+        for name in ("reference", "cpu (cpu)", "gather (cpu)", "gather (cuda)"):
+            assert lines[name].startswith("[YES]")
+            assert lines[name].endswith("[OKAY]")
+        assert lines["architectures"] == toolchain.architectures()
+        assert lines["ready"] == library.load().origin
+
+    def test_says_what_is_missing(
+        self,
+        fresh: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        not_loaded = type("Load", (), {"cache_info": library.load.cache_info})
+        empty = library.load.cache_info()._replace(currsize=0)
+        monkeypatch.setattr(not_loaded, "cache_info", staticmethod(lambda: empty))
+        monkeypatch.setattr(library, "load", not_loaded)
+        monkeypatch.setattr(toolchain, "_homes", lambda major: iter(()))
+        lines = self.lines(monkeypatch, capsys)
+        assert lines["cpu (cpu)"].startswith("[NO]")
+        assert lines["cpu (cpu)"].endswith("[OKAY]")
+        assert "[NO] there is no nvcc" in lines["gather (cuda)"]
+        assert lines["ready"].startswith("no: built on first use")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as DS_BUILD_IRPE=1 pip install puts it, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("installed")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps"]
+    environment = {**os.environ, "DS_BUILD_IRPE": "1"}
+    subprocess.run([*pip, "--target", folder, ROOT], env=environment, check=True)
+    return folder
+
+
+@pytest.mark.slow
+class TestAheadOfTime:
+    @pytest.fixture
+    def load(self, installed: Path, tmp_path: Path) -> Callable[[], str]:
+        """Loads the operators where nothing could be compiled."""
+
+        def run() -> str:
+            environment = {
+                **os.environ,
+                "PYTHONPATH": str(installed),
+                "CXX": "no-such-compiler",
+                "TORCH_EXTENSIONS_DIR": str(tmp_path),
+            }
+            code = "from irpe_ds.ops import library as l; print(l.load().cpu or l.load().origin)"
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(
+                command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+            )
+            return done.stdout.splitlines()[-1]
+
+        return run
+
+    def test_it_is_found_and_nothing_is_compiled(
+        self, installed: Path, load: Callable[[], str]
+    ) -> None:
+        assert load().startswith(f"{installed}/irpe_ds/ops/irpe_op")
+
+    def test_another_torch_is_refused(self, installed: Path, load: Callable[[], str]) -> None:
+        file = installed / "irpe_ds" / "ops" / "irpe_op.json"
+        built = json.loads(file.read_text())
+        assert built == {**library.versions(), "without_cuda": ""}
+        file.write_text(json.dumps(built | {"torch": "2.6.0"}))
+        try:
+            assert load() == (
+                f"prebuilt for torch 2.6.0, cuda {built['cuda']}, but here is torch "
+                f"{built['torch']}, cuda {built['cuda']}: install irpe-ds again"
+            )
+        finally:
+            file.write_text(json.dumps(built))
