@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.cpp_extension import get_default_build_root
 
 from irpe_ds.config import load_config
 from irpe_ds.models.build import build_model
+from irpe_ds.ops.toolchain import cache
 
 pytestmark = pytest.mark.dist
 UPDATES = 20
@@ -156,3 +158,28 @@ def test_evaluate_scores_the_checkpoint_on_disk(runs: Path, run: Any) -> None:
     assert done.returncode == 0, done.stderr
     assert f"top-1 {rows(folder, 'eval')[-1]['top1']:.2f} %" in done.stdout
     assert "on 359 images" in done.stdout
+
+
+def test_without_the_operators_it_trains_on_the_reference_and_says_so_once(
+    run: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extensions = tmp_path / "extensions"
+    extensions.mkdir()
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    shared = Path(get_default_build_root()) / f"{python}_cu{torch.version.cuda.replace('.', '')}"
+    if (shared / "deepspeed_shm_comm").exists():  # DeepSpeed's own, which it cannot do without
+        (extensions / "deepspeed_shm_comm").symlink_to(shared / "deepspeed_shm_comm")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
+    cache().touch()  # a file where the operators' folder would be
+    done = run(
+        *("deepspeed", "--num_accelerators", 2, "--master_port", free_port(), "launch/train.py"),
+        *("--config", "launch/configs/quickstart.yaml", f"output={tmp_path}", "name=fallback"),
+        *(f"data.train={digits}/train.beton", f"data.val={digits}/val.beton"),
+        *("model.options.depth=1", "train.max_updates=2"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = "attention op reference (auto: cpu is missing, cannot build in "
+    assert (done.stdout + done.stderr).count(said) == 1
+    assert (done.stdout + done.stderr).count("cannot build in ") == 1
+    environment = json.loads((tmp_path / "fallback" / "environment.json").read_text())
+    assert environment["attention_op"]["name"] == "reference"
