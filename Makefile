@@ -13,7 +13,7 @@ SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help setup quickstart test test-gpu lint format clean
+.PHONY: help setup quickstart test test-gpu bench lint format clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -21,7 +21,7 @@ help: ## Print this list
 setup: $(READY) ## Install into .venv; every other target does so when needed
 
 quickstart: $(DIGITS)/train.beton $(DIGITS)/val.beton ## Install, convert a small real dataset, train, evaluate
-	@echo "==> Training; the first time, DeepSpeed compiles an operator"
+	@echo "==> Training; the first time, operators are compiled"
 	export OMP_NUM_THREADS=1
 	train="launch/train.py --config launch/configs/quickstart.yaml --resume auto"
 	if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
@@ -37,6 +37,9 @@ test: $(READY) ## Run the tests that need no GPU
 
 test-gpu: $(READY) ## Run the tests that need an NVIDIA GPU
 	@pytest -q --durations=10 -m gpu
+
+bench: $(READY) ## Time the operators against plain attention
+	@python -m irpe_ds.ops.bench
 
 lint: $(READY) ## Check style and types
 	@ruff check .

@@ -4,25 +4,33 @@ from typing import TYPE_CHECKING, Any
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.models import equip
-from irpe_ds.ops import irpe_attention
+from irpe_ds.ops import irpe_attention, irpe_gather
 from irpe_ds.rpe import BucketMap, RPEConfig
 
 if TYPE_CHECKING:
     from irpe_ds.config import RunConfig, load_config
+    from irpe_ds.ops.builder import IRPEBuilder
     from irpe_ds.runlog import RunLog
 
 __version__ = "0.1.0"
 __all__ = [
     "BucketMap",
     "ConfigError",
+    "IRPEBuilder",
     "RPEConfig",
     "RunConfig",
     "RunLog",
     "equip",
     "irpe_attention",
+    "irpe_gather",
     "load_config",
 ]
-_LAZY = {"RunConfig": "config", "load_config": "config", "RunLog": "runlog"}
+_LAZY = {
+    "IRPEBuilder": "ops.builder",
+    "RunConfig": "config",
+    "RunLog": "runlog",
+    "load_config": "config",
+}
 
 
 def __getattr__(name: str) -> Any:

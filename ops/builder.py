@@ -7,6 +7,7 @@ DS_BUILD_IRPE=1 pip install --no-build-isolation .      compiles on installation
 import contextlib
 import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -99,6 +100,8 @@ class IRPEBuilder(CUDAOpBuilder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _only_process(folder), self.environment():
+                if not (folder / f"{self.name}.so").exists():
+                    print(f"Building the iRPE operators, once, in {folder}", file=sys.stderr)
                 return super().load(verbose)
         except OSError as error:
             hint = "set TORCH_EXTENSIONS_DIR to a folder that can be written"

@@ -54,14 +54,14 @@ class _Probabilities(torch.autograd.Function):
         *tables: Tensor,
     ) -> Tensor:
         q, k = q.contiguous(), k.contiguous()
-        scores = _product(q, k.mT, scale)
+        probs = _product(q, k.mT, scale)  # the scores, until softmax_ takes their place
         lookups = [
             _lookup(q if n < num_rows else k, table, scale) for n, table in enumerate(tables)
         ]
         if key_padding_mask is not None:
             hidden_B11L = key_padding_mask[:, None, None]
-            scores.masked_fill_(hidden_B11L, float("-inf"))
-        probs = torch.ops.irpe_ds.softmax(scores, lookups, ids, num_rows)
+            probs.masked_fill_(hidden_B11L, float("-inf"))
+        torch.ops.irpe_ds.softmax_(probs, lookups, ids, num_rows)
         if key_padding_mask is not None:  # no key left: zero, not 0 / 0
             probs.masked_fill_(hidden_B11L.all(-1, keepdim=True), 0.0)
         ctx.save_for_backward(q, k, probs, *ids, *tables)

@@ -50,19 +50,20 @@ def select(impl: str, device_type: str, dtype: torch.dtype) -> Choice:
     """
     check_name(impl)
     if impl != "auto":
-        reason = _obstacle(impl, device_type)
+        reason = obstacle(impl, device_type)
         if reason is not None:
             expected = f"an implementation that runs on {device_type}"
             raise ConfigError("impl", expected, f"{impl!r}: {reason}")
         return Choice(impl, "asked for by name")
     fastest = FASTEST.get(device_type, "reference")
-    reason = _obstacle(fastest, device_type)
+    reason = obstacle(fastest, device_type)
     if reason is not None:
         return Choice("reference", f"auto: {fastest} is missing, {reason}")
     return Choice(fastest, f"auto: the fastest for {dtype} on {device_type}".replace("torch.", ""))
 
 
-def _obstacle(impl: str, device_type: str) -> str | None:
+def obstacle(impl: str, device_type: str) -> str | None:
+    """Why an implementation does not run on a device type; None when it does."""
     if impl not in NEEDS:
         return None
     if device_type not in NEEDS[impl]:

@@ -133,8 +133,8 @@ def register() -> None:
 
     def fake_softmax(
         scores: Tensor, lookups: list[Tensor], ids: list[Tensor], num_rows: int
-    ) -> Tensor:
-        return torch.empty_like(scores, memory_format=torch.contiguous_format)
+    ) -> None:
+        """In place."""
 
     def fake_softmax_backward(
         grad: Tensor, probs: Tensor, ids: list[Tensor], num_buckets: list[int], num_rows: int
@@ -147,7 +147,7 @@ def register() -> None:
 
     torch.library.register_fake("irpe_ds::gather", fake_gather)
     torch.library.register_fake("irpe_ds::bucket_sum", fake_bucket_sum)
-    torch.library.register_fake("irpe_ds::softmax", fake_softmax)
+    torch.library.register_fake("irpe_ds::softmax_", fake_softmax)
     torch.library.register_fake("irpe_ds::softmax_backward", fake_softmax_backward)
     torch.library.register_autograd("irpe_ds::gather", gather_backward, setup_context=setup_gather)
     torch.library.register_autograd(

@@ -26,6 +26,7 @@ FLOORS = {
     "irpe_ds.models": 2,
     "irpe_ds.data": 2,
     "irpe_ds": 3,  # __init__.py alone, which hands on the public names of the floors below
+    "irpe_ds.ops.bench": 3,
     "irpe_ds.training": 3,
     "irpe_ds.scaling": 4,
     "launch": 4,

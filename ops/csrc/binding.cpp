@@ -76,9 +76,10 @@ Tensor computable(const Tensor& x) {
 Tensor offsets(const Tensor& ids, bool columns, int64_t num_buckets) {
   const Tensor dense = ids.contiguous();
   const auto* id = reinterpret_cast<const uint32_t*>(dense.data_ptr<int32_t>());
-  uint32_t largest = 0;  // of negative ids it is large
-  for (int64_t n = 0; n < dense.numel(); ++n) largest = id[n] > largest ? id[n] : largest;
-  TORCH_CHECK_INDEX(dense.numel() == 0 || largest < num_buckets, "ids: expected ids in [0, ",
+  const int64_t count = dense.numel();
+  uint32_t largest = 0;  // a negative id is larger than any
+  for (int64_t n = 0; n < count; ++n) largest = id[n] > largest ? id[n] : largest;
+  TORCH_CHECK_INDEX(count == 0 || largest < num_buckets, "ids: expected ids in [0, ",
                     num_buckets, "), got ", static_cast<int32_t>(largest));
   if (!columns) return dense;
   TORCH_CHECK_VALUE(ids.size(0) * num_buckets <= std::numeric_limits<int32_t>::max(),
@@ -127,11 +128,12 @@ Tensor bucket_sum_cpu(const Tensor& x, const Tensor& ids, int64_t num_buckets, b
   return sums.to(x.scalar_type());
 }
 
-Tensor softmax_cpu(const Tensor& scores, TensorList lookups, TensorList ids, int64_t num_rows) {
+// scores become the probabilities; the first num_rows lookups are gathered along rows.
+void softmax_cpu(Tensor& scores, TensorList lookups, TensorList ids, int64_t num_rows) {
   check_numbers("scores", scores);
   TORCH_CHECK_VALUE(lookups.size() == ids.size(), "ids: expected ", lookups.size(),
                     " tensors, one per lookup, got ", ids.size());
-  const Tensor from = computable(scores).contiguous(), probs = at::empty_like(from);
+  const Tensor probs = computable(scores).contiguous();
   std::vector<Tensor> dense, index;
   for (size_t t = 0; t < lookups.size(); ++t) {
     const bool columns = static_cast<int64_t>(t) >= num_rows;
@@ -146,16 +148,16 @@ Tensor softmax_cpu(const Tensor& scores, TensorList lookups, TensorList ids, int
     dense.push_back(dense_for(columns, computable(lookups[t])));
     index.push_back(offsets(ids[t], columns, lookups[t].size(3)));
   }
-  AT_DISPATCH_FLOATING_TYPES(from.scalar_type(), "irpe_ds::softmax", [&] {
+  AT_DISPATCH_FLOATING_TYPES(probs.scalar_type(), "irpe_ds::softmax_", [&] {
     std::vector<cpu::Term<const scalar_t>> terms;
     for (size_t t = 0; t < lookups.size(); ++t) {
       const bool columns = static_cast<int64_t>(t) >= num_rows;
       terms.push_back(term_of<const scalar_t>(dense[t], index[t], columns));
     }
-    cpu::softmax<scalar_t>(sizes_of(from), from.data_ptr<scalar_t>(), terms.data(), terms.size(),
-                           probs.data_ptr<scalar_t>());
+    cpu::softmax<scalar_t>(sizes_of(probs), probs.data_ptr<scalar_t>(), terms.data(),
+                           terms.size());
   });
-  return probs.to(scores.scalar_type());
+  if (!probs.is_same(scores)) scores.copy_(probs);
 }
 
 // The gradients of the scores, then of every lookup.
@@ -246,7 +248,7 @@ Tensor bucket_sum_cuda(const Tensor& x, const Tensor& ids, int64_t num_buckets, 
 TORCH_LIBRARY(irpe_ds, library) {
   library.def("gather(Tensor lookup, Tensor ids, bool columns=False) -> Tensor");
   library.def("bucket_sum(Tensor x, Tensor ids, int num_buckets, bool columns=False) -> Tensor");
-  library.def("softmax(Tensor scores, Tensor[] lookups, Tensor[] ids, int num_rows) -> Tensor");
+  library.def("softmax_(Tensor(a!) scores, Tensor[] lookups, Tensor[] ids, int num_rows) -> ()");
   library.def(
       "softmax_backward(Tensor grad, Tensor probs, Tensor[] ids, int[] num_buckets, int num_rows)"
       " -> Tensor[]");
@@ -255,7 +257,7 @@ TORCH_LIBRARY(irpe_ds, library) {
 TORCH_LIBRARY_IMPL(irpe_ds, CPU, library) {
   library.impl("gather", irpe::gather_cpu);
   library.impl("bucket_sum", irpe::bucket_sum_cpu);
-  library.impl("softmax", irpe::softmax_cpu);
+  library.impl("softmax_", irpe::softmax_cpu);
   library.impl("softmax_backward", irpe::softmax_backward_cpu);
 }
 

@@ -122,7 +122,7 @@ def test_opcheck_of_the_softmax(device: str) -> None:
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for num_rows in (0, 1, 2):
         arguments = (scores, [lookup, lookup], [ids, ids], num_rows)
-        torch.library.opcheck(ops.softmax.default, arguments, test_utils=checks)
+        torch.library.opcheck(ops.softmax_.default, arguments, test_utils=checks)
         backward = (scores, scores.softmax(-1), [ids, ids], [4, 4], num_rows)
         torch.library.opcheck(ops.softmax_backward.default, backward, test_utils=checks)
 

@@ -78,18 +78,21 @@ class GoldenCase:
             name: torch.from_numpy(GOLDEN[f"{case}|{name}"]).double() for name in stored
         }
 
-    def run(self, attention: Attention, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Output and every gradient in float64, of a computation in dtype."""
-        leaves = {name: x.to(dtype).requires_grad_() for name, x in self.leaves.items()}
+    def run(
+        self, attention: Attention, dtype: torch.dtype, device: str = "cpu"
+    ) -> dict[str, Tensor]:
+        """Output and every gradient in float64 on the CPU, of a computation in dtype on device."""
+        leaves = {name: x.to(device, dtype).requires_grad_() for name, x in self.leaves.items()}
+        maps = [buckets.to(device) for buckets in self.maps]
         terms = {
-            target: tuple(zip((leaves[key] for key in keys), self.maps, strict=True))
+            target: tuple(zip((leaves[key] for key in keys), maps, strict=True))
             for target, keys in self.tables.items()
         }
         out = attention(*(leaves[name] for name in "qkv"), **terms)
         assert out.dtype == dtype
-        out.backward(self.grad_out.to(dtype))
-        grads = {f"grad_{name}": leaf.grad.double() for name, leaf in leaves.items()}
-        return {"out": out.detach().double(), **grads}
+        out.backward(self.grad_out.to(device, dtype))
+        results = {"out": out.detach(), **{f"grad_{n}": leaf.grad for n, leaf in leaves.items()}}
+        return {name: x.double().cpu() for name, x in results.items()}
 
     def errors(self, results: dict[str, Tensor]) -> dict[str, float]:
         """The largest error of each result, relative to the largest number of it."""
@@ -125,6 +128,24 @@ class TestGolden:
         errors = golden.errors(golden.run(partial(ops.irpe_attention, impl=impl), dtype))
         for name, error in errors.items():
             assert error <= 2 * eager[name] + roundings * torch.finfo(dtype).eps, name
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize(
+        ("dtype", "roundings"), [(torch.float32, 3), (torch.bfloat16, 1), (torch.float16, 1)]
+    )
+    def test_on_a_gpu(
+        self, dtype: torch.dtype, roundings: int, case: str, fill: Callable[..., Tensor]
+    ) -> None:
+        golden = GoldenCase(case, fill)
+        reference, gather = (partial(ops.irpe_attention, impl=i) for i in ("reference", "gather"))
+        exact = golden.errors(golden.run(gather, torch.float64, "cuda"))
+        assert max(exact.values()) < 1e-5
+        eager = golden.errors(golden.run(reference, dtype, "cuda"))
+        results = golden.run(gather, dtype, "cuda")
+        for name, error in golden.errors(results).items():
+            assert error <= 2 * eager[name] + roundings * torch.finfo(dtype).eps, name
+        again = golden.run(gather, dtype, "cuda")
+        assert all(torch.equal(results[name], again[name]) for name in results)
 
 
 def test_golden_covers_every_table() -> None:

@@ -176,10 +176,12 @@ def test_primitives_on_the_host(kernels: ctypes.CDLL, dtype: torch.dtype, turned
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_primitives_on_the_gpu(tmp_path: Path, dtype: torch.dtype, turned: bool) -> None:
+    from irpe_ds.ops import toolchain
+
     library = tmp_path / "primitives.so"
-    nvcc = ["nvcc", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-arch=native"]
+    nvcc = [toolchain.cuda().home / "bin" / "nvcc", "-std=c++17", "-arch=native", "-shared"]
     source = [f"-I{CSRC}", str(KERNELS / "primitives.cu"), "-o", str(library)]
-    subprocess.run([*nvcc, *source], check=True)
+    subprocess.run([*nvcc, "-Xcompiler", "-fPIC", *source], check=True)
     check_product(ctypes.CDLL(str(library)), dtype, turned, "cuda")
 
 

@@ -114,12 +114,10 @@ void bucket_sum(const Sizes& s, const T* x, const Term<T>& sums) {
 }
 
 template <typename T>
-void softmax(const Sizes& s, const T* scores, const Term<const T>* terms, int num_terms, T* probs) {
+void softmax(const Sizes& s, T* scores, const Term<const T>* terms, int num_terms) {
   for_rows(s, [&](int64_t b, int64_t h, int64_t i, int64_t rows) {
     for (int64_t end = i + rows; i < end; ++i) {
-      const int64_t start = ((b * s.H + h) * s.Q + i) * s.K;
-      T* row = probs + start;
-      std::memcpy(row, scores + start, s.K * sizeof(T));
+      T* row = scores + ((b * s.H + h) * s.Q + i) * s.K;
       for (int t = 0; t < num_terms; ++t) {
         const T* from = row_of(terms[t], b, h, i);
         const int32_t* index = terms[t].index + i * s.K;
@@ -155,7 +153,7 @@ void softmax_backward(const Sizes& s, const T* grad, const T* probs, const Term<
 #define IRPE_INSTANTIATE(T)                                                                    \
   template void gather<T>(const Sizes&, const Term<const T>&, T*);                             \
   template void bucket_sum<T>(const Sizes&, const T*, const Term<T>&);                         \
-  template void softmax<T>(const Sizes&, const T*, const Term<const T>*, int, T*);             \
+  template void softmax<T>(const Sizes&, T*, const Term<const T>*, int);                       \
   template void softmax_backward<T>(const Sizes&, const T*, const T*, const Term<T>*, int, T*);
 IRPE_INSTANTIATE(float)
 IRPE_INSTANTIATE(double)

@@ -32,10 +32,9 @@ void gather(const Sizes& sizes, const Term<const T>& term, T* out);
 template <typename T>
 void bucket_sum(const Sizes& sizes, const T* x, const Term<T>& sums);
 
-// probs = softmax over j of scores + all terms; both contiguous. A row of -inf gives NaN.
+// scores = softmax over j of scores + all terms; contiguous. A row of -inf becomes NaN.
 template <typename T>
-void softmax(const Sizes& sizes, const T* scores, const Term<const T>* terms, int num_terms,
-             T* probs);
+void softmax(const Sizes& sizes, T* scores, const Term<const T>* terms, int num_terms);
 
 // grad_scores = probs * (grad - sum_j probs * grad), added up by bucket_sum into every term too.
 template <typename T>

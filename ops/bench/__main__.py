@@ -1,0 +1,86 @@
+"""Times the operators here, side by side in one run: `python -m irpe_ds.ops.bench`.
+
+Prints one table and writes it as JSON. Times are medians in milliseconds, ratios are to the
+fastest baseline of the same rounds. With --upstream the released op takes part.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from irpe_ds.cli import run
+from irpe_ds.ops.bench import cases, upstream
+from irpe_ds.ops.bench.timing import compare
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", help="of the model and the lookups")
+    parser.add_argument("--model", default="deit_small_patch16_224", help="a DeiT of timm")
+    parser.add_argument("--batch", type=int, default=8, help="images of a training step")
+    parser.add_argument("--lookups", type=int, nargs=2, default=(64, 6), metavar=("B", "H"))
+    parser.add_argument("--rounds", type=int, default=11, help="that count, of every case")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--upstream", type=Path, help="rpe_ops of the released project")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+    dtype = getattr(torch, args.dtype)
+    released = upstream.load(args.upstream) if args.upstream else None
+    measured = [
+        (
+            cases.gather(args.device, dtype, args.lookups[0], args.lookups[1], released),
+            ("reference",),
+        ),
+        (
+            cases.step(args.device, dtype, args.model, args.batch, released),
+            ("plain, fused", "plain, eager"),
+        ),
+    ]
+    report: dict[str, Any] = describe(args.threads, args.rounds)
+    for (title, calls), baselines in measured:
+        timings = compare(calls, baselines, args.rounds)
+        print(f"\n{title}\n{'':24} {'ms':>9}  ratio")
+        for name, timing in timings.items():
+            print(f"{name:24} {timing.median:9.2f} {timing.ratio:6.3f}")
+        report["tables"][title] = {name: timing._asdict() for name, timing in timings.items()}
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def describe(threads: int, rounds: int) -> dict[str, Any]:
+    """What a number needs beside it to be believed."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {
+        "command": shlex.join([*["python", "-m", "irpe_ds.ops.bench"], *sys.argv[1:]]),
+        "commit": commit,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "threads": threads,
+        "rounds": rounds,
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        "tables": {},
+    }
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {len(names)} cores"
+
+
+if __name__ == "__main__":
+    run(main)
