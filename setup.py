@@ -39,7 +39,7 @@ def compiled() -> tuple[dict[str, Any], contextlib.AbstractContextManager[None]]
     try:
         from torch.utils.cpp_extension import BuildExtension
 
-        from irpe_ds.ops import library
+        from irpe_ds.ops import library, toolchain
         from irpe_ds.ops.builder import IRPEBuilder
     except ImportError as error:
         sys.exit(
@@ -52,7 +52,10 @@ def compiled() -> tuple[dict[str, Any], contextlib.AbstractContextManager[None]]
 
         def run(self) -> None:
             super().run()
-            info = library.versions() | {"without_cuda": builder.without_cuda}
+            info = library.needs() | {
+                "architectures": toolchain.architectures(),
+                "without_cuda": builder.without_cuda,
+            }
             built = Path(self.get_ext_fullpath(library.PREBUILT))
             built.with_name("irpe_op.json").write_text(json.dumps(info, indent=2) + "\n")
 

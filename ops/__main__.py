@@ -8,11 +8,12 @@ import importlib.metadata
 import subprocess
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from irpe_ds.ops import dispatch, library, toolchain
-from irpe_ds.ops.library import Unavailable
+from irpe_ds.ops.toolchain import Unavailable
 
 NAME_WIDTH, STATE_WIDTH = 24, 12
 
@@ -36,7 +37,7 @@ def implementations() -> Iterator[str]:
     for name, devices in dispatch.NEEDS.items():
         for device in devices:
             obstacle = compile_obstacle(device)
-            if library.load.cache_info().currsize:  # built, or found not to build
+            if library.is_loaded():  # built, or found not to build
                 obstacle = getattr(library.load(), device)
             installed = "[YES]" if ready and obstacle is None else "[NO]"
             compatible = "[OKAY]" if obstacle is None else f"[NO] {obstacle}"
@@ -52,17 +53,25 @@ def surroundings() -> Iterator[str]:
     yield _dotted("architectures", toolchain.architectures())
     yield _dotted("ninja", _found(toolchain.ninja))
     yield _dotted("prebuilt", library.PREBUILT if find_spec(library.PREBUILT) else "no")
-    yield _dotted("cache", str(toolchain.cache()))
+    yield _dotted("cache", str(cache()))
     yield _dotted("ready", ready_library() or "no: built on first use, or by --build")
 
 
 def ready_library() -> str | None:
     """The file of operators that need no compiling."""
-    if library.load.cache_info().currsize:
+    if library.is_loaded():
         return library.load().origin or None
     spec = find_spec(library.PREBUILT)
-    cached = toolchain.cache() / "irpe" / "irpe.so"
-    return spec.origin if spec else str(cached) if cached.exists() else None
+    finished = cache() / "irpe" / "finished"
+    return spec.origin if spec else str(cache() / "irpe/irpe.so") if finished.exists() else None
+
+
+def cache() -> Path:
+    """Where a just-in-time build lies, or would lie."""
+    try:
+        return toolchain.cache(toolchain.cuda())
+    except Unavailable:
+        return toolchain.cache(None)
 
 
 def compile_obstacle(device: str) -> str | None:

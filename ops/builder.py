@@ -6,21 +6,23 @@ DS_BUILD_IRPE=1 pip install --no-build-isolation .      compiles on installation
 
 import contextlib
 import fcntl
+import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder
 from torch.utils import cpp_extension
 
-from irpe_ds.ops import library, toolchain
-from irpe_ds.ops.library import Unavailable
+from irpe_ds.ops import gather, library, toolchain
+from irpe_ds.ops.toolchain import Unavailable
 
-CSRC = Path(__file__).parent / "csrc"
+_ONE_BUILD = threading.RLock()
 
 
 class IRPEBuilder(CUDAOpBuilder):
@@ -30,7 +32,6 @@ class IRPEBuilder(CUDAOpBuilder):
     NAME = "irpe"
 
     def __init__(self) -> None:
-        super().__init__(name=self.NAME)
         self.toolkit: toolchain.CUDAToolkit | None = None
         """What compiles the CUDA kernels; None when they are left out."""
         self.without_cuda = ""
@@ -39,8 +40,18 @@ class IRPEBuilder(CUDAOpBuilder):
             self.toolkit = toolchain.cuda()
         except Unavailable as error:
             self.without_cuda = str(error)
-        self.build_for_cpu = self.toolkit is None
-        self.cache = toolchain.cache()
+        super().__init__(name=self.NAME)
+        self.folder = toolchain.cache(self.toolkit) / self.name
+        """Of the just-in-time build."""
+
+    @property
+    def build_for_cpu(self) -> bool:
+        """True without a CUDA compiler. DeepSpeed sets it by the presence of a GPU, in vain."""
+        return self.toolkit is None
+
+    @build_for_cpu.setter
+    def build_for_cpu(self, value: bool) -> None:
+        pass
 
     def absolute_name(self) -> str:
         """The module of an ahead-of-time build."""
@@ -49,13 +60,16 @@ class IRPEBuilder(CUDAOpBuilder):
     def sources(self) -> list[str]:
         """Absolute paths; nvcc compiles only files without PyTorch's headers."""
         names = ["binding.cpp", "cpu/rpe.cpp", *(["cuda/rpe.cu"] if self.toolkit else [])]
-        return [str(CSRC / name) for name in names]
+        return [str(toolchain.CSRC / name) for name in names]
+
+    def include_paths(self) -> list[str]:
+        """The toolkit's headers, which do not lie in the same place in every toolkit."""
+        return [str(self.toolkit.include)] if self.toolkit else []
 
     def cxx_args(self) -> list[str]:
         """DeepSpeed's, with AVX2 rather than this very machine's instructions.
 
-        A cache or an installation on a shared disk then serves every node of a cluster. What
-        PyTorch it is compiled for is among them, so that another one compiles again.
+        A cache or an installation on a shared disk then serves every node of a cluster.
         """
         vector = torch.backends.cpu.get_cpu_capability().startswith("AVX")
         return [
@@ -65,12 +79,11 @@ class IRPEBuilder(CUDAOpBuilder):
             "-fno-trapping-math",  # or the exponential does not vectorise with AVX2
             *(["-mavx2", "-mfma"] if vector else []),
             *(["-DIRPE_WITH_CUDA"] if self.toolkit else []),
-            f"-DIRPE_TORCH_VERSION={torch.__version__}",
         ]
 
     def nvcc_args(self) -> list[str]:
-        """No fast math, and no GPU is looked for: TORCH_CUDA_ARCH_LIST says what is compiled."""
-        return ["-O3", "-std=c++17", "-lineinfo", "--threads=2"]
+        """No fast math, and no GPU is looked for: `toolchain.architectures` are compiled for."""
+        return ["-O3", "-std=c++17", "-lineinfo", "--threads=2", *toolchain.gencode()]
 
     def extra_ldflags(self) -> list[str]:
         """The folder where the linker finds libcudart.so under this very name."""
@@ -91,23 +104,10 @@ class IRPEBuilder(CUDAOpBuilder):
             Unavailable: no compiler, a compiler that fails, a cache that cannot be written, or a
                 prebuilt module for another PyTorch or CUDA.
         """
-        prebuilt = library.load_prebuilt()
-        if prebuilt is not None:
-            return prebuilt
-        if not self.is_compatible():
-            raise Unavailable(str(self.error_log))
-        folder = self.cache / self.name
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with _only_process(folder), self.environment():
-                if not (folder / f"{self.name}.so").exists():
-                    print(f"Building the iRPE operators, once, in {folder}", file=sys.stderr)
-                return super().load(verbose)
-        except OSError as error:
-            hint = "set TORCH_EXTENSIONS_DIR to a folder that can be written"
-            raise Unavailable(f"cannot build in {folder} ({error}): {hint}") from error
-        except Exception as error:
-            raise Unavailable(_first_error(error, folder)) from error
+        with _ONE_BUILD:
+            module = library.load_prebuilt() or self._load_cached() or self._compile(verbose)
+            gather.register()
+            return module
 
     def builder(self) -> Any:
         """The setuptools extension of an ahead-of-time build; build it within `environment`."""
@@ -116,13 +116,49 @@ class IRPEBuilder(CUDAOpBuilder):
             return make(
                 name=self.absolute_name(),
                 sources=[os.path.relpath(source) for source in self.sources()],
+                include_dirs=self.include_paths(),
                 extra_compile_args={"cxx": self.cxx_args(), "nvcc": self.nvcc_args()},
                 extra_link_args=self.extra_ldflags(),
             )
 
+    def _load_cached(self) -> ModuleType | None:
+        """A finished build of these sources, for which nothing need be installed or writable."""
+        if self.name in self._loaded_ops:
+            return self._loaded_ops[self.name]
+        if not (self.folder / "finished").exists():
+            return None
+        spec = importlib.util.spec_from_file_location(self.name, self.folder / f"{self.name}.so")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self._loaded_ops[self.name] = module
+        return module
+
+    def _compile(self, verbose: bool) -> ModuleType:
+        if not self.is_compatible():
+            raise Unavailable(str(self.error_log))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(self.folder / "building", "w")  # noqa: SIM115
+        except OSError as error:
+            hint = "set TORCH_EXTENSIONS_DIR to a folder that can be written"
+            raise Unavailable(f"cannot build in {self.folder} ({error}): {hint}") from error
+        with lock, _only_process(lock), self.environment():
+            if (self.folder / "finished").exists():  # by another process, meanwhile
+                return super().load(verbose)
+            print(f"Building the iRPE operators, once, in {self.folder}", file=sys.stderr)
+            (self.folder / "lock").unlink(missing_ok=True)
+            try:
+                module = super().load(verbose)
+            except Exception as error:
+                raise Unavailable(_first_error(error, self.folder)) from error
+            (self.folder / "finished").touch()
+            return module
+
     def _runtime_folder(self) -> Path:
         assert self.toolkit is not None
-        link = self.cache / "lib" / "libcudart.so"
+        link = self.folder.parent / "lib" / "libcudart.so"
         link.parent.mkdir(parents=True, exist_ok=True)
         if link.resolve() != self.toolkit.runtime.resolve():
             link.unlink(missing_ok=True)
@@ -134,7 +170,7 @@ class IRPEBuilder(CUDAOpBuilder):
         """What PyTorch's build reads from the process, for as long as it runs."""
         variables = {
             "PATH": toolchain.path_with_scripts(),
-            "TORCH_EXTENSIONS_DIR": str(self.cache),
+            "TORCH_EXTENSIONS_DIR": str(self.folder.parent),
             "TORCH_CUDA_ARCH_LIST": toolchain.architectures(),
         }
         before = {name: os.environ.get(name) for name in variables}
@@ -153,15 +189,10 @@ class IRPEBuilder(CUDAOpBuilder):
 
 
 @contextlib.contextmanager
-def _only_process(folder: Path) -> Iterator[None]:
-    """One process at a time builds in a folder; PyTorch's own lock of a killed one is removed.
-
-    PyTorch waits for its lock file for ever; this lock ends with the process that holds it.
-    """
-    with open(folder / "building", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
-        yield
+def _only_process(lock: IO[str]) -> Iterator[None]:
+    """One process at a time. Unlike PyTorch's lock file, this one ends with its process."""
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
 
 
 def _first_error(error: Exception, folder: Path) -> str:
@@ -169,7 +200,8 @@ def _first_error(error: Exception, folder: Path) -> str:
     log = folder / "build.log"
     log.write_text(f"{error}\n")
     lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-    first = next((line for line in lines if " error: " in line), lines[0])
+    telling = (" error: ", "cannot find ", "undefined reference")
+    first = next((line for line in lines if any(sign in line for sign in telling)), lines[0])
     return f"the build failed, see {log}: {first}"
 
 

@@ -4,13 +4,15 @@ Gathered terms and softmax are one pass forward and one pass backward, and produ
 results in place. Shape suffixes: B batch, H heads (or 1), L tokens, D head dimension, N buckets.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from irpe_ds.errors import ConfigError
 from irpe_ds.rpe import Term
 
 
@@ -26,7 +28,7 @@ def attention(
     dropout_p: float,
     key_padding_mask: Tensor | None,
 ) -> Tensor:
-    """Attention as `reference.attention` defines it. Its gradient cannot be differentiated."""
+    """Attention as `reference.attention` defines it, once differentiable."""
     # The op takes what is gathered along rows first: terms on keys, and biases, which belong to no
     # token and so are rows of the transposed ids.
     contextual_q = [(table, buckets.ids) for table, buckets in rpe_q if table.dim() == 3]
@@ -37,6 +39,20 @@ def attention(
     probs = F.dropout(probs, dropout_p)
     tables, ids = zip(*((t, m.ids) for t, m in rpe_v), strict=True) if rpe_v else ((), ())
     return _WeightedValues.apply(probs, v, ids, *tables)
+
+
+def _first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a backward: in the dtype of its forward, and no graph is built through it."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            expected = "an implementation with second derivatives, 'gather' or 'reference'"
+            raise ConfigError("impl", expected, "'cpu' under create_graph=True")
+        with torch.autocast("cpu", enabled=False):
+            return backward(ctx, grad)
+
+    return checked
 
 
 class _Probabilities(torch.autograd.Function):
@@ -69,7 +85,7 @@ class _Probabilities(torch.autograd.Function):
         return probs
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, probs, *rest = ctx.saved_tensors
         ids, tables = rest[: len(rest) // 2], rest[len(rest) // 2 :]
@@ -106,7 +122,7 @@ class _WeightedValues(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         probs, v, *rest = ctx.saved_tensors
         n = len(rest) // 3

@@ -19,8 +19,9 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
 NEEDS = {"gather": ("cpu", "cuda"), "cpu": ("cpu",)}
 """The device types of implementations that call the compiled operators."""
 
-FASTEST = {"cpu": "cpu", "cuda": "gather"}
-"""What `auto` takes on a device type when it can be had; the reference runs everywhere."""
+COMPILED = {"cpu": "cpu", "cuda": "gather"}
+"""What `auto` takes on a device type when it can be had; on the CPU it is the fastest that was
+measured (bench/results), on CUDA the deterministic one. The reference runs everywhere."""
 
 
 class Choice(NamedTuple):
@@ -43,7 +44,7 @@ def check_name(impl: str) -> None:
 def select(impl: str, device_type: str, dtype: torch.dtype) -> Choice:
     """The implementation behind a name for tensors of one device type and dtype.
 
-    `auto` is the fastest that runs there (README, Benchmarks), and may compile it first.
+    `auto` takes the compiled operators, which it may build first, and the reference without them.
 
     Raises:
         ConfigError: no implementation of that name, or it does not run there; never a fallback.
@@ -55,11 +56,13 @@ def select(impl: str, device_type: str, dtype: torch.dtype) -> Choice:
             expected = f"an implementation that runs on {device_type}"
             raise ConfigError("impl", expected, f"{impl!r}: {reason}")
         return Choice(impl, "asked for by name")
-    fastest = FASTEST.get(device_type, "reference")
-    reason = obstacle(fastest, device_type)
+    name = COMPILED.get(device_type)
+    if name is None:
+        return Choice("reference", f"auto: nothing is compiled for {device_type}")
+    reason = obstacle(name, device_type)
     if reason is not None:
-        return Choice("reference", f"auto: {fastest} is missing, {reason}")
-    return Choice(fastest, f"auto: the fastest for {dtype} on {device_type}".replace("torch.", ""))
+        return Choice("reference", f"auto: {name} is missing, {reason}")
+    return Choice(name, f"auto: compiled for {device_type}, takes {dtype}".replace("torch.", ""))
 
 
 def obstacle(impl: str, device_type: str) -> str | None:
@@ -80,6 +83,6 @@ def decided(impl: str, device_type: str, dtype: torch.dtype) -> str:
 @functools.cache
 def _decide(impl: str, device_type: str, dtype: torch.dtype) -> str:
     choice = select(impl, device_type, dtype)
-    if impl == "auto" and choice.name != FASTEST.get(device_type, "reference"):
+    if impl == "auto" and choice.name != COMPILED.get(device_type, "reference"):
         warnings.warn(choice.why, FallbackWarning, stacklevel=4)
     return choice.name

@@ -4,6 +4,7 @@ Shape suffixes: B batch, H heads, Q queries, K keys, N buckets, L tokens where Q
 dimension. `csrc/` holds the kernels; nothing is compiled before the first call.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -99,11 +100,14 @@ def _int32(ids: Tensor, x: Tensor) -> Tensor:
     no_integers = ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
     if no_integers or ids.device != x.device:
         raise ConfigError("ids", f"integers on {x.device}", f"{ids.dtype} on {ids.device}")
+    if ids.dtype in (torch.int64, torch.uint64, torch.uint32):  # out of range stays so
+        ids = ids.long().clamp(-1, torch.iinfo(torch.int32).max)
     return ids.int()
 
 
+@functools.cache
 def register() -> None:
-    """Tell PyTorch the shapes and the gradients of the loaded operators. Called once."""
+    """Tell PyTorch the shapes and the gradients of the loaded operators, once."""
 
     def setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         lookup, ids, ctx.columns = inputs

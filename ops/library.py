@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -11,13 +12,11 @@ from typing import Any, NamedTuple
 import torch
 
 from irpe_ds.errors import ConfigError
+from irpe_ds.ops import toolchain
+from irpe_ds.ops.toolchain import Unavailable
 
 PREBUILT = "irpe_ds.ops.irpe_op"
 """The module of an ahead-of-time build; `irpe_op.json` beside it says what it was built for."""
-
-
-class Unavailable(Exception):
-    """The operators cannot be had here; the message says why and what would help, in one line."""
 
 
 class Library(NamedTuple):
@@ -26,26 +25,43 @@ class Library(NamedTuple):
     cpu: str | None
     """Why not on the CPU; None when they can."""
     cuda: str | None
-    """Why not on CUDA; None when they can."""
+    """Why not on CUDA; None when there are kernels for it."""
+    architectures: str
+    """What GPUs these kernels are for, as TORCH_CUDA_ARCH_LIST writes it."""
     origin: str
     """Where they come from: the file that was loaded, empty without one."""
 
 
-@functools.cache
+_ONE_LOAD = threading.RLock()
+
+
 def load() -> Library:
-    """Load the operators: prebuilt ones, else those of `IRPEBuilder`, which may compile them."""
+    """Load the operators, once: prebuilt ones, else `IRPEBuilder`'s, which may compile them."""
+    with _ONE_LOAD:  # threads that come meanwhile wait for the first
+        return _load()
+
+
+def is_loaded() -> bool:
+    """Whether `load` was called before, with success or without."""
+    return _load.cache_info().currsize > 0
+
+
+@functools.cache
+def _load() -> Library:
     try:
         module = load_prebuilt()
-        without_cuda = _built_for()["without_cuda"] if module else ""
-        if module is None:
-            module, without_cuda = _build()
+        if module is not None:
+            built = _built_for()
+            without_cuda, architectures = built["without_cuda"], built["architectures"]
+        else:
+            module, without_cuda, architectures = _build()
     except Unavailable as error:
-        return Library(str(error), str(error), "")
+        return Library(str(error), str(error), "", "")
     from irpe_ds.ops import gather
 
     gather.register()
     has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("irpe_ds::gather", "CUDA")
-    return Library(None, None if has_cuda else without_cuda, str(module.__file__))
+    return Library(None, None if has_cuda else without_cuda, architectures, str(module.__file__))
 
 
 def require(device_type: str) -> None:
@@ -62,7 +78,21 @@ def missing(device_type: str) -> str | None:
     """Why the operators cannot be called on tensors of this device type; None when they can."""
     if device_type not in ("cpu", "cuda"):
         return "there are kernels for cpu and cuda"
-    return getattr(load(), device_type)
+    return load().cpu if device_type == "cpu" else _missing_on_gpu()
+
+
+@functools.cache
+def _missing_on_gpu() -> str | None:
+    """Asked only about tensors on a GPU, because it starts CUDA in this process."""
+    found = load()
+    if found.cuda is not None or not torch.cuda.is_available():
+        return found.cuda
+    capability = torch.cuda.get_device_capability()
+    if toolchain.runs_on(capability, found.architectures):
+        return None
+    gpu = f"{torch.cuda.get_device_name()} of compute capability {capability[0]}.{capability[1]}"
+    hint = "set TORCH_CUDA_ARCH_LIST and build again"
+    return f"the kernels are for {found.architectures}, not for {gpu}: {hint}"
 
 
 def load_prebuilt() -> ModuleType | None:
@@ -73,7 +103,7 @@ def load_prebuilt() -> ModuleType | None:
     """
     if find_spec(PREBUILT) is None:
         return None
-    built, here = _built_for(), versions()
+    built, here = _built_for(), needs()
     if any(built[name] != here[name] for name in here):
         built_for, found = (
             ", ".join(f"{name} {of[name]}" for name in here) for of in (built, here)
@@ -85,19 +115,19 @@ def load_prebuilt() -> ModuleType | None:
         raise Unavailable(f"the prebuilt operators do not load: {error}") from error
 
 
-def versions() -> dict[str, str | None]:
-    """What compiled operators depend on."""
-    return {"torch": torch.__version__, "cuda": torch.version.cuda}
+def needs() -> dict[str, str | None]:
+    """What prebuilt operators depend on, as far as it can change under them."""
+    return {"torch": torch.__version__, "cuda": torch.version.cuda, "sources": toolchain.sources()}
 
 
 def _built_for() -> dict[str, Any]:
     return json.loads(Path(__file__).with_name("irpe_op.json").read_text())
 
 
-def _build() -> tuple[ModuleType, str]:
+def _build() -> tuple[ModuleType, str, str]:
     try:
         from irpe_ds.ops.builder import IRPEBuilder
-    except ImportError as error:
+    except Exception as error:  # DeepSpeed raises many kinds where it finds no CUDA
         raise Unavailable(f"to build them DeepSpeed is needed ({error})") from error
     builder = IRPEBuilder()
-    return builder.load(), builder.without_cuda
+    return builder.load(), builder.without_cuda, toolchain.architectures()

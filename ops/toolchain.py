@@ -3,7 +3,9 @@
 The CUDA compiler may be the system's or the one of the nvidia wheels, extra `irpe-ds[cuda]`.
 """
 
+import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -15,7 +17,12 @@ from typing import NamedTuple
 
 import torch
 
-from irpe_ds.ops.library import Unavailable
+CSRC = Path(__file__).parent / "csrc"
+
+
+class Unavailable(Exception):
+    """The operators cannot be had here; the message says why and what would help, in one line."""
+
 
 ARCHITECTURES = "8.0;9.0+PTX"
 """TORCH_CUDA_ARCH_LIST unless it is set: every GPU from Ampere on, whatever machine compiles."""
@@ -26,24 +33,68 @@ def architectures() -> str:
     return os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
 
 
-def cache() -> Path:
-    """Where just-in-time builds lie, one folder for each version of Python and PyTorch."""
-    from torch.utils.cpp_extension import get_default_build_root  # imports for seconds
+def gencode() -> list[str]:
+    """nvcc's options for `architectures`."""
+    options = []
+    for architecture in re.split(r"[;\s]+", architectures().strip()):
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if architecture.endswith("+PTX"):
+            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return options
 
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    python = "py{}{}".format(*sys.version_info)
-    return Path(root) / f"irpe_{python}_torch{torch.__version__}"
+
+def runs_on(capability: tuple[int, int], compiled: str) -> bool:
+    """Whether a GPU of this compute capability runs what was compiled for `architectures`."""
+    for architecture in re.split(r"[;\s]+", compiled.strip()):
+        number = re.match(r"(\d+)\.(\d+)", architecture)
+        if number is None:
+            continue
+        major, minor = int(number[1]), int(number[2])
+        same = capability[0] == major and capability[1] >= minor
+        if same or (architecture.endswith("+PTX") and capability >= (major, minor)):
+            return True
+    return False
 
 
 class CUDAToolkit(NamedTuple):
     """A CUDA compiler that fits PyTorch."""
 
     home: Path
-    """The folder with bin/nvcc and include/."""
+    """The folder with bin/nvcc."""
     version: str
     """Of the compiler, such as 13.0."""
+    include: Path
+    """The folder of cuda_runtime_api.h."""
     runtime: Path
     """The library libcudart.so, perhaps with a version in its name."""
+
+
+def sources() -> str:
+    """A hash of everything that is compiled and of the options."""
+    key = hashlib.sha256()
+    options = [CSRC.parent / "builder.py", Path(__file__)]
+    for source in [*sorted(CSRC.rglob("*.*")), *options]:
+        key.update(source.read_bytes())
+    return key.hexdigest()[:16]
+
+
+def cache(toolkit: CUDAToolkit | None) -> Path:
+    """Where a just-in-time build lies: a folder for these sources, options and versions alone."""
+    from torch.utils.cpp_extension import get_default_build_root  # imports for seconds
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    key = hashlib.sha256(sources().encode())
+    for fact in (
+        sys.version_info[:2],
+        torch.__version__,
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability().startswith("AVX"),
+        toolkit and (toolkit.version, architectures()),
+        os.environ.get("CXX"),
+    ):
+        key.update(repr(fact).encode())
+    return Path(root).expanduser().absolute() / f"irpe_{key.hexdigest()[:16]}"
 
 
 def cxx() -> str:
@@ -123,11 +174,22 @@ def _toolkit(home: Path, wanted: str) -> CUDAToolkit:
     version = release[1] if release else "unknown"
     if version.split(".")[0] != major:
         raise Unavailable(f"{nvcc} is CUDA {version}, PyTorch is built for CUDA {wanted}")
-    if not (home / "include" / "cuda_runtime_api.h").exists():
+    machine = platform.machine()
+    targets = home / "targets" / f"{machine}-linux"  # conda's layout
+    wheels = [*_wheels(major), *(wheel.with_name("cuda_runtime") for wheel in _wheels(major))]
+    headers = [folder / "include" for folder in (home, targets)]
+    libraries = [
+        home / "lib64",
+        home / "lib",
+        targets / "lib",
+        home / "lib" / f"{machine}-linux-gnu",
+    ]
+    libraries += [wheel / "lib" for wheel in wheels]
+    include = next((x for x in headers if (x / "cuda_runtime_api.h").exists()), None)
+    runtimes = (x / name for x in libraries for name in ("libcudart.so", f"libcudart.so.{major}"))
+    runtime = next((x for x in runtimes if x.exists()), None)
+    if include is None:
         raise Unavailable(f"{home} has no include/cuda_runtime_api.h")
-    folders = (home / "lib64", home / "lib", *(wheel / "lib" for wheel in _wheels(major)))
-    for folder in folders:
-        for name in ("libcudart.so", f"libcudart.so.{major}"):
-            if (folder / name).exists():
-                return CUDAToolkit(home, version, folder / name)
-    raise Unavailable(f"{home} has no libcudart.so")
+    if runtime is None:
+        raise Unavailable(f"{home} has no libcudart.so")
+    return CUDAToolkit(home, version, include, runtime)

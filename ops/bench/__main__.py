@@ -50,7 +50,7 @@ def main() -> None:
             ("plain, fused", "plain, eager"),
         ),
     ]
-    report: dict[str, Any] = describe(args.threads, args.rounds)
+    report: dict[str, Any] = describe(args.device, args.threads, args.rounds)
     for (title, calls), baselines in measured:
         timings = compare(calls, baselines, args.rounds)
         print(f"\n{title}\n{'':24} {'ms':>9}  ratio")
@@ -61,14 +61,15 @@ def main() -> None:
         args.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def describe(threads: int, rounds: int) -> dict[str, Any]:
+def describe(device: str, threads: int, rounds: int) -> dict[str, Any]:
     """What a number needs beside it to be believed."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    here = Path(__file__).parent
+    commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
     return {
-        "command": shlex.join([*["python", "-m", "irpe_ds.ops.bench"], *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "irpe_ds.ops.bench", *sys.argv[1:]]),
         "commit": commit,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
         "threads": threads,
         "rounds": rounds,
         "versions": {"torch": torch.__version__, "timm": timm.__version__},

@@ -215,6 +215,8 @@ void run_cuda(Run run, const Tensor& lookups, const Tensor& pairs, const Tensor&
   TORCH_CHECK_VALUE(ids.size(0) < kMost && ids.size(1) < kMost && lookups.size(3) < kMost,
                     "ids: expected fewer than 2^30 tokens and buckets, got ", ids.sizes(), " and ",
                     lookups.size(3));
+  TORCH_CHECK_INDEX(lookups.size(3) > 0 || ids.numel() == 0, "ids: expected none of 0 buckets, got ",
+                    ids.sizes());
   const c10::cuda::CUDAGuard guard(pairs.device());
   const Tensor dense = ids.contiguous(), transposed = ids.t().contiguous();
   const cuda::Problem problem{type_of(pairs), columns, pairs.size(0), pairs.size(1),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from deepspeed.ops.op_builder.builder import CUDAOpBuilder, OpBuilder
 from irpe_ds.ops import __main__ as report
 from irpe_ds.ops import library, toolchain
 from irpe_ds.ops.builder import IRPEBuilder
-from irpe_ds.ops.library import Unavailable
+from irpe_ds.ops.toolchain import Unavailable
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,7 +75,7 @@ class TestWhatIsMissing:
             'echo "x.cpp:3:5: fatal error: torch went missing" >&2; exit 1',
         )
         monkeypatch.setenv("CXX", str(broken))
-        log = toolchain.cache() / "irpe" / "build.log"
+        log = IRPEBuilder().folder / "build.log"
         expected = f"the build failed, see {log}: x.cpp:3:5: fatal error: torch went missing"
         assert self.reason() == expected
         assert "binding.cpp" in log.read_text()
@@ -88,17 +89,78 @@ class TestWhatIsMissing:
     ) -> None:
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/no/such/folder")
         reason = self.reason()
-        assert reason.startswith(f"cannot build in {toolchain.cache()}/irpe (")
+        assert reason.startswith(f"cannot build in {IRPEBuilder().folder} (")
         assert reason.endswith("set TORCH_EXTENSIONS_DIR to a folder that can be written")
 
 
 def test_a_lock_that_a_killed_build_left_is_no_obstacle(tmp_path: Path) -> None:
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "/bin/false"}
-    code = "from irpe_ds.ops import library, toolchain as t; f = t.cache() / 'irpe'; "
+    code = "from irpe_ds.ops import builder, library; f = builder.IRPEBuilder().folder; "
     code += "f.mkdir(parents=True); (f / 'lock').touch(); print(library.load().cpu)"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert "/bin/false" in done.stdout
+
+
+def test_a_gpu_without_nvcc_still_builds_for_the_cpu(tmp_path: Path) -> None:
+    """And several threads that come at once build it once."""
+    code = """
+import threading, torch
+from irpe_ds.ops import irpe_gather, library, toolchain
+torch.cuda.is_available = lambda: True
+toolchain._homes = lambda major: iter(())
+lookup, ids = torch.randn(1, 1, 2, 3, requires_grad=True), torch.zeros(2, 2).int()
+call = lambda: irpe_gather(lookup, ids).sum().backward()
+threads = [threading.Thread(target=call) for _ in range(3)]
+[t.start() for t in threads], [t.join() for t in threads]
+print(lookup.grad.sum().item(), library.load().cuda)
+"""
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": "relative"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.splitlines()[-1].startswith("12.0 there is no nvcc"), done.stderr
+    (finished,) = (tmp_path / "relative").rglob("finished")
+    assert done.stderr.count("Building the iRPE operators") == 1
+    command[2] = code.replace("torch.cuda.is_available =", "toolchain.cxx = None\n#")
+    again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert again.stdout.splitlines()[-1].startswith("12.0"), again.stderr
+    assert "Building" not in again.stderr
+    assert finished.exists()
+
+
+def test_other_sources_or_options_are_another_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(toolchain.CSRC, tmp_path / "csrc")
+    shutil.copy(ROOT / "ops" / "builder.py", tmp_path)
+    monkeypatch.setattr(toolchain, "CSRC", tmp_path / "csrc")
+    toolkit = toolchain.cuda()
+    folders = [toolchain.cache(toolkit), toolchain.cache(None)]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    folders.append(toolchain.cache(toolkit))
+    with (tmp_path / "csrc" / "cuda" / "rpe.cu").open("a") as file:
+        file.write("// more\n")
+    folders.append(toolchain.cache(toolkit))
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize(
+    ("capability", "compiled", "runs"),
+    [
+        ((9, 0), "8.0;9.0+PTX", True),
+        ((8, 6), "8.0;9.0+PTX", True),
+        ((12, 0), "8.0;9.0+PTX", True),
+        ((7, 5), "8.0;9.0+PTX", False),
+        ((8, 0), "9.0", False),
+        ((8, 0), "8.6 9.0+PTX", False),
+    ],
+)
+def test_which_gpus_the_kernels_are_for(
+    capability: tuple[int, int], compiled: str, runs: bool
+) -> None:
+    assert toolchain.runs_on(capability, compiled) == runs
 
 
 class TestCUDAToolkit:
@@ -193,10 +255,7 @@ class TestReport:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        not_loaded = type("Load", (), {"cache_info": library.load.cache_info})
-        empty = library.load.cache_info()._replace(currsize=0)
-        monkeypatch.setattr(not_loaded, "cache_info", staticmethod(lambda: empty))
-        monkeypatch.setattr(library, "load", not_loaded)
+        monkeypatch.setattr(library, "is_loaded", lambda: False)
         monkeypatch.setattr(toolchain, "_homes", lambda major: iter(()))
         lines = self.lines(monkeypatch, capsys)
         assert lines["cpu (cpu)"].startswith("[NO]")
@@ -245,12 +304,13 @@ class TestAheadOfTime:
     def test_another_torch_is_refused(self, installed: Path, load: Callable[[], str]) -> None:
         file = installed / "irpe_ds" / "ops" / "irpe_op.json"
         built = json.loads(file.read_text())
-        assert built == {**library.versions(), "without_cuda": ""}
+        found = {"architectures": toolchain.architectures(), "without_cuda": ""}
+        assert built == library.needs() | found
         file.write_text(json.dumps(built | {"torch": "2.6.0"}))
         try:
-            assert load() == (
-                f"prebuilt for torch 2.6.0, cuda {built['cuda']}, but here is torch "
-                f"{built['torch']}, cuda {built['cuda']}: install irpe-ds again"
-            )
+            refused = load()
+            assert refused.startswith(f"prebuilt for torch 2.6.0, cuda {built['cuda']}, sources ")
+            assert f", but here is torch {torch.__version__}, cuda {built['cuda']}" in refused
+            assert refused.endswith(": install irpe-ds again")
         finally:
             file.write_text(json.dumps(built))

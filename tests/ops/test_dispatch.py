@@ -15,7 +15,7 @@ REASON = "there is no C++ compiler"
 @pytest.fixture
 def without_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine where the operators cannot be built."""
-    monkeypatch.setattr(library, "load", lambda: library.Library(REASON, REASON, ""))
+    monkeypatch.setattr(library, "load", lambda: library.Library(REASON, REASON, "", ""))
     dispatch._decide.cache_clear()
     yield
     dispatch._decide.cache_clear()
@@ -29,7 +29,7 @@ def test_a_name_is_taken_at_its_word(impl: str) -> None:
 def test_auto_on_the_cpu() -> None:
     name, why = select("auto", "cpu", torch.bfloat16)
     assert name == "cpu"
-    assert why == "auto: the fastest for bfloat16 on cpu"
+    assert why == "auto: compiled for cpu, takes bfloat16"
 
 
 def test_auto_elsewhere_is_the_reference() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.ops import bucket_sum, irpe_gather
+from irpe_ds.ops import bucket_sum, irpe_gather, library
 from irpe_ds.rpe import BucketMap
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -22,6 +22,11 @@ SIZES = [  # B, H, Q, K, N
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 pytestmark = pytest.mark.parametrize("device", DEVICES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _operators() -> None:
+    assert library.load().cpu is None
 
 
 def random_ids(rows: int, others: int, n: int, device: str) -> Tensor:
@@ -236,6 +241,14 @@ def test_an_id_out_of_range_reads_nothing(device: str, id_: int) -> None:
         irpe_gather(LOOKUP, ids)
     with pytest.raises(IndexError, match=r"ids: expected ids in \[0, 4\)"):
         bucket_sum(torch.zeros(2, 2, 5, 3), ids.T.contiguous().T, 4, columns=True)
+
+
+def test_an_id_that_32_bits_do_not_hold(device: str) -> None:
+    if device == "cuda":
+        pytest.skip("the kernel stops and leaves no usable CUDA context behind")
+    for id_ in (2**32 + 1, -(2**32)):
+        with pytest.raises(IndexError, match=r"ids: expected ids in \[0, 4\)"):
+            irpe_gather(LOOKUP, torch.full((3, 5), id_))
 
 
 def test_meta_tensors_have_shapes(device: str) -> None:

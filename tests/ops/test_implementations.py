@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from irpe_ds import ops
+from irpe_ds.errors import ConfigError
 from irpe_ds.ops.reference import bucket_sum
 from irpe_ds.rpe import BucketMap, RPEConfig, Term, build_maps, build_table
 
@@ -280,6 +281,22 @@ class TestGradient:
         )
 
 
+def test_a_second_derivative_is_right_or_refused(
+    irpe_attention: Attention, make_inputs: Callable
+) -> None:
+    inputs = make_inputs(RPEConfig(on="qkv"))
+    out = irpe_attention(**inputs)
+    if irpe_attention.keywords["impl"] == "cpu":
+        with pytest.raises(ConfigError, match=r"^impl: expected .* second derivatives, .*'cpu'"):
+            torch.autograd.grad(out.sum(), inputs["q"], create_graph=True)
+        return
+    (grad,) = torch.autograd.grad(out.square().sum(), inputs["q"], create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), inputs["q"])
+    expected = ops.irpe_attention(**inputs, impl="reference").square().sum()
+    (grad,) = torch.autograd.grad(expected, inputs["q"], create_graph=True)
+    torch.testing.assert_close(second, torch.autograd.grad(grad.square().sum(), inputs["q"])[0])
+
+
 class TestKeyPadding:
     def test_equals_removing_the_keys(
         self, irpe_attention: Attention, make_inputs: Callable
@@ -409,6 +426,8 @@ class TestLowPrecision:
         with torch.autocast("cpu", torch.bfloat16):
             out = irpe_attention(**inputs)
         torch.testing.assert_close(out.float(), expected, atol=0.1, rtol=0.05)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected.sum().backward()  # of a forward outside
         out.sum().backward()
         assert all(table.grad.isfinite().all() for table in tables_of(inputs).values())
 

@@ -179,9 +179,11 @@ def test_primitives_on_the_gpu(tmp_path: Path, dtype: torch.dtype, turned: bool)
     from irpe_ds.ops import toolchain
 
     library = tmp_path / "primitives.so"
-    nvcc = [toolchain.cuda().home / "bin" / "nvcc", "-std=c++17", "-arch=native", "-shared"]
+    toolkit = toolchain.cuda()
+    nvcc = [toolkit.home / "bin" / "nvcc", f"-L{toolkit.runtime.parent}", "-std=c++17"]
     source = [f"-I{CSRC}", str(KERNELS / "primitives.cu"), "-o", str(library)]
-    subprocess.run([*nvcc, "-Xcompiler", "-fPIC", *source], check=True)
+    options = ["-arch=native", "-shared", "-Xcompiler", "-fPIC"]
+    subprocess.run([*nvcc, *options, *source], check=True)
     check_product(ctypes.CDLL(str(library)), dtype, turned, "cuda")
 
 
