@@ -9,11 +9,10 @@ import fcntl
 import importlib.util
 import os
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder
@@ -22,7 +21,8 @@ from torch.utils import cpp_extension
 from irpe_ds.ops import gather, library, toolchain
 from irpe_ds.ops.toolchain import Unavailable
 
-_ONE_BUILD = threading.RLock()
+FINISHED = "finished"
+"""The file beside a just-in-time build that is whole."""
 
 
 class IRPEBuilder(CUDAOpBuilder):
@@ -104,7 +104,7 @@ class IRPEBuilder(CUDAOpBuilder):
             Unavailable: no compiler, a compiler that fails, a cache that cannot be written, or a
                 prebuilt module for another PyTorch or CUDA.
         """
-        with _ONE_BUILD:
+        with library.ONE_THREAD:
             module = library.load_prebuilt() or self._load_cached() or self._compile(verbose)
             gather.register()
             return module
@@ -125,13 +125,16 @@ class IRPEBuilder(CUDAOpBuilder):
         """A finished build of these sources, for which nothing need be installed or writable."""
         if self.name in self._loaded_ops:
             return self._loaded_ops[self.name]
-        if not (self.folder / "finished").exists():
+        file = self.folder / f"{self.name}.so"
+        if not (self.folder / FINISHED).exists():
             return None
-        spec = importlib.util.spec_from_file_location(self.name, self.folder / f"{self.name}.so")
+        spec = importlib.util.spec_from_file_location(self.name, file)
         assert spec is not None
         assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            module = importlib.util.module_from_spec(spec)
+        except ImportError as error:
+            raise Unavailable(f"{file} does not load: {error}") from error
         self._loaded_ops[self.name] = module
         return module
 
@@ -141,19 +144,21 @@ class IRPEBuilder(CUDAOpBuilder):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = open(self.folder / "building", "w")  # noqa: SIM115
+            fcntl.flock(lock, fcntl.LOCK_EX)  # unlike PyTorch's lock, it ends with its process
         except OSError as error:
             hint = "set TORCH_EXTENSIONS_DIR to a folder that can be written"
             raise Unavailable(f"cannot build in {self.folder} ({error}): {hint}") from error
-        with lock, _only_process(lock), self.environment():
-            if (self.folder / "finished").exists():  # by another process, meanwhile
-                return super().load(verbose)
+        with lock, self.environment():
+            built_meanwhile = self._load_cached()
+            if built_meanwhile is not None:
+                return built_meanwhile
             print(f"Building the iRPE operators, once, in {self.folder}", file=sys.stderr)
-            (self.folder / "lock").unlink(missing_ok=True)
+            (self.folder / "lock").unlink(missing_ok=True)  # PyTorch's, of a killed process
             try:
                 module = super().load(verbose)
             except Exception as error:
                 raise Unavailable(_first_error(error, self.folder)) from error
-            (self.folder / "finished").touch()
+            (self.folder / FINISHED).touch()
             return module
 
     def _runtime_folder(self) -> Path:
@@ -186,13 +191,6 @@ class IRPEBuilder(CUDAOpBuilder):
                 os.environ.pop(name)
                 if value is not None:
                     os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _only_process(lock: IO[str]) -> Iterator[None]:
-    """One process at a time. Unlike PyTorch's lock file, this one ends with its process."""
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    yield
 
 
 def _first_error(error: Exception, folder: Path) -> str:

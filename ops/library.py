@@ -32,12 +32,13 @@ class Library(NamedTuple):
     """Where they come from: the file that was loaded, empty without one."""
 
 
-_ONE_LOAD = threading.RLock()
+ONE_THREAD = threading.RLock()
+"""Held while operators are looked for and built; threads that come meanwhile wait."""
 
 
 def load() -> Library:
     """Load the operators, once: prebuilt ones, else `IRPEBuilder`'s, which may compile them."""
-    with _ONE_LOAD:  # threads that come meanwhile wait for the first
+    with ONE_THREAD:
         return _load()
 
 

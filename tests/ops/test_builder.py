@@ -163,6 +163,18 @@ def test_which_gpus_the_kernels_are_for(
     assert toolchain.runs_on(capability, compiled) == runs
 
 
+def test_a_finished_build_needs_no_compiler_and_must_load(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = IRPEBuilder().folder
+    folder.mkdir(parents=True)
+    (folder / "irpe.so").write_text("half a file")
+    (folder / "finished").touch()
+    monkeypatch.setattr(toolchain, "ninja", None)
+    with pytest.raises(Unavailable, match=r"irpe\.so does not load: .*file too short"):
+        IRPEBuilder().load()
+
+
 class TestCUDAToolkit:
     def only(self, monkeypatch: pytest.MonkeyPatch, *homes: Path) -> None:
         monkeypatch.setattr(toolchain, "_homes", lambda major: iter(homes))
