@@ -17,8 +17,11 @@ import timm
 import torch
 
 from irpe_ds.cli import run
+from irpe_ds.errors import ConfigError
 from irpe_ds.ops.bench import cases, upstream
 from irpe_ds.ops.bench.timing import compare
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def main() -> None:
@@ -26,7 +29,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", help="of the model and the lookups")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--model", default="deit_small_patch16_224", help="a DeiT of timm")
     parser.add_argument("--batch", type=int, default=8, help="images of a training step")
     parser.add_argument("--lookups", type=int, nargs=2, default=(64, 6), metavar=("B", "H"))
@@ -35,23 +38,19 @@ def main() -> None:
     parser.add_argument("--upstream", type=Path, help="rpe_ops of the released project")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
+    if args.rounds < 1:
+        raise ConfigError("--rounds", "at least 1", args.rounds)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
     dtype = getattr(torch, args.dtype)
     released = upstream.load(args.upstream) if args.upstream else None
-    measured = [
-        (
-            cases.gather(args.device, dtype, args.lookups[0], args.lookups[1], released),
-            ("reference",),
-        ),
-        (
-            cases.step(args.device, dtype, args.model, args.batch, released),
-            ("plain, fused", "plain, eager"),
-        ),
+    tables = [
+        *cases.gather(args.device, dtype, args.lookups[0], args.lookups[1], released),
+        cases.step(args.device, dtype, args.model, args.batch, released),
     ]
     report: dict[str, Any] = describe(args.device, args.threads, args.rounds)
-    for (title, calls), baselines in measured:
+    for title, calls, baselines in tables:
         timings = compare(calls, baselines, args.rounds)
         print(f"\n{title}\n{'':24} {'ms':>9}  ratio")
         for name, timing in timings.items():

@@ -14,12 +14,14 @@ from irpe_ds.ops.bench import upstream
 from irpe_ds.rpe import BucketMap, RPEConfig
 
 Calls = dict[str, Callable[[], object]]
+Table = tuple[str, Calls, tuple[str, ...]]
+"""A title, what to call, by name, and the names that ratios are to."""
 
 
 def gather(
     device: str, dtype: torch.dtype, batch: int, heads: int, released: upstream.Gather | None
-) -> tuple[str, Calls]:
-    """Forward and backward of the gather for DeiT at 224 pixels, product method, 50 buckets."""
+) -> Iterator[Table]:
+    """The gather for DeiT at 224 pixels and 50 buckets: with its backward, and that alone."""
     ids = BucketMap.build("product", 14, 14, 1).to(device).ids
     lookup = torch.randn(batch, heads, 197, 50, device=device, dtype=dtype, requires_grad=True)
     grad = torch.randn(batch, heads, 197, 197, device=device, dtype=dtype)
@@ -31,16 +33,22 @@ def gather(
         functions["upstream"] = released
 
     def both(function: Callable[[Tensor, Tensor], Tensor]) -> None:
-        lookup.grad = None
-        function(lookup, ids).backward(grad)
+        torch.autograd.grad(function(lookup, ids), lookup, grad)
 
-    title = f"gather + backward, {tuple(lookup.shape)} -> {tuple(grad.shape)}, {_name(dtype)}"
-    return title, {name: partial(both, function) for name, function in functions.items()}
+    def backward(out: Tensor) -> None:
+        torch.autograd.grad(out, lookup, grad, retain_graph=True)
+
+    shapes = f"{tuple(lookup.shape)} -> {tuple(grad.shape)}, {_name(dtype)}"
+    calls: Calls = {name: partial(both, function) for name, function in functions.items()}
+    yield f"gather + backward, {shapes}", calls, ("reference",)
+    outs = {name: function(lookup, ids) for name, function in functions.items()}
+    calls = {name: partial(backward, out) for name, out in outs.items()}
+    yield f"backward of the gather, {shapes}", calls, ("reference",)
 
 
 def step(
     device: str, dtype: torch.dtype, model: str, batch: int, released: upstream.Gather | None
-) -> tuple[str, Calls]:
+) -> Table:
     """Forward and backward of a DeiT without an optimiser, plain and with RPE on k, qk and qkv."""
     images = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
     impls = [name for name in dispatch.IMPLEMENTATIONS if _runs(name, device)]
@@ -61,7 +69,8 @@ def step(
         name: partial(train, network.to(device, dtype).train())
         for name, network in networks.items()
     }
-    return f"{model}, forward + backward, batch {batch}, {_name(dtype)}", calls
+    title = f"{model}, forward + backward, batch {batch}, {_name(dtype)}"
+    return title, calls, ("plain, fused", "plain, eager")
 
 
 def _plain(model: str) -> Iterator[tuple[str, nn.Module]]:
