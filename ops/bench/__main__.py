@@ -28,7 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--model", default="deit_small_patch16_224", help="a DeiT of timm")
     parser.add_argument("--batch", type=int, default=8, help="images of a training step")
@@ -38,8 +40,7 @@ def main() -> None:
     parser.add_argument("--upstream", type=Path, help="rpe_ops of the released project")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    if args.rounds < 1:
-        raise ConfigError("--rounds", "at least 1", args.rounds)
+    check(args)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
@@ -58,6 +59,18 @@ def main() -> None:
         report["tables"][title] = {name: timing._asdict() for name, timing in timings.items()}
     if args.out:
         args.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ConfigError for what would fail, or lose the results, minutes later."""
+    if args.rounds < 1:
+        raise ConfigError("--rounds", "at least 1", args.rounds)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device", "cpu, for PyTorch finds no GPU", args.device)
+    if not timm.is_model(args.model):
+        raise ConfigError("--model", "a DeiT of timm", args.model)
+    if args.out and not args.out.parent.is_dir():
+        raise ConfigError("--out", "a file in a folder that exists", args.out)
 
 
 def describe(device: str, threads: int, rounds: int) -> dict[str, Any]:

@@ -47,6 +47,8 @@ def test_ratios_are_to_the_faster_baseline() -> None:
     ("options", "message"),
     [
         (["--rounds", "0"], r"^--rounds: expected at least 1, got 0$"),
+        (["--model", "nope"], r"^--model: expected a DeiT of timm, got nope$"),
+        (["--out", "/no/such/x.json"], r"^--out: expected a file in a folder that exists, got /no"),
         (["--upstream", "/nowhere"], r"^--upstream: expected a folder with rpe_index.cpp"),
     ],
 )
