@@ -176,7 +176,6 @@ class IRPEBuilder(CUDAOpBuilder):
         variables = {
             "PATH": toolchain.path_with_scripts(),
             "TORCH_EXTENSIONS_DIR": str(self.folder.parent),
-            "TORCH_CUDA_ARCH_LIST": toolchain.architectures(),
         }
         before = {name: os.environ.get(name) for name in variables}
         home, cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME, None

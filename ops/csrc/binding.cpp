@@ -207,10 +207,10 @@ cuda::Type type_of(const Tensor& x) {
   }
 }
 
-// Runs gather or bucket_sum; ids are checked by the kernels.
+// Runs gather or bucket_sum, which check the ids and take them transposed or not.
 template <typename Run>
-void run_cuda(Run run, const Tensor& lookups, const Tensor& pairs, const Tensor& ids,
-              bool columns) {
+void run_cuda(Run run, const Tensor& lookups, const Tensor& pairs, const Tensor& ids, bool columns,
+              bool transpose) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;
   TORCH_CHECK_VALUE(ids.size(0) < kMost && ids.size(1) < kMost && lookups.size(3) < kMost,
                     "ids: expected fewer than 2^30 tokens and buckets, got ", ids.sizes(), " and ",
@@ -218,11 +218,11 @@ void run_cuda(Run run, const Tensor& lookups, const Tensor& pairs, const Tensor&
   TORCH_CHECK_INDEX(lookups.size(3) > 0 || ids.numel() == 0, "ids: expected none of 0 buckets, got ",
                     ids.sizes());
   const c10::cuda::CUDAGuard guard(pairs.device());
-  const Tensor dense = ids.contiguous(), transposed = ids.t().contiguous();
+  const Tensor dense = (transpose ? ids.t() : ids).contiguous();
   const cuda::Problem problem{type_of(pairs), columns, pairs.size(0), pairs.size(1),
                               static_cast<int32_t>(ids.size(0)), static_cast<int32_t>(ids.size(1)),
                               static_cast<int32_t>(lookups.size(3)), dense.data_ptr<int32_t>(),
-                              transposed.data_ptr<int32_t>(), lookups.data_ptr(),
+                              lookups.data_ptr(),
                               lookups.stride(0), lookups.stride(1), lookups.stride(2),
                               pairs.data_ptr()};
   C10_CUDA_CHECK(
@@ -232,14 +232,14 @@ void run_cuda(Run run, const Tensor& lookups, const Tensor& pairs, const Tensor&
 Tensor gather_cuda(const Tensor& lookup, const Tensor& ids, bool columns) {
   check_lookup(lookup, ids);
   const Tensor out = pairs_of(lookup, ids, columns);
-  run_cuda(cuda::gather, dense_tokens(lookup), out, ids, columns);
+  run_cuda(cuda::gather, dense_tokens(lookup), out, ids, columns, columns);
   return out;
 }
 
 Tensor bucket_sum_cuda(const Tensor& x, const Tensor& ids, int64_t num_buckets, bool columns) {
   check_pairs("x", x, ids, columns);
   const Tensor sums = at::empty({x.size(0), x.size(1), ids.size(0), num_buckets}, x.options());
-  run_cuda(cuda::bucket_sum, sums, x.contiguous(), ids, columns);
+  run_cuda(cuda::bucket_sum, sums, x.contiguous(), ids, columns, true);
   return sums;
 }
 #endif

@@ -36,7 +36,6 @@ class Problem(ctypes.Structure):
         ("others", ctypes.c_int32),
         ("N", ctypes.c_int32),
         ("ids", ctypes.c_void_p),
-        ("ids_t", ctypes.c_void_p),
         ("lookups", ctypes.c_void_p),
         ("stride_b", ctypes.c_int64),
         ("stride_h", ctypes.c_int64),
@@ -59,7 +58,7 @@ def run(
     kernels: ctypes.CDLL, name: str, lookups: Tensor, pairs: Tensor, ids: Tensor, columns: bool
 ) -> None:
     """Calls gather or bucket_sum of (B, H, T, N) lookups and (B, H, Q, K) pairs."""
-    turned = ids.T.contiguous()
+    taken = ids if name == "gather" and not columns else ids.T.contiguous()
     b, h, tokens, n = lookups.shape
     problem = Problem(
         type=TYPES[pairs.dtype],
@@ -69,8 +68,7 @@ def run(
         tokens=tokens,
         others=ids.shape[1],
         N=n,
-        ids=ids.data_ptr(),
-        ids_t=turned.data_ptr(),
+        ids=taken.data_ptr(),
         lookups=lookups.data_ptr(),
         stride_b=lookups.stride(0),
         stride_h=lookups.stride(1),

@@ -53,7 +53,7 @@ __global__ void gather_kernel(Problem p, int slice) {
     __syncwarp();
     if constexpr (columns) {
       if (lane < at.count) {
-        const int32_t* ids = p.ids_t + at.first + lane;
+        const int32_t* ids = p.ids + at.first + lane;
         T* out = pairs + at.first + lane;
 #pragma unroll 4
         for (int o = 0; o < p.others; ++o) {
@@ -111,7 +111,7 @@ __global__ void bucket_sum_kernel(Problem p, int slice) {
         for (int o = 0; o < o_count; ++o) {
           const int64_t pair = static_cast<int64_t>(o0 + o) * p.tokens + at.first + lane;
           const Sum x = columns ? to_sum<T>(pairs[pair]) : tile[lane * kPitch + o];
-          const int32_t id = checked(p.ids_t[pair], p.N) - n0;
+          const int32_t id = checked(p.ids[pair], p.N) - n0;
           if (id >= 0 && id < n_count) sums[id * kPitch + lane] += x;
         }
       }

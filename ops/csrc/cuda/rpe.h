@@ -16,8 +16,7 @@ struct Problem {
   int32_t columns;            // 0: rows, 1: columns
   int64_t B, H;
   int32_t tokens, others, N;
-  const int32_t* ids;         // (tokens, others)
-  const int32_t* ids_t;       // (others, tokens)
+  const int32_t* ids;         // laid out as the pairs of a gather; of a bucket sum (others, tokens)
   void* lookups;              // numbers of one token lie next to each other
   int64_t stride_b, stride_h, stride_t;
   void* pairs;                // contiguous
