@@ -1,12 +1,20 @@
 """Small random inputs of the attention op."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from irpe_ds import ops
 from irpe_ds.rpe import RPEConfig, build_maps, build_table
+
+
+@pytest.fixture(params=("reference", "gather", "cpu"))
+def irpe_attention(request: pytest.FixtureRequest) -> Callable[..., torch.Tensor]:
+    """The public op, by each implementation that runs here."""
+    return partial(ops.irpe_attention, impl=request.param)
 
 
 @pytest.fixture
