@@ -10,7 +10,9 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -40,6 +42,39 @@ namespace host {
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 64 * 1024;
 
+// Where a fiber, or the scheduler, goes on. The switch of x86-64 makes no system call.
+#if defined(__x86_64__)
+struct Context {
+  void* stack_pointer;
+};
+
+__attribute__((naked, noinline, no_sanitize("address", "undefined"))) inline void switch_context(
+    Context* /*from*/, Context* /*to*/) {
+  asm("pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15;"
+      "movq %rsp, (%rdi); movq (%rsi), %rsp;"
+      "popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp; ret");
+}
+
+inline void start_context(Context& context, char* stack, void (*main)()) {
+  const auto top = reinterpret_cast<uintptr_t>(stack + kStackBytes) / 16 * 16;
+  void** words = reinterpret_cast<void**>(top - 64);  // six registers, then where to return to
+  words[6] = reinterpret_cast<void*>(main);
+  context.stack_pointer = words;
+}
+#else
+using Context = ucontext_t;
+
+inline void switch_context(Context* from, Context* to) { swapcontext(from, to); }
+
+inline void start_context(Context& context, char* stack, void (*main)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, main, 0);
+}
+#endif
+
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "kernel on host: %s\n", what);
   std::abort();
@@ -54,25 +89,28 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  Context context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   void* shadow_stack = nullptr;  // AddressSanitizer's
   Waits waits = Waits::kNot;
   std::vector<std::vector<Copy>> copies;  // closed groups, oldest first
   std::vector<Copy> open_copies;
+  int turn = 0;
 };
 
-// What the lanes of one warp show each other.
+// What the lanes of one warp show each other; `result` is what one of them made of it for all.
 struct Exchange {
-  alignas(16) unsigned char bytes[kWarp][64];
+  alignas(16) unsigned char shown[kWarp][32];
+  alignas(16) unsigned char result[512];
+  bool has_result;
 };
 
 struct Block {
   std::vector<Fiber> fibers;
-  std::vector<Exchange> exchanges;
+  std::vector<Exchange> exchanges;  // two for each warp, in turn
   std::unique_ptr<unsigned char[]> shared;
   std::function<void()> body;
-  ucontext_t scheduler;
+  Context scheduler;
   void* scheduler_shadow_stack = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
@@ -87,7 +125,7 @@ inline void leave_scheduler(Block& block, Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&block.scheduler_shadow_stack, fiber.stack.get(), kStackBytes);
 #endif
-  swapcontext(&block.scheduler, &fiber.context);
+  switch_context(&block.scheduler, &fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(block.scheduler_shadow_stack, nullptr, nullptr);
 #endif
@@ -110,7 +148,7 @@ inline void give_way(Waits waits) {
   __sanitizer_start_switch_fiber(waits == Waits::kDone ? nullptr : &fiber.shadow_stack,
                                  block.scheduler_stack, block.scheduler_stack_bytes);
 #endif
-  swapcontext(&fiber.context, &block.scheduler);
+  switch_context(&fiber.context, &block.scheduler);
   back_in_fiber(block, fiber);
 }
 
@@ -140,11 +178,7 @@ inline void run_block(Block& block, int threads) {
     fiber.waits = Waits::kNot;
     fiber.copies.clear();
     fiber.open_copies.clear();
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
+    start_context(fiber.context, fiber.stack.get(), fiber_main);
   }
   for (bool progress = true; progress;) {
     for (int n = 0; n < threads; ++n) {
@@ -164,20 +198,25 @@ inline void run_block(Block& block, int threads) {
   }
 }
 
-// Shows `mine` to the warp and calls read(all) when every lane has shown its own.
-template <typename T, typename Read>
-auto exchange(const T& mine, Read read) {
-  static_assert(sizeof(T) <= sizeof(Exchange::bytes[0]));
-  Exchange& all = g_block->exchanges[g_block->current / kWarp];
-  std::memcpy(all.bytes[g_block->current % kWarp], &mine, sizeof mine);
+// Shows `mine` to the warp; returns when every lane has shown its own. What is returned lasts
+// until this lane's next exchange: the warp's other Exchange serves that one.
+template <typename T>
+Exchange& exchange(const T& mine) {
+  static_assert(sizeof(T) <= sizeof(Exchange::shown[0]));
+  Fiber& fiber = g_block->fibers[g_block->current];
+  fiber.turn ^= 1;
+  Exchange& all = g_block->exchanges[g_block->current / kWarp * 2 + fiber.turn];
+  std::memcpy(all.shown[g_block->current % kWarp], &mine, sizeof mine);
+  all.has_result = false;
   give_way(Waits::kForWarp);
-  const auto result = read([&](int lane) {
-    T theirs;
-    std::memcpy(&theirs, all.bytes[lane], sizeof theirs);
-    return theirs;
-  });
-  give_way(Waits::kForWarp);
-  return result;
+  return all;
+}
+
+template <typename T>
+T shown_by(const Exchange& all, int lane) {
+  T theirs;
+  std::memcpy(&theirs, all.shown[lane], sizeof theirs);
+  return theirs;
 }
 
 }  // namespace host
@@ -193,7 +232,7 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_byt
            Arguments... arguments) {
   host::Block block;
   block.fibers.resize(threads);
-  block.exchanges.resize((threads + host::kWarp - 1) / host::kWarp);
+  block.exchanges.resize((threads + host::kWarp - 1) / host::kWarp * 2);
   block.body = [=] { kernel(arguments...); };
   host::g_block = &block;
   for (unsigned z = 0; z < grid.z; ++z) {
@@ -242,31 +281,26 @@ inline void from_float(float x, bf16& to) {
   to.bits = std::isnan(x) ? 0x7FFF : static_cast<uint16_t>((bits + half_to_even) >> 16);
 }
 
-inline float shuffle_xor(float x, int mask) {
+template <typename T>
+T shuffle_xor(T x, int mask) {
   const int lane = host::g_block->current % host::kWarp;
-  return host::exchange(x, [=](auto of_lane) { return of_lane(lane ^ mask); });
+  return host::shown_by<T>(host::exchange(x), lane ^ mask);
 }
 
 template <bool transpose = false>
 void load_matrices(uint32_t (&words)[4], const void* row) {
-  struct Words {
-    uint32_t words[4];
-  };
+  if (reinterpret_cast<uintptr_t>(row) % 16) host::fail("a row of a matrix is not aligned");
   const int lane = host::g_block->current % host::kWarp;
-  const Words loaded = host::exchange(row, [=](auto row_of) {
-    Words result;
-    for (int m = 0; m < 4; ++m) {
-      uint16_t pair[2];
-      for (int e = 0; e < 2; ++e) {
-        const int r = lane / 4, c = lane % 4 * 2 + e;
-        const void* from = row_of(m * 8 + (transpose ? c : r));
-        pair[e] = static_cast<const uint16_t*>(from)[transpose ? r : c];
-      }
-      std::memcpy(&result.words[m], pair, sizeof pair);
+  const host::Exchange& rows = host::exchange(row);
+  for (int m = 0; m < 4; ++m) {
+    uint16_t pair[2];
+    for (int e = 0; e < 2; ++e) {
+      const int r = lane / 4, c = lane % 4 * 2 + e;
+      const auto* from = host::shown_by<const uint16_t*>(rows, m * 8 + (transpose ? c : r));
+      pair[e] = from[transpose ? r : c];
     }
-    return result;
-  });
-  std::copy(loaded.words, loaded.words + 4, words);
+    std::memcpy(&words[m], pair, sizeof pair);
+  }
 }
 
 template <typename T>
@@ -274,28 +308,31 @@ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   struct Factors {
     T a[8], b[4];
   };
-  struct Sums {
-    float sums[4];
-  };
   Factors mine;
   std::memcpy(mine.a, a, sizeof mine.a);
   std::memcpy(mine.b, b, sizeof mine.b);
-  const int lane = host::g_block->current % host::kWarp;
-  const Sums added = host::exchange(mine, [&](auto of_lane) {
-    Sums result;
-    for (int e = 0; e < 4; ++e) {
-      const int r = lane / 4 + e / 2 * 8, c = lane % 4 * 2 + e % 2;
-      float sum = sums[e];
-      for (int k = 0; k < 16; ++k) {
-        const Factors left = of_lane(r % 8 * 4 + k % 8 / 2), right = of_lane(c * 4 + k % 8 / 2);
-        sum += to_float(left.a[k / 8 * 4 + r / 8 * 2 + k % 2]) *
-               to_float(right.b[k / 8 * 2 + k % 2]);
+  host::Exchange& all = host::exchange(mine);
+  float(&product)[16][8] = *reinterpret_cast<float(*)[16][8]>(all.result);
+  if (!all.has_result) {
+    float left[16][16], right[16][8];
+    for (int lane = 0; lane < host::kWarp; ++lane) {
+      const Factors theirs = host::shown_by<Factors>(all, lane);
+      const int g = lane / 4, t = lane % 4;
+      for (int e = 0; e < 8; ++e) {
+        left[g + e / 2 % 2 * 8][t * 2 + e % 2 + e / 4 * 8] = to_float(theirs.a[e]);
       }
-      result.sums[e] = sum;
+      for (int e = 0; e < 4; ++e) right[t * 2 + e % 2 + e / 2 * 8][g] = to_float(theirs.b[e]);
     }
-    return result;
-  });
-  std::copy(added.sums, added.sums + 4, sums);
+    for (int r = 0; r < 16; ++r) {
+      for (int c = 0; c < 8; ++c) product[r][c] = 0;
+      for (int k = 0; k < 16; ++k) {
+        for (int c = 0; c < 8; ++c) product[r][c] += left[r][k] * right[k][c];
+      }
+    }
+    all.has_result = true;
+  }
+  const int lane = host::g_block->current % host::kWarp;
+  for (int e = 0; e < 4; ++e) sums[e] += product[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2];
 }
 
 inline void copy_start(void* shared, const void* from, bool inside = true) {
