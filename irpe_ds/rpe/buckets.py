@@ -42,10 +42,12 @@ class BucketMap(nn.Module):
         ids: (L, L) int32, L = skip + height * width; ids[i, j] is b(i, j), query i against key j.
         num_buckets: rows that a table for this map has; with skip tokens the last is theirs.
         grid: (height, width) of the patches.
+        tiles: `ids` and their transpose in the order of `tiled`, uint8; None above 256 buckets.
         skip: leading tokens without a place on the grid (class, distillation, registers).
     """
 
     ids: Tensor
+    tiles: Tensor | None
 
     def __init__(self, method: str, height: int, width: int, skip: int, ratio: float) -> None:
         super().__init__()
@@ -58,11 +60,16 @@ class BucketMap(nn.Module):
             index[skip:, skip:] = patches
             self.num_buckets += 1
         self.register_buffer("ids", index.int(), persistent=False)
+        fits = self.num_buckets <= 256
+        tiles = torch.stack([tiled(index), tiled(index.T)]) if fits else None
+        self.register_buffer("tiles", tiles, persistent=False)
 
     def reset_parameters(self) -> None:
         """Fill `ids` again, for a model that was made on the meta device."""
         again = BucketMap(self.method, *self.grid, self.skip, self.ratio)
         self.ids.copy_(again.ids)
+        if self.tiles is not None and again.tiles is not None:
+            self.tiles.copy_(again.tiles)
 
     @classmethod
     def build(
@@ -91,6 +98,27 @@ class BucketMap(nn.Module):
     def extra_repr(self) -> str:
         height, width = self.grid
         return f"{self.method}, {height}x{width}, skip={self.skip}, buckets={self.num_buckets}"
+
+
+def tiled(ids: Tensor) -> Tensor:
+    """Ids in the order in which a warp of 32 threads keeps a tile of pairs in its registers.
+
+    Tiles have 16 rows and 32 columns. Lane 4 g + t has 16 ids, number 4 n + 2 half + parity that
+    of row 8 half + g and column 8 n + 2 t + parity: one load of 16 bytes, as mma.m16n8k16 of CUDA
+    lays out its sums.
+
+    Args:
+        ids: (L, L) integers below 256.
+
+    Returns:
+        uint8 (ceil(L / 16), ceil(L / 32), 32 lanes, 16); what is beyond L is zero.
+    """
+    length = ids.shape[0]
+    rows, columns = -(-length // 16), -(-length // 32)
+    padded = ids.new_zeros(rows * 16, columns * 32, dtype=torch.uint8)
+    padded[:length, :length] = ids
+    split = padded.view(rows, 2, 8, columns, 4, 4, 2)  # row, half, g, column, n, t, parity
+    return split.permute(0, 3, 2, 5, 4, 1, 6).reshape(rows, columns, 32, 16)
 
 
 def _index(method: str, height: int, width: int, ratio: float) -> Tensor:

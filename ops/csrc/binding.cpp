@@ -1,4 +1,4 @@
-// The operators as PyTorch sees them: schemas, checks, allocation. The only file that knows torch.
+// The operators as PyTorch sees them: schemas, checks, allocation.
 //
 // Rows (RPE on keys): lookups (B, H, Q, N) belong to the queries, ids is (Q, K). Columns (RPE on
 // queries): lookups (B, H, K, N) belong to the keys, ids is (K, Q). Pairs are (B, H, Q, K).
@@ -254,6 +254,15 @@ TORCH_LIBRARY(irpe_ds, library) {
   library.def(
       "softmax_backward(Tensor grad, Tensor probs, Tensor[] ids, int[] num_buckets, int num_rows)"
       " -> Tensor[]");
+  // Implemented in cuda/attention.cpp, which says what a term is.
+  library.def(
+      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor[] tables, Tensor[] tiles,"
+      " int[] targets, Tensor? hidden, Tensor? seed, float scale, float dropout_p)"
+      " -> (Tensor, Tensor)");
+  library.def(
+      "attention_backward(Tensor grad_out, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,"
+      " Tensor[] tables, Tensor[] tiles, int[] targets, Tensor? hidden, Tensor? seed, float scale,"
+      " float dropout_p) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(irpe_ds, CPU, library) {

@@ -26,6 +26,8 @@
 #define __global__
 #define __device__
 #define __restrict__
+#define __grid_constant__
+#define __launch_bounds__(...)
 
 namespace irpe::cuda {
 
@@ -227,6 +229,8 @@ T shown_by(const Exchange& all, int lane) {
 inline void __syncthreads() { host::give_way(host::Waits::kForBlock); }
 inline void __syncwarp() { host::give_way(host::Waits::kForWarp); }
 
+inline Device device() { return {2, 228 * 1024, 227 * 1024}; }
+
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, void*,
            Arguments... arguments) {
@@ -280,6 +284,19 @@ inline void from_float(float x, bf16& to) {
   const uint32_t half_to_even = 0x7FFF + (bits >> 16 & 1);
   to.bits = std::isnan(x) ? 0x7FFF : static_cast<uint16_t>((bits + half_to_even) >> 16);
 }
+
+template <typename T>
+uint32_t pack(float low, float high) {
+  T both[2];
+  from_float(low, both[0]);
+  from_float(high, both[1]);
+  uint32_t word;
+  std::memcpy(&word, both, sizeof word);
+  return word;
+}
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float log2_fast(float x) { return std::log2(x); }
 
 template <typename T>
 T shuffle_xor(T x, int mask) {

@@ -17,6 +17,13 @@ struct bf16 {
   uint16_t bits;
 };
 
+// What a launch has to fit into.
+struct Device {
+  int processors;        // multiprocessors
+  int processor_shared;  // bytes of shared memory that one has for all of its blocks
+  int block_shared;      // bytes that one block can have
+};
+
 }  // namespace irpe::cuda
 
 #ifndef __CUDACC__
@@ -29,10 +36,33 @@ struct bf16 {
 
 namespace irpe::cuda {
 
+constexpr int kSharedBytesUnasked = 48 * 1024;  // what every GPU gives a block without being asked
+
+template <typename... Parameters>
+int allow_shared_memory(void (*kernel)(Parameters...), int bytes) {
+  if (bytes <= kSharedBytesUnasked) return 0;
+  return static_cast<int>(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
+// The GPU that kernels are launched on.
+inline Device device() {
+  int number = 0;
+  cudaGetDevice(&number);
+  const auto of = [&](cudaDeviceAttr attribute) {
+    int value = 1;
+    cudaDeviceGetAttribute(&value, attribute, number);
+    return value;
+  };
+  return {of(cudaDevAttrMultiProcessorCount), of(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+          of(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+}
+
 // Runs the kernel; returns a cudaError_t.
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, void* stream,
            Arguments... arguments) {
+  if (const int error = allow_shared_memory(kernel, shared_bytes)) return error;
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return static_cast<int>(cudaGetLastError());
 }
@@ -59,8 +89,31 @@ __device__ inline void from_float(float x, bf16& to) {
   to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 
+// Two numbers in one word, the first in its lower half.
+template <typename T>
+__device__ uint32_t pack(float low, float high);
+template <>
+__device__ inline uint32_t pack<f16>(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+template <>
+__device__ inline uint32_t pack<bf16>(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+
+// 2^x and log2 x by the special function unit: 2 units of the last place.
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float log2_fast(float x) { return __log2f(x); }
+
 // x of the lane whose number is this lane's xor mask.
-__device__ inline float shuffle_xor(float x, int mask) {
+template <typename T>
+__device__ T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
 
@@ -129,6 +182,16 @@ __device__ inline void copies_wait() {
 #endif
 
 namespace irpe::cuda {
+
+// The two numbers that `pack` put into a word.
+template <typename T>
+__device__ float low(uint32_t word) {
+  return to_float(T{static_cast<uint16_t>(word)});
+}
+template <typename T>
+__device__ float high(uint32_t word) {
+  return to_float(T{static_cast<uint16_t>(word >> 16)});
+}
 
 // What sums of T are kept in: float, or double for double.
 template <typename T>

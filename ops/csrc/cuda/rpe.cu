@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kWarps = 4;
-constexpr int kSharedBytes = 48 * 1024;  // what every GPU gives a block without being asked
+constexpr int kSharedBytes = 48 * 1024;
 
 // Where the warp works, or nothing if it has no (b, h).
 struct Place {

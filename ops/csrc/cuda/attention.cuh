@@ -1,0 +1,535 @@
+// What the passes of attention with relative position have in common.
+//
+// A warp owns 16 tokens of one (b, h): queries in the forward and in the first pass of the
+// backward, keys in its second pass. The warps of a block own neighbouring tokens and go through
+// all other tokens together, in tiles that are copied to shared memory while the last one is
+// worked on; every key and value is read once a block, at any length. A block keeps its place and
+// its head and goes from image to image, so that tables are read and partial sums written once.
+//
+// Fragments: of a 16 x 8 tile of sums, lane l = 4 g + t has sums[0], sums[1] at row g, columns 2 t
+// and 2 t + 1, and sums[2], sums[3] in row g + 8.
+#pragma once
+
+#include "attention.h"
+#include "primitives.cuh"
+
+namespace irpe::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kRows = 16;     // tokens that a warp owns
+constexpr int kColumns = 64;  // other tokens in a tile
+constexpr int kStep = 32;     // of them, in registers at a time
+constexpr int kTiles = kStep / 8;
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// Rows of shared memory are 16 bytes longer than a multiple of 32, so that the eight rows that
+// load_matrices reads at a time lie in different banks.
+template <int D>
+constexpr int kPitch = D + 8;
+
+// Where a target lies in the block's shared memory, in bytes.
+struct Place {
+  int table;    // (padded, kPitch) numbers; zero for a bias
+  int bias;     // (padded) floats in units of log2; zero for a table
+  int lookups;  // (tokens, pitch) numbers, and in the end the owners' bucket sums
+  int bins;     // (warps, N, 32 lanes) floats
+  int N, padded, pitch;
+};
+
+struct Layout {
+  int warps, chunks, groups;  // of a block; of tokens; of images
+  int tiles;                  // (2 stages, 2, kColumns, kPitch) numbers
+  int columns;                // (2 stages, 2, kColumns) floats, in the pass over keys
+  Place on_q, on_k, on_v;
+  int bytes;
+};
+
+// A backward is the pass over queries, then the pass over keys.
+enum class Pass { kForward, kQueries, kKeys };
+
+constexpr bool owned_by_keys(Pass pass) { return pass == Pass::kKeys; }
+
+inline Place place(const Target& target, int D, int tokens, int binning_warps, int& bytes) {
+  const auto take = [&bytes](int count) {
+    const int begin = bytes;
+    bytes += (count + 15) / 16 * 16;
+    return begin;
+  };
+  Place at = {};
+  if (target.num_terms == 0) return at;
+  for (int t = 0; t < target.num_terms; ++t) at.N += target.terms[t].N;
+  at.padded = padded_buckets(target);
+  at.pitch = at.padded + 8;
+  at.table = take(at.padded * (D + 8) * 2);
+  at.bias = take(at.padded * 4);
+  at.lookups = take(tokens * at.pitch * 2);
+  at.bins = take(binning_warps * at.N * kWarp * 4);
+  return at;
+}
+
+inline Layout layout_of(Pass pass, const Attention& p, int warps) {
+  const bool keys = owned_by_keys(pass), backward = pass != Pass::kForward;
+  Layout at = {};
+  at.warps = warps;
+  at.bytes = 2 * 2 * kColumns * (p.D + 8) * 2;
+  at.columns = at.bytes;
+  if (keys) at.bytes += 2 * 2 * kColumns * 4;
+  const int own = warps * kRows, bins = backward ? warps : 0;
+  at.on_q = place(p.on_q, p.D, keys ? own : kColumns, keys ? bins : 0, at.bytes);
+  at.on_k = place(p.on_k, p.D, keys ? kColumns : own, keys ? 0 : bins, at.bytes);
+  at.on_v = place(p.on_v, p.D, keys ? kColumns : own, keys ? 0 : warps, at.bytes);
+  return at;
+}
+
+// Registers leave a multiprocessor room for so many warps: 128 and 168 for each thread.
+constexpr int most_warps(Pass pass) { return pass == Pass::kForward ? 16 : 12; }
+
+// The size of a block that keeps most warps of a multiprocessor busy, rather in two blocks than in
+// one, so that one computes while the other waits for its tile; of equals the largest, which reads
+// the other tokens least often. No warps if not even one has room for its lookups.
+inline Layout plan(Pass pass, const Attention& p) {
+  constexpr int kReserved = 1024;  // bytes that the GPU keeps of a block's shared memory
+  const Device gpu = device();
+  const int tiles = (p.L + kRows - 1) / kRows;
+  Layout best = {};
+  int best_blocks = 0;
+  float best_busy = 0;
+  for (int chunks = 1; chunks <= tiles; ++chunks) {
+    const int warps = (tiles + chunks - 1) / chunks;
+    Layout at = layout_of(pass, p, warps);
+    if (warps > most_warps(pass) || at.bytes > gpu.block_shared) continue;
+    const int blocks =
+        min(most_warps(pass) / warps, gpu.processor_shared / (at.bytes + kReserved));
+    const float busy = static_cast<float>(tiles) / chunks * blocks * (blocks > 1 ? 1.0f : 0.75f);
+    if (busy <= best_busy * 1.01f) continue;
+    at.chunks = chunks;
+    best = at, best_blocks = blocks, best_busy = busy;
+  }
+  if (best.warps == 0) return best;
+  const int resident = gpu.processors * best_blocks;
+  const int groups = max(1, min(p.B, resident / (best.chunks * p.H)));
+  const int rounds = (p.B + groups - 1) / groups;
+  best.groups = (p.B + rounds - 1) / rounds;
+  return best;
+}
+
+template <int value_>
+struct Dim {
+  static constexpr int value = value_;
+};
+
+// call(a number of the type, Dim<D>).
+template <typename Call>
+auto for_type_and_dim(const Attention& p, Call call) {
+  const auto for_dim = [&](auto type) {
+    return p.D == 64 ? call(type, Dim<64>{}) : call(type, Dim<32>{});
+  };
+  return p.type == Type::kFloat16 ? for_dim(f16{}) : for_dim(bf16{});
+}
+
+template <typename Kernel>
+int launch_pass(Pass pass, const Attention& p, Kernel kernel, void* stream) {
+  if (p.B == 0 || p.H == 0 || p.L == 0) return 0;
+  const Layout at = plan(pass, p);
+  if (at.warps == 0) return kDoesNotFit;
+  const dim3 grid(at.chunks, p.H, at.groups);
+  return launch(kernel, grid, at.warps * kWarp, at.bytes, stream, p, at);
+}
+
+// ---- places ----
+
+template <typename T>
+__device__ T* row_of(const Rows& rows, int b, int h) {
+  return static_cast<T*>(rows.data) + b * rows.stride_b + h * rows.stride_h;
+}
+
+template <typename T>
+__device__ T* shared_at(int bytes) {
+  return reinterpret_cast<T*>(shared_memory<unsigned char>() + bytes);
+}
+
+// ---- fragments ----
+
+// a, 16 x 16, from rows [m][k] of shared memory.
+template <typename T>
+__device__ void load_a(uint32_t (&a)[4], const T* rows, int pitch, int lane) {
+  load_matrices(a, rows + lane % 16 * pitch + lane / 16 * 8);
+}
+
+// The same from rows [k][m].
+template <typename T>
+__device__ void load_a_turned(uint32_t (&a)[4], const T* rows, int pitch, int lane) {
+  load_matrices<true>(a, rows + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
+}
+
+// Two b, 16 x 8 each and neighbours in n, from rows [n][k].
+template <typename T>
+__device__ void load_b(uint32_t (&b)[2][2], const T* rows, int pitch, int lane) {
+  uint32_t words[4];
+  load_matrices(words, rows + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
+#pragma unroll
+  for (int n = 0; n < 4; ++n) b[n / 2][n % 2] = words[n];
+}
+
+// The same from rows [k][n].
+template <typename T>
+__device__ void load_b_turned(uint32_t (&b)[2][2], const T* rows, int pitch, int lane) {
+  uint32_t words[4];
+  load_matrices<true>(words, rows + lane % 16 * pitch + lane / 16 * 8);
+#pragma unroll
+  for (int n = 0; n < 4; ++n) b[n / 2][n % 2] = words[n];
+}
+
+// a of 16 rows of device memory; rows beyond L are zero.
+template <typename T, int D>
+__device__ void load_own(uint32_t (&x)[D / 16][4], const T* rows, int64_t stride, int first, int L,
+                         int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first + lane / 4 + half * 8;
+    const auto* words = reinterpret_cast<const uint32_t*>(rows + row * stride) + lane % 4;
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      x[k][half] = row < L ? words[k * 8] : 0;
+      x[k][half + 2] = row < L ? words[k * 8 + 4] : 0;
+    }
+  }
+}
+
+// products[half] = x_r . y_r of rows g and g + 8, y from device memory.
+template <typename T, int D>
+__device__ void row_products(float (&products)[2], const uint32_t (&x)[D / 16][4], const T* rows,
+                             int64_t stride, int first, int L, int lane) {
+  uint32_t y[D / 16][4];
+  load_own<T, D>(y, rows, stride, first, L, lane);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+#pragma unroll
+      for (int n = half; n < 4; n += 2) {
+        sum += low<T>(x[k][n]) * low<T>(y[k][n]) + high<T>(x[k][n]) * high<T>(y[k][n]);
+      }
+    }
+    sum += shuffle_xor(sum, 1);
+    products[half] = sum + shuffle_xor(sum, 2);
+  }
+}
+
+// The rows of device memory of which the lane has sums, times a factor.
+template <typename T, int D>
+__device__ void store_own(T* rows, int64_t stride, int first, int L, const float (&sums)[D / 8][4],
+                          float factor, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first + lane / 4 + half * 8;
+    if (row >= L) continue;
+    auto* words = reinterpret_cast<uint32_t*>(rows + row * stride) + lane % 4;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      words[n * 4] = pack<T>(sums[n][half * 2] * factor, sums[n][half * 2 + 1] * factor);
+    }
+  }
+}
+
+// sums += x rows^T: sums 16 x 8 N, x 16 x D, rows [8 N][D].
+template <typename T, int D, int N>
+__device__ void multiply_turned(float (&sums)[N][4], const uint32_t (&x)[D / 16][4], const T* rows,
+                                int lane) {
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) {
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      uint32_t b[2][2];
+      load_b(b, rows + n * 8 * kPitch<D> + k * 16, kPitch<D>, lane);
+      multiply_add<T>(sums[n], x[k], b[0]);
+      multiply_add<T>(sums[n + 1], x[k], b[1]);
+    }
+  }
+}
+
+// sums += a rows: sums 16 x D, a 16 x 16, rows [16][D].
+template <typename T, int D>
+__device__ void multiply(float (&sums)[D / 8][4], const uint32_t (&a)[4], const T* rows, int lane) {
+#pragma unroll
+  for (int n = 0; n < D / 8; n += 2) {
+    uint32_t b[2][2];
+    load_b_turned(b, rows + n * 8, kPitch<D>, lane);
+    multiply_add<T>(sums[n], a, b[0]);
+    multiply_add<T>(sums[n + 1], a, b[1]);
+  }
+}
+
+// 16 x 32 numbers of a warp in half precision: the words of row g and of row g + 8 of each tile.
+using Packed = uint32_t[kTiles][2];
+
+// sums += packed rows: sums 16 x D, rows [32][D].
+template <typename T, int D>
+__device__ void multiply(float (&sums)[D / 8][4], const Packed& packed, const T* rows, int lane) {
+#pragma unroll
+  for (int k = 0; k < kTiles / 2; ++k) {
+    const uint32_t a[4] = {packed[2 * k][0], packed[2 * k][1], packed[2 * k + 1][0],
+                           packed[2 * k + 1][1]};
+    multiply<T, D>(sums, a, rows + k * 16 * kPitch<D>, lane);
+  }
+}
+
+// ---- tiles of other tokens ----
+
+// Starts to copy `kColumns` rows; those beyond L become zero.
+template <typename T, int D>
+__device__ void start_copy(T* tile, const T* rows, int64_t stride, int first, int L, int count,
+                           int threads) {
+  constexpr int kPieces = D / 8;  // of 16 bytes
+  for (int n = static_cast<int>(threadIdx.x); n < count * kPieces; n += threads) {
+    const int row = n / kPieces, d = n % kPieces * 8;
+    const bool inside = first + row < L;
+    copy_start(tile + row * kPitch<D> + d, rows + (inside ? first + row : 0) * stride + d, inside);
+  }
+}
+
+// ---- lookups ----
+
+// Reads the table of one head. Buckets beyond N are zero; their lookups are never read, their
+// bucket sums are zero too.
+template <typename T, int D>
+__device__ void load_table(const Target& target, const Place& at, int h, int threads) {
+  T* table = shared_at<T>(at.table);
+  float* bias = shared_at<float>(at.bias);
+  for (int n = static_cast<int>(threadIdx.x); n < at.padded * (D + 1); n += threads) {
+    const int bucket = n / (D + 1), d = n % (D + 1);
+    float value = 0;
+    int first = 0;
+    for (int t = 0; t < target.num_terms; ++t) {
+      const Term& term = target.terms[t];
+      if (bucket >= first && bucket < first + term.N && (d == D) == (term.is_bias != 0)) {
+        const int64_t offset = h * term.stride_h + (bucket - first) * term.stride_n;
+        value = to_float(static_cast<const T*>(term.table)[offset + d % D * term.stride_d]);
+      }
+      first += term.N;
+    }
+    if (d == D) {
+      bias[bucket] = value * kLog2E;
+    } else {
+      from_float(value, table[bucket * kPitch<D> + d]);
+    }
+  }
+}
+
+// lookups[r][n] = factor x_r . table[n] + bias[n] for 16 rows and the 16 buckets from `first` on.
+template <typename T, int D>
+__device__ void look_up(T* lookups, const Place& at, int first, const uint32_t (&x)[D / 16][4],
+                        float factor, int lane) {
+  float sums[2][4] = {};
+  multiply_turned<T, D>(sums, x, shared_at<T>(at.table) + first * kPitch<D>, lane);
+  const float* bias = shared_at<float>(at.bias);
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const int bucket = first + n * 8 + lane % 4 * 2;
+    const float low = bias[bucket], high = bias[bucket + 1];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      T* row = lookups + (lane / 4 + half * 8) * at.pitch;
+      *reinterpret_cast<uint32_t*>(row + bucket) =
+          pack<T>(sums[n][half * 2] * factor + low, sums[n][half * 2 + 1] * factor + high);
+    }
+  }
+}
+
+// Of the 16 tokens that a warp owns.
+template <typename T, int D>
+__device__ void look_up_own(T* lookups, const Place& at, const uint32_t (&x)[D / 16][4],
+                            float factor, int lane) {
+  for (int first = 0; first < at.padded; first += 16) {
+    look_up<T, D>(lookups, at, first, x, factor, lane);
+  }
+}
+
+// Of a tile of other tokens, by all warps together.
+template <typename T, int D>
+__device__ void look_up_tile(const Place& at, const T* tile, float factor, int warps, int lane) {
+  const int parts = at.padded / 16;
+  for (int n = static_cast<int>(threadIdx.x) / kWarp; n < kColumns / 16 * parts; n += warps) {
+    const int row = n / parts * 16;
+    uint32_t x[D / 16][4];
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      load_a(x[k], tile + row * kPitch<D> + k * 16, kPitch<D>, lane);
+    }
+    look_up<T, D>(shared_at<T>(at.lookups) + row * at.pitch, at, n % parts * 16, x, factor, lane);
+  }
+}
+
+// The ids of the lane's pairs of a 16 x 32 tile: byte e of word n belongs to sums[n][e].
+struct alignas(16) Ids {
+  uint32_t words[kTiles];
+
+  __device__ int operator()(int n, int e) const {
+    return static_cast<int>(words[n] >> (e * 8) & 0xff);
+  }
+};
+
+// Tiles lie row by row, in each 16 bytes for every lane.
+__device__ inline Ids load_ids(const uint8_t* ids, int row, int column, int L, int lane) {
+  const int tile = row / kRows * ((L + kStep - 1) / kStep) + column / kStep;
+  return reinterpret_cast<const Ids*>(ids)[tile * kWarp + lane];
+}
+
+// Adds to every pair the lookup of the token that the warp owns, or of the other one.
+template <bool own, typename T>
+__device__ void add_lookups(float (&sums)[kTiles][4], const Target& target, const Place& at,
+                            const T* lookups, int row, int column, int L, int lane) {
+  const T* mine = lookups + (own ? lane / 4 : lane % 4 * 2) * at.pitch;
+  for (int t = 0; t < target.num_terms; ++t) {
+    const Term& term = target.terms[t];
+    const Ids ids = load_ids(own ? term.ids : term.ids_turned, row, column, L, lane);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int token = own ? e / 2 * 8 : n * 8 + e % 2;
+        sums[n][e] += to_float(mine[token * at.pitch + ids(n, e)]);
+      }
+    }
+    mine += term.N;
+  }
+}
+
+__device__ inline bool is_hidden(const Attention& p, int b, int key) {
+  return key >= p.L || (p.hidden && p.hidden[static_cast<int64_t>(b) * p.L + key]);
+}
+
+// Scores of keys beyond L and of hidden keys become -infinity.
+__device__ inline void hide_columns(float (&scores)[kTiles][4], const Attention& p, int b,
+                                    int column, int lane) {
+  if (column + kStep <= p.L && !p.hidden) return;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int parity = 0; parity < 2; ++parity) {
+      const int key = column + n * 8 + lane % 4 * 2 + parity;
+      if (is_hidden(p, b, key)) scores[n][parity] = scores[n][parity + 2] = -kInfinity;
+    }
+  }
+}
+
+// ---- bucket sums ----
+//
+// A lane adds up, in bins of its own, every other pair of columns of one row: of row g where t is
+// even, of row g + 8 where it is odd. So it changes half of its numbers for half of those of its
+// neighbour t ^ 1, and in the end lanes t and t ^ 2 have one row's sums together. The bins of the
+// 32 lanes lie in the 32 banks.
+
+__device__ inline void clear_bins(float* bins, int N, int lane) {
+  for (int n = 0; n < N; ++n) bins[n * kWarp + lane] = 0;
+}
+
+__device__ inline void scale_bins(float* bins, int N, float factor, int lane) {
+  for (int n = 0; n < N; ++n) bins[n * kWarp + lane] *= factor;
+}
+
+// Two at a time: the second read does not wait for the first write.
+__device__ inline void add_to_bins(float* mine, int n0, int n1, float x0, float x1) {
+  const float sum0 = mine[n0 * kWarp] + x0;
+  const float sum1 = (n0 == n1 ? sum0 : mine[n1 * kWarp]) + x1;
+  mine[n0 * kWarp] = sum0;
+  mine[n1 * kWarp] = sum1;
+}
+
+template <typename T>
+__device__ void add_to_bins(float* bins, const Target& target, const Packed& packed, int row,
+                            int column, int L, int lane) {
+  const bool odd = lane % 2;
+  float* mine = bins + lane;
+  for (int t = 0; t < target.num_terms; ++t) {
+    const Ids ids = load_ids(target.terms[t].ids, row, column, L, lane);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const uint32_t kept = odd ? packed[n][1] : packed[n][0];
+      const uint32_t got = shuffle_xor(odd ? packed[n][0] : packed[n][1], 1);
+      const uint32_t upper = ids.words[n] >> 16, lower = ids.words[n] & 0xffff;
+      const uint32_t kept_ids = odd ? upper : lower, got_ids = shuffle_xor(odd ? lower : upper, 1);
+      add_to_bins(mine, kept_ids & 0xff, kept_ids >> 8, low<T>(kept), high<T>(kept));
+      add_to_bins(mine, got_ids & 0xff, got_ids >> 8, low<T>(got), high<T>(got));
+    }
+    mine += target.terms[t].N * kWarp;
+  }
+}
+
+// sums[r][n] for the 16 rows of the warp, times the factor of the lane's row.
+template <typename T>
+__device__ void collect_bins(T* sums, const Place& at, const float* bins, float factor, int lane) {
+  __syncwarp();
+  T* row = sums + (lane / 4 + lane % 2 * 8) * at.pitch;
+  for (int n = lane / 2 % 2; n < at.padded; n += 2) {
+    const float* bin = bins + n * kWarp;
+    from_float(n < at.N ? (bin[lane] + bin[lane ^ 2]) * factor : 0.0f, row[n]);
+  }
+  __syncwarp();
+}
+
+// sums += x table for the 16 rows of the warp.
+template <typename T, int D>
+__device__ void multiply_table(float (&sums)[D / 8][4], const T* x, const Place& at, int lane) {
+  const T* table = shared_at<T>(at.table);
+  for (int n = 0; n < at.padded; n += 16) {
+    uint32_t a[4];
+    load_a(a, x + n, at.pitch, lane);
+    multiply<T, D>(sums, a, table + n * kPitch<D>, lane);
+  }
+}
+
+// ---- dropout ----
+
+// Philox4x32-10 (Salmon et al., SC 2011).
+struct Philox {
+  uint32_t words[4];
+
+  __device__ Philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2) {
+    uint32_t counter[4] = {c0, c1, c2, 0};
+    uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+#pragma unroll
+    for (int round = 0; round < 10; ++round) {
+      const uint64_t a = uint64_t{0xD2511F53} * counter[0], b = uint64_t{0xCD9E8D57} * counter[2];
+      const uint32_t next[4] = {static_cast<uint32_t>(b >> 32) ^ counter[1] ^ key[0],
+                                static_cast<uint32_t>(b),
+                                static_cast<uint32_t>(a >> 32) ^ counter[3] ^ key[1],
+                                static_cast<uint32_t>(a)};
+#pragma unroll
+      for (int n = 0; n < 4; ++n) counter[n] = next[n];
+      key[0] += 0x9E3779B9;
+      key[1] += 0xBB67AE85;
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n) words[n] = counter[n];
+  }
+};
+
+// Which pairs of a 16 x 32 tile are dropped, bit 4 n + e for sums[n][e]. One draw serves a patch
+// of 2 x 2 pairs, word 2 (query % 2) + key % 2, so that both passes of a backward find it.
+template <bool keys>
+__device__ uint32_t draw_dropped(const Attention& p, int bh, int row, int column, int lane) {
+  const uint64_t seed = static_cast<uint64_t>(*p.seed);
+  const uint32_t below = static_cast<uint32_t>(p.dropout_p * 4294967296.0f);
+  uint32_t dropped = 0;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t own = row + lane / 4 + half * 8, other = column + n * 8 + lane % 4 * 2;
+      const Philox draw(seed, (keys ? other : own) / 2, (keys ? own : other) / 2, bh);
+#pragma unroll
+      for (int parity = 0; parity < 2; ++parity) {
+        const uint32_t even_word = draw.words[keys ? parity * 2 : parity];
+        const uint32_t odd_word = draw.words[keys ? parity * 2 + 1 : parity + 2];
+        const bool drop = (own % 2 ? odd_word : even_word) < below;
+        dropped |= uint32_t{drop} << (n * 4 + half * 2 + parity);
+      }
+    }
+  }
+  return dropped;
+}
+
+}  // namespace irpe::cuda

@@ -1,0 +1,261 @@
+// The backward: scores and weights are computed again from the log-sum-exp, never stored.
+//
+// With P the weights, P' those that dropout left, scaled up, U = grad_out T_V^T, and b the buckets:
+//
+//   dP[i,j] = grad_out_i . v_j + U[i, b(i,j)]        delta_i = grad_out_i . out_i
+//   dS[i,j] = P[i,j] (dP'[i,j] - delta_i)            dT_K = bucket sums of dS along rows
+//   grad_q = scale (dS k + dT_K T_K^T)               dT_Q = bucket sums of dS along columns
+//   grad_k = scale (dS^T q + dT_Q T_Q^T)             grad of T_K = scale q^T dT_K
+//   grad_v = P'^T grad_out                           grad of T_V = (bucket sums of P')^T grad_out
+//
+// A pass over queries has what is summed along rows, a pass over keys what is summed along columns:
+// nothing is added up by more than one block, and no sum depends on timing. That S and dP are
+// computed twice costs 2 matrix products in 7.
+
+#include "attention.cuh"
+
+namespace irpe::cuda {
+namespace {
+
+// grad_table (+)= factor sums^T x over the block's own tokens.
+template <typename T, int D>
+__device__ void add_table_grad(float* grad_table, const Place& at, const T* x, int tokens,
+                               float factor, bool first, int warps, int lane) {
+  constexpr int kParts = D / 16;
+  for (int n = static_cast<int>(threadIdx.x) / kWarp; n < at.padded / 16 * kParts; n += warps) {
+    const int bucket = n / kParts * 16, d = n % kParts * 16;
+    float grad[2][4] = {};
+    for (int row = 0; row < tokens; row += 16) {
+      uint32_t a[4], b[2][2];
+      load_a_turned(a, shared_at<T>(at.lookups) + row * at.pitch + bucket, at.pitch, lane);
+      load_b_turned(b, x + row * kPitch<D> + d, kPitch<D>, lane);
+      multiply_add<T>(grad[0], a, b[0]);
+      multiply_add<T>(grad[1], a, b[1]);
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      float* to = grad_table + (bucket + lane / 4 + e / 2 % 2 * 8) * D + d + e / 4 * 8 +
+                  lane % 4 * 2 + e % 2;
+      *to = grad[e / 4][e % 4] * factor + (first ? 0.0f : *to);
+    }
+  }
+}
+
+// grad_bias (+)= sums over the block's own tokens.
+template <typename T>
+__device__ void add_bias_grad(float* grad_bias, const Place& at, int tokens, bool first,
+                              int threads) {
+  for (int n = static_cast<int>(threadIdx.x); n < at.padded; n += threads) {
+    float grad = first ? 0.0f : grad_bias[n];
+    const T* sums = shared_at<T>(at.lookups) + n;
+    for (int row = 0; row < tokens; ++row) grad += to_float(sums[row * at.pitch]);
+    grad_bias[n] = grad;
+  }
+}
+
+template <typename T, int D, bool keys>
+__global__ void __launch_bounds__(most_warps(Pass::kKeys) * kWarp) backward_kernel(
+    const __grid_constant__ Attention p, const __grid_constant__ Layout at) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, threads = at.warps * kWarp;
+  const int h = static_cast<int>(blockIdx.y);
+  const int own_block = static_cast<int>(blockIdx.x) * at.warps * kRows;
+  const int own = own_block + warp * kRows;
+  const bool idle = own >= p.L;
+  const float unit = p.scale * kLog2E, keep = 1 / (1 - p.dropout_p);
+
+  // Whose lookups belong to the tokens of this warp: scores and, in the pass over queries, values.
+  const Target& on_own = keys ? p.on_q : p.on_k;
+  const Target& on_other = keys ? p.on_k : p.on_q;
+  const Place& at_own = keys ? at.on_q : at.on_k;
+  const Place& at_other = keys ? at.on_k : at.on_q;
+  const bool has_own = on_own.num_terms, has_other = on_other.num_terms;
+  const bool on_v = p.on_v.num_terms;
+  if (has_own) load_table<T, D>(on_own, at_own, h, threads);
+  if (has_other) load_table<T, D>(on_other, at_other, h, threads);
+  if (on_v) load_table<T, D>(p.on_v, at.on_v, h, threads);
+  __syncthreads();
+
+  T* lookups_own = shared_at<T>(at_own.lookups) + warp * kRows * at_own.pitch;
+  T* lookups_other = shared_at<T>(at_other.lookups);
+  T* lookups_v = shared_at<T>(at.on_v.lookups) + (keys ? 0 : warp * kRows * at.on_v.pitch);
+  float* bins_own = shared_at<float>(at_own.bins) + warp * at_own.N * kWarp;
+  float* bins_v = shared_at<float>(at.on_v.bins) + warp * at.on_v.N * kWarp;
+  T* tiles = shared_at<T>(at.tiles);
+  const int slot = (h * at.groups + static_cast<int>(blockIdx.z)) * at.chunks +
+                   static_cast<int>(blockIdx.x);
+
+  for (int b = static_cast<int>(blockIdx.z); b < p.B; b += at.groups) {
+    const int64_t bh_row = (static_cast<int64_t>(b) * p.H + h) * p.L;
+    // x and z are this warp's, y and w the others': scores are x y^T, gradients of weights z w^T.
+    const Rows &x_rows = keys ? p.k : p.q, &y_rows = keys ? p.q : p.k;
+    const Rows &z_rows = keys ? p.v : p.grad_out, &w_rows = keys ? p.grad_out : p.v;
+    const T *x_all = row_of<const T>(x_rows, b, h), *y_all = row_of<const T>(y_rows, b, h);
+    const T *z_all = row_of<const T>(z_rows, b, h), *w_all = row_of<const T>(w_rows, b, h);
+    const auto start = [&](int stage, int first) {
+      T* tile = tiles + stage * 2 * kColumns * kPitch<D>;
+      start_copy<T, D>(tile, y_all, y_rows.stride_l, first, p.L, kColumns, threads);
+      start_copy<T, D>(tile + kColumns * kPitch<D>, w_all, w_rows.stride_l, first, p.L, kColumns,
+                       threads);
+      copies_commit();
+      if constexpr (keys) {
+        float* columns = shared_at<float>(at.columns) + stage * 2 * kColumns;
+        for (int n = static_cast<int>(threadIdx.x); n < kColumns; n += threads) {
+          const bool inside = first + n < p.L;
+          columns[n] = inside ? p.lse[bh_row + first + n] * kLog2E : kInfinity;
+          columns[kColumns + n] = inside ? p.delta[bh_row + first + n] : 0.0f;
+        }
+      }
+    };
+    start(0, 0);
+
+    uint32_t x[D / 16][4], z[D / 16][4];
+    load_own<T, D>(x, x_all, x_rows.stride_l, own, p.L, lane);
+    load_own<T, D>(z, z_all, z_rows.stride_l, own, p.L, lane);
+    float lse[2], delta[2];
+    bool hidden[2];
+    if constexpr (keys) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        hidden[half] = is_hidden(p, b, own + lane / 4 + half * 8);
+      }
+    } else {
+      row_products<T, D>(delta, z, row_of<const T>(p.out, b, h), p.out.stride_l, own, p.L, lane);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = own + lane / 4 + half * 8;
+        lse[half] = row < p.L ? p.lse[bh_row + row] * kLog2E : kInfinity;
+        if (lane % 4 == 0 && row < p.L) p.delta[bh_row + row] = delta[half];
+      }
+    }
+    if (!idle) {
+      if (has_own) {
+        look_up_own<T, D>(lookups_own, at_own, x, unit, lane);
+        clear_bins(bins_own, at_own.N, lane);
+      }
+      if (on_v && !keys) {
+        look_up_own<T, D>(lookups_v, at.on_v, z, 1.0f, lane);
+        clear_bins(bins_v, at.on_v.N, lane);
+      }
+    }
+    __syncwarp();
+    float grad_x[D / 8][4] = {}, grad_z[D / 8][4] = {};  // of z in the pass over keys alone
+
+    for (int first = 0, stage = 0; first < p.L; first += kColumns, stage ^= 1) {
+      copies_wait<0>();
+      __syncthreads();  // the tile is there, and nobody reads the one before
+      if (first + kColumns < p.L) start(stage ^ 1, first + kColumns);
+      const T* tile_y = tiles + stage * 2 * kColumns * kPitch<D>;
+      const T* tile_w = tile_y + kColumns * kPitch<D>;
+      if (has_other) look_up_tile<T, D>(at_other, tile_y, unit, at.warps, lane);
+      if (on_v && keys) look_up_tile<T, D>(at.on_v, tile_w, 1.0f, at.warps, lane);
+      if (has_other || (on_v && keys)) __syncthreads();
+      if (idle) continue;
+
+#pragma unroll 1
+      for (int column = first; column < min(first + kColumns, p.L); column += kStep) {
+        const T* y = tile_y + (column - first) * kPitch<D>;
+        const T* w = tile_w + (column - first) * kPitch<D>;
+        float s[kTiles][4] = {}, grad_p[kTiles][4] = {};
+        multiply_turned<T, D>(s, x, y, lane);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[n][e] *= unit;
+        }
+        if (has_own) add_lookups<true>(s, on_own, at_own, lookups_own, own, column, p.L, lane);
+        if (has_other) {
+          const T* lookups = lookups_other + (column - first) * at_other.pitch;
+          add_lookups<false>(s, on_other, at_other, lookups, own, column, p.L, lane);
+        }
+        if constexpr (!keys) hide_columns(s, p, b, column, lane);
+        multiply_turned<T, D>(grad_p, z, w, lane);
+        if (on_v) {
+          const T* lookups = lookups_v + (keys ? (column - first) * at.on_v.pitch : 0);
+          add_lookups<!keys>(grad_p, p.on_v, at.on_v, lookups, own, column, p.L, lane);
+        }
+
+        Packed weights, grads;
+        const uint32_t dropped =
+            p.dropout_p > 0 ? draw_dropped<keys>(p, b * p.H + h, own, column, lane) : 0;
+        const float* columns = shared_at<float>(at.columns) + stage * 2 * kColumns +
+                               (column - first) + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float lse_e = keys ? columns[n * 8 + e % 2] : lse[e / 2];
+            const float delta_e = keys ? columns[kColumns + n * 8 + e % 2] : delta[e / 2];
+            float weight = exp2_fast(s[n][e] - lse_e);
+            if (keys && hidden[e / 2]) weight = 0;
+            const float kept = dropped >> (n * 4 + e) & 1 ? 0.0f : keep;
+            s[n][e] = weight * kept;
+            grad_p[n][e] = weight * (grad_p[n][e] * kept - delta_e);
+          }
+          weights[n][0] = pack<T>(s[n][0], s[n][1]);
+          weights[n][1] = pack<T>(s[n][2], s[n][3]);
+          grads[n][0] = pack<T>(grad_p[n][0], grad_p[n][1]);
+          grads[n][1] = pack<T>(grad_p[n][2], grad_p[n][3]);
+        }
+        multiply<T, D>(grad_x, grads, y, lane);
+        if constexpr (keys) multiply<T, D>(grad_z, weights, w, lane);
+        if (has_own) add_to_bins<T>(bins_own, on_own, grads, own, column, p.L, lane);
+        if (on_v && !keys) add_to_bins<T>(bins_v, p.on_v, weights, own, column, p.L, lane);
+      }
+    }
+
+    if (!idle) {
+      if (has_own) {
+        collect_bins(lookups_own, at_own, bins_own, 1.0f, lane);
+        multiply_table<T, D>(grad_x, lookups_own, at_own, lane);
+      }
+      if (on_v && !keys) collect_bins(lookups_v, at.on_v, bins_v, 1.0f, lane);
+      const Rows& to = keys ? p.grad_k : p.grad_q;
+      store_own<T, D>(row_of<T>(to, b, h), to.stride_l, own, p.L, grad_x, p.scale, lane);
+      if constexpr (keys) {
+        store_own<T, D>(row_of<T>(p.grad_v, b, h), p.grad_v.stride_l, own, p.L, grad_z, 1.0f, lane);
+      }
+    }
+    __syncthreads();  // the tiles are free, and all bucket sums are there
+
+    const int tokens = min(at.warps * kRows, (p.L - own_block + kRows - 1) / kRows * kRows);
+    const auto add_grads = [&](const Target& target, const Place& place, const T* rows,
+                               int64_t stride, float factor) {
+      start_copy<T, D>(tiles, rows, stride, own_block, p.L, tokens, threads);
+      copies_commit();
+      copies_wait<0>();
+      __syncthreads();
+      const bool is_first = b == static_cast<int>(blockIdx.z);
+      const int64_t to = static_cast<int64_t>(slot) * place.padded;
+      if (target.grad_table) {
+        add_table_grad<T, D>(target.grad_table + to * D, place, tiles, tokens, factor, is_first,
+                             at.warps, lane);
+      }
+      if (target.grad_bias) {
+        add_bias_grad<T>(target.grad_bias + to, place, tokens, is_first, threads);
+      }
+      __syncthreads();
+    };
+    if (has_own) add_grads(on_own, at_own, x_all, x_rows.stride_l, p.scale);
+    if (on_v && !keys) add_grads(p.on_v, at.on_v, z_all, z_rows.stride_l, 1.0f);
+  }
+}
+
+}  // namespace
+
+int backward(const Attention& p, void* stream) {
+  return for_type_and_dim(p, [&](auto type, auto dim) {
+    using T = decltype(type);
+    const int error =
+        launch_pass(Pass::kQueries, p, backward_kernel<T, dim.value, false>, stream);
+    if (error) return error;
+    return launch_pass(Pass::kKeys, p, backward_kernel<T, dim.value, true>, stream);
+  });
+}
+
+Slots slots(const Attention& p) {
+  const Layout queries = plan(Pass::kQueries, p), keys = plan(Pass::kKeys, p);
+  return {keys.groups * keys.chunks, queries.groups * queries.chunks};
+}
+
+}  // namespace irpe::cuda
