@@ -33,9 +33,11 @@ def implementations() -> Iterator[str]:
     """One line for each implementation and device: ready, possible, and why not."""
     ready = ready_library()
     yield _dotted("implementation", _dotted("installed", "compatible", STATE_WIDTH))
-    yield _dotted("reference", _dotted("[YES]", "[OKAY]", STATE_WIDTH))
-    for name, devices in dispatch.NEEDS.items():
-        for device in devices:
+    for name, row in dispatch.IMPLEMENTATIONS.items():
+        if not row.compiled:
+            yield _dotted(name, _dotted("[YES]", "[OKAY]", STATE_WIDTH))
+            continue
+        for device in row.devices:
             obstacle = compile_obstacle(device)
             if library.is_loaded():  # built, or found not to build
                 obstacle = getattr(library.load(), device)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops.dispatch import IMPLEMENTATIONS, decided
+from irpe_ds.ops.inputs import Case, Inputs, kinds_of
 from irpe_ds.rpe import BucketMap, Term
 
 
@@ -36,7 +37,8 @@ def irpe_attention(
         key_padding_mask: (B, L) bool, True where a key must not be attended to. Where no key
             is left the result is zero, as in torch.nn.functional.scaled_dot_product_attention.
         impl: `auto`, or the name of one implementation, which then runs or raises;
-            `irpe_ds.ops.select` says what `auto` comes to. `cpu` has no second derivative.
+            `irpe_ds.ops.select` says what `auto` comes to. `cpu` and `fused` have no second
+            derivative.
 
     Returns:
         (B, H, L, D) in the dtype of q; under autocast in autocast's, as PyTorch's own attention.
@@ -50,19 +52,21 @@ def irpe_attention(
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if autocast and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-    run = IMPLEMENTATIONS[decided(impl, device, q.dtype)]
+    x = Inputs(
+        q,
+        k,
+        v,
+        rpe_q=_checked_terms("rpe_q", rpe_q, q),
+        rpe_k=_checked_terms("rpe_k", rpe_k, q),
+        rpe_v=_checked_terms("rpe_v", rpe_v, q),
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        dropout_p=dropout_p,
+        key_padding_mask=key_padding_mask,
+    )
+    case = Case(device, q.dtype, q.shape[-1], kinds_of(x.rpe_q, x.rpe_k, x.rpe_v))
+    run = IMPLEMENTATIONS[decided(impl, case)].attention
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        return run(
-            q,
-            k,
-            v,
-            rpe_q=_checked_terms("rpe_q", rpe_q, q),
-            rpe_k=_checked_terms("rpe_k", rpe_k, q),
-            rpe_v=_checked_terms("rpe_v", rpe_v, q),
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            dropout_p=dropout_p,
-            key_padding_mask=key_padding_mask,
-        )
+        return run(x)
 
 
 def _check_inputs(

@@ -18,7 +18,7 @@ import torch
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder
 from torch.utils import cpp_extension
 
-from irpe_ds.ops import gather, library, toolchain
+from irpe_ds.ops import library, toolchain
 from irpe_ds.ops.toolchain import Unavailable
 
 FINISHED = "finished"
@@ -59,7 +59,12 @@ class IRPEBuilder(CUDAOpBuilder):
 
     def sources(self) -> list[str]:
         """Absolute paths; nvcc compiles only files without PyTorch's headers."""
-        names = ["binding.cpp", "cpu/rpe.cpp", *(["cuda/rpe.cu"] if self.toolkit else [])]
+        names = ["binding.cpp", "cpu/rpe.cpp"]
+        if self.toolkit:
+            names += ["cuda/attention.cpp"]
+            names += [
+                f"cuda/{name}.cu" for name in ("rpe", "attention_forward", "attention_backward")
+            ]
         return [str(toolchain.CSRC / name) for name in names]
 
     def include_paths(self) -> list[str]:
@@ -106,7 +111,7 @@ class IRPEBuilder(CUDAOpBuilder):
         """
         with library.ONE_THREAD:
             module = library.load_prebuilt() or self._load_cached() or self._compile(verbose)
-            gather.register()
+            library.register()
             return module
 
     def builder(self) -> Any:

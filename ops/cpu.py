@@ -13,32 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.rpe import Term
+from irpe_ds.ops.inputs import Inputs
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    rpe_q: tuple[Term, ...],
-    rpe_k: tuple[Term, ...],
-    rpe_v: tuple[Term, ...],
-    scale: float,
-    dropout_p: float,
-    key_padding_mask: Tensor | None,
-) -> Tensor:
+def attention(x: Inputs) -> Tensor:
     """Attention as `reference.attention` defines it, once differentiable."""
     # The op takes what is gathered along rows first: terms on keys, and biases, which belong to no
     # token and so are rows of the transposed ids.
-    contextual_q = [(table, buckets.ids) for table, buckets in rpe_q if table.dim() == 3]
-    bias_q = [(table, buckets.ids.T) for table, buckets in rpe_q if table.dim() == 2]
-    rows = [(table, buckets.ids) for table, buckets in rpe_k] + bias_q
-    tables, ids = zip(*rows, *contextual_q, strict=True) if rpe_q or rpe_k else ((), ())
-    probs = _Probabilities.apply(q, k, scale, key_padding_mask, len(rows), ids, *tables)
-    probs = F.dropout(probs, dropout_p)
-    tables, ids = zip(*((t, m.ids) for t, m in rpe_v), strict=True) if rpe_v else ((), ())
-    return _WeightedValues.apply(probs, v, ids, *tables)
+    contextual_q = [(table, buckets.ids) for table, buckets in x.rpe_q if table.dim() == 3]
+    bias_q = [(table, buckets.ids.T) for table, buckets in x.rpe_q if table.dim() == 2]
+    rows = [(table, buckets.ids) for table, buckets in x.rpe_k] + bias_q
+    tables, ids = zip(*rows, *contextual_q, strict=True) if x.rpe_q or x.rpe_k else ((), ())
+    probs = _Probabilities.apply(x.q, x.k, x.scale, x.key_padding_mask, len(rows), ids, *tables)
+    probs = F.dropout(probs, x.dropout_p)
+    tables, ids = zip(*((t, m.ids) for t, m in x.rpe_v), strict=True) if x.rpe_v else ((), ())
+    return _WeightedValues.apply(probs, x.v, ids, *tables)
 
 
 def _first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:

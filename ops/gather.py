@@ -13,7 +13,7 @@ from torch import Tensor
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops import library
-from irpe_ds.rpe import Term
+from irpe_ds.ops.inputs import Inputs
 
 
 def irpe_gather(lookup: Tensor, ids: Tensor, *, columns: bool = False) -> Tensor:
@@ -51,35 +51,24 @@ def bucket_sum(x: Tensor, ids: Tensor, num_buckets: int, *, columns: bool = Fals
     return _ops(x).bucket_sum(x, _int32(ids, x), num_buckets, columns)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    rpe_q: tuple[Term, ...],
-    rpe_k: tuple[Term, ...],
-    rpe_v: tuple[Term, ...],
-    scale: float,
-    dropout_p: float,
-    key_padding_mask: Tensor | None,
-) -> Tensor:
+def attention(x: Inputs) -> Tensor:
     """Attention as `reference.attention` defines it, from PyTorch's operators and these two."""
-    q = q * scale
+    q, k = x.q * x.scale, x.k
     scores_BHLL = q @ k.mT
-    for table, buckets in rpe_k:
+    for table, buckets in x.rpe_k:
         scores_BHLL = scores_BHLL + irpe_gather(_lookup(q, table), buckets.ids)
-    for table, buckets in rpe_q:
-        lookup_BHLN = _lookup(k, table if table.dim() == 2 else table * scale)
+    for table, buckets in x.rpe_q:
+        lookup_BHLN = _lookup(k, table if table.dim() == 2 else table * x.scale)
         scores_BHLL = scores_BHLL + irpe_gather(lookup_BHLN, buckets.ids, columns=True)
-    if key_padding_mask is None:
+    if x.key_padding_mask is None:
         probs_BHLL = scores_BHLL.softmax(-1)
     else:
-        hidden_B11L = key_padding_mask[:, None, None]
+        hidden_B11L = x.key_padding_mask[:, None, None]
         scores_BHLL = scores_BHLL.masked_fill(hidden_B11L, torch.finfo(q.dtype).min)
         probs_BHLL = scores_BHLL.softmax(-1).masked_fill(hidden_B11L.all(-1, keepdim=True), 0.0)
-    probs_BHLL = F.dropout(probs_BHLL, dropout_p)
-    out_BHLD = probs_BHLL @ v
-    for table_HND, buckets in rpe_v:
+    probs_BHLL = F.dropout(probs_BHLL, x.dropout_p)
+    out_BHLD = probs_BHLL @ x.v
+    for table_HND, buckets in x.rpe_v:
         out_BHLD = out_BHLD + bucket_sum(probs_BHLL, buckets.ids, buckets.num_buckets) @ table_HND
     return out_BHLD
 
@@ -107,7 +96,7 @@ def _int32(ids: Tensor, x: Tensor) -> Tensor:
 
 @functools.cache
 def register() -> None:
-    """Tell PyTorch the shapes and the gradients of the loaded operators, once."""
+    """Tell PyTorch the shapes and the gradients of these operators, once they are loaded."""
 
     def setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         lookup, ids, ctx.columns = inputs

@@ -58,11 +58,17 @@ def _load() -> Library:
             module, without_cuda, architectures = _build()
     except Unavailable as error:
         return Library(str(error), str(error), "", "")
-    from irpe_ds.ops import gather
-
-    gather.register()
+    register()
     has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("irpe_ds::gather", "CUDA")
     return Library(None, None if has_cuda else without_cuda, architectures, str(module.__file__))
+
+
+def register() -> None:
+    """Tell PyTorch the shapes and the gradients of the operators, once they are loaded."""
+    from irpe_ds.ops import fused, gather
+
+    gather.register()
+    fused.register()
 
 
 def require(device_type: str) -> None:

@@ -3,50 +3,37 @@
 Shape suffixes: B batch, H heads (or 1), L tokens, D head dimension, N buckets.
 """
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from irpe_ds.rpe import Term
+from irpe_ds.ops.inputs import Inputs
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    rpe_q: Sequence[Term],
-    rpe_k: Sequence[Term],
-    rpe_v: Sequence[Term],
-    scale: float,
-    dropout_p: float,
-    key_padding_mask: Tensor | None,
-) -> Tensor:
+def attention(x: Inputs) -> Tensor:
     """Sec. 3 and 4 of iRPE, with b(i, j) the bucket of query i against key j.
 
         S[i,j] = scale q_i . k_j  +  scale q_i . T_K[:, b(i,j)]  +  scale k_j . T_Q[:, b(j,i)]
         P = softmax(S);   O[i] = sum_j P[i,j] (v_j + T_V[b(i,j)])
 
-    In bias mode a term is T[b] itself. Any floating dtype, float64 included; arguments and result
-    as in `irpe_attention`, which has checked them.
+    In bias mode a term is T[b] itself. Any floating dtype, float64 included; the result as in
+    `irpe_attention`.
     """
-    q_BHLD = q * scale
-    scores_BHLL = q_BHLD @ k.transpose(-2, -1)
-    for table, buckets in rpe_k:
+    q_BHLD = x.q * x.scale
+    scores_BHLL = q_BHLD @ x.k.transpose(-2, -1)
+    for table, buckets in x.rpe_k:
         scores_BHLL = scores_BHLL + _scores(q_BHLD, table, buckets.ids)
-    for table, buckets in rpe_q:
-        scores_BHLL = scores_BHLL + _scores(k * scale, table, buckets.ids).transpose(-2, -1)
-    if key_padding_mask is None:
+    for table, buckets in x.rpe_q:
+        scores_BHLL = scores_BHLL + _scores(x.k * x.scale, table, buckets.ids).transpose(-2, -1)
+    if x.key_padding_mask is None:
         probs_BHLL = scores_BHLL.softmax(-1)
     else:
-        empty_B1 = key_padding_mask.all(1, keepdim=True)  # no key left: zero, not 0 / 0
-        hidden_BL = key_padding_mask & ~empty_B1
+        empty_B1 = x.key_padding_mask.all(1, keepdim=True)  # no key left: zero, not 0 / 0
+        hidden_BL = x.key_padding_mask & ~empty_B1
         probs_BHLL = scores_BHLL.masked_fill(hidden_BL[:, None, None], float("-inf")).softmax(-1)
         probs_BHLL = probs_BHLL.masked_fill(empty_B1[:, None, None], 0.0)
-    probs_BHLL = F.dropout(probs_BHLL, dropout_p)
-    out_BHLD = probs_BHLL @ v
-    for table_HND, buckets in rpe_v:
+    probs_BHLL = F.dropout(probs_BHLL, x.dropout_p)
+    out_BHLD = probs_BHLL @ x.v
+    for table_HND, buckets in x.rpe_v:
         out_BHLD = out_BHLD + bucket_sum(probs_BHLL, buckets.ids, buckets.num_buckets) @ table_HND
     return out_BHLD
 

@@ -1,10 +1,11 @@
 """Multi-head attention that carries relative position: projections around one op."""
 
+import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.ops import irpe_attention
+from irpe_ds.ops import Case, irpe_attention, kinds_of
 from irpe_ds.rpe import BucketMap, CrossRPETable, RPEConfig, RPETable, Term, build_table
 
 
@@ -53,13 +54,14 @@ class RPEAttention(nn.Module):
         batch, length, _ = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, L, D)
+        rpe_q, rpe_k, rpe_v = self._terms()
         out = irpe_attention(
             self.q_norm(q).to(v.dtype),  # under autocast a norm returns float32
             self.k_norm(k).to(v.dtype),
             v,
-            rpe_q=_terms(self.rpe_q),
-            rpe_k=_terms(self.rpe_k),
-            rpe_v=_terms(self.rpe_v),
+            rpe_q=rpe_q,
+            rpe_k=rpe_k,
+            rpe_v=rpe_v,
             scale=self.scale,
             dropout_p=self.attn_drop.p if self.training else 0.0,
             impl=self.impl,
@@ -70,6 +72,10 @@ class RPEAttention(nn.Module):
             out = out * gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
 
+    def case(self, device_type: str, dtype: torch.dtype) -> Case:
+        """What `irpe_ds.ops.select` decides by, for a computation in dtype."""
+        return Case(device_type, dtype, self.head_dim, kinds_of(*self._terms()))
 
-def _terms(table: RPETable | CrossRPETable | None) -> tuple[Term, ...]:
-    return () if table is None else table.terms()
+    def _terms(self) -> tuple[tuple[Term, ...], ...]:
+        tables = (self.rpe_q, self.rpe_k, self.rpe_v)
+        return tuple(() if table is None else table.terms() for table in tables)

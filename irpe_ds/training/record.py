@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from irpe_ds.config import RunConfig
 from irpe_ds.errors import ConfigError
-from irpe_ds.models.zoo import ZOO
+from irpe_ds.models.attention import RPEAttention
 from irpe_ds.ops.dispatch import Choice, FallbackWarning, select
 from irpe_ds.training.distributed import Ranks
 from irpe_ds.training.trainer import DTYPES
@@ -24,17 +25,18 @@ QUIET: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
 PACKAGES = ("irpe-ds", "torch", "torchvision", "timm", "deepspeed", "ffcv", "numpy", "wandb")
 
 
-def attention_op(config: RunConfig, device_type: str) -> Choice:
+def attention_op(config: RunConfig, model: nn.Module, device_type: str) -> Choice:
     """The implementation of the attention op that will run, built if need be, and why.
 
     Raises:
         ConfigError: `model.impl` names one that does not run here.
     """
-    if config.model.rpe is None and config.model.name not in ZOO:
+    layer = next((m for m in model.modules() if isinstance(m, RPEAttention)), None)
+    if layer is None:
         return Choice("timm's own", "the model has no relative position")
     warnings.simplefilter("ignore", FallbackWarning)  # the run's log says it, once
     try:
-        return select(config.model.impl, device_type, DTYPES[config.train.precision])
+        return select(config.model.impl, layer.case(device_type, DTYPES[config.train.precision]))
     except ConfigError as error:
         raise ConfigError(f"model.{error.where}", error.expected, error.got) from None
 

@@ -43,7 +43,7 @@ def train(config: RunConfig, resume: str = "never") -> None:
             print(f"{config.folder} is trained already, {update} updates; name=... starts another")
         return
     check_folder(config)
-    op = attention_op(config, device_type())
+    op = attention_op(config, model, device_type())
 
     ranks = join()
     first, last = ranks.range(update)

@@ -51,10 +51,9 @@ def step(
 ) -> Table:
     """Forward and backward of a DeiT without an optimiser, plain and with RPE on k, qk and qkv."""
     images = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
-    impls = [name for name in dispatch.IMPLEMENTATIONS if _runs(name, device)]
     if released is not None:
-        dispatch.IMPLEMENTATIONS["upstream"] = partial(upstream.attention, released)
-        impls.append("upstream")
+        row = dispatch.Implementation(partial(upstream.attention, released))
+        dispatch.IMPLEMENTATIONS["upstream"] = row
 
     def train(network: nn.Module) -> None:
         network.zero_grad(set_to_none=True)
@@ -62,9 +61,11 @@ def step(
 
     networks = {f"plain, {name}": network for name, network in _plain(model)}
     for on in ("k", "qk", "qkv"):
-        for impl in impls:
+        for impl in dispatch.IMPLEMENTATIONS:
             network = equip(timm.create_model(model), RPEConfig(on=on), impl)
-            networks[f"{on.upper()}, {impl}"] = network
+            case = network.blocks[0].attn.case(device, dtype)
+            if dispatch.obstacle(impl, case) is None:
+                networks[f"{on.upper()}, {impl}"] = network
     calls: Calls = {
         name: partial(train, network.to(device, dtype).train())
         for name, network in networks.items()
@@ -79,10 +80,6 @@ def _plain(model: str) -> Iterator[tuple[str, nn.Module]]:
         for block in network.blocks:
             block.attn.fused_attn = name == "fused"
         yield name, network
-
-
-def _runs(impl: str, device: str) -> bool:
-    return dispatch.obstacle(impl, device) is None
 
 
 def _name(dtype: torch.dtype) -> str:

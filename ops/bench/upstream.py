@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.rpe import Term
+from irpe_ds.ops.inputs import Inputs
 
 Gather = Callable[[Tensor, Tensor], Tensor]
 
@@ -55,31 +55,20 @@ def load(folder: Path) -> Gather:
     return Index.apply
 
 
-def attention(
-    gather: Gather,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    rpe_q: tuple[Term, ...],
-    rpe_k: tuple[Term, ...],
-    rpe_v: tuple[Term, ...],
-    scale: float,
-    **unused: object,
-) -> Tensor:
+def attention(gather: Gather, x: Inputs) -> Tensor:
     """Contextual attention with shared tables as the released models compute it.
 
     Terms on values expand the table to every pair, (L, L, D).
     """
-    q = q * scale
+    q, k, v = x.q * x.scale, x.k, x.v
     scores = q @ k.mT
-    for table, buckets in rpe_k:
+    for table, buckets in x.rpe_k:
         scores = scores + gather(q @ table, buckets.ids)
-    for table, buckets in rpe_q:
-        scores = scores + gather(k * scale @ table, buckets.ids).mT
+    for table, buckets in x.rpe_q:
+        scores = scores + gather(k * x.scale @ table, buckets.ids).mT
     probs = scores.softmax(-1)
     out = probs @ v
-    for table, buckets in rpe_v:
+    for table, buckets in x.rpe_v:
         batch, heads, length, dim = v.shape
         by_query = probs.permute(2, 0, 1, 3).reshape(length, batch * heads, length)
         term = by_query @ table[0][buckets.ids]

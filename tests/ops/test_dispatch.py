@@ -1,14 +1,18 @@
 """What a request comes to: explicit choices never fall back, `auto` says why."""
 
+import re
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.ops import dispatch, irpe_attention, library, select
+from irpe_ds.ops import Case, dispatch, fused, irpe_attention, library, select
+from irpe_ds.ops.inputs import TermKind
 
+CASE = Case("cpu", torch.float32, 64, ())
 REASON = "there is no C++ compiler"
 
 
@@ -21,34 +25,61 @@ def without_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dispatch._decide.cache_clear()
 
 
-@pytest.mark.parametrize("impl", dispatch.IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ["reference", "gather", "cpu"])
 def test_a_name_is_taken_at_its_word(impl: str) -> None:
-    assert select(impl, "cpu", torch.float32) == (impl, "asked for by name")
+    assert select(impl, CASE) == (impl, "asked for by name")
 
 
 def test_auto_on_the_cpu() -> None:
-    name, why = select("auto", "cpu", torch.bfloat16)
-    assert name == "cpu"
-    assert why == "auto: compiled for cpu, takes bfloat16"
+    assert select("auto", CASE) == ("cpu", "auto: cpu, the fastest that was timed on a CPU")
 
 
 def test_auto_elsewhere_is_the_reference() -> None:
     q = torch.zeros(1, 1, 4, 2, device="meta")
     assert irpe_attention(q, q, q).shape == q.shape
-    assert select("auto", "meta", q.dtype).name == "reference"
+    why = "auto: nothing is compiled for meta"
+    assert select("auto", CASE._replace(device_type="meta")) == ("reference", why)
 
 
 def test_unknown() -> None:
     with pytest.raises(
-        ConfigError, match=r"^impl: expected auto or one of reference, gather, cpu, got 'fast'"
+        ConfigError,
+        match=r"^impl: expected auto or one of reference, gather, cpu, fused, got 'fast'",
     ):
-        select("fast", "cpu", torch.float32)
+        select("fast", CASE)
 
 
 def test_an_implementation_of_another_device() -> None:
     expected = "^impl: expected an implementation that runs on cuda, got 'cpu': it runs on cpu$"
     with pytest.raises(ConfigError, match=expected):
-        select("cpu", "cuda", torch.float32)
+        select("cpu", CASE._replace(device_type="cuda"))
+
+
+def kind(target: str, num_buckets: int) -> TermKind:
+    return TermKind(target, "product", num_buckets, is_bias=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"device_type": "cpu"}, "it runs on cuda"),
+        ({"dtype": torch.float32}, "it takes float16 and bfloat16, not float32"),
+        ({"head_dim": 48}, "it takes 32 or 64 numbers per head, not 48"),
+        (
+            {"terms": (kind("q", 50), kind("v", 129))},
+            "it takes at most 2 terms of 128 buckets together on v, not 1 of 129",
+        ),
+        (
+            {"terms": (kind("k", 8), kind("k", 8), kind("k", 8))},
+            "it takes at most 2 terms of 128 buckets together on k, not 3 of 24",
+        ),
+    ],
+)
+def test_what_the_fused_kernels_do_not_take(change: dict[str, Any], reason: str) -> None:
+    case = Case("cuda", torch.bfloat16, 64, (kind("k", 50),))
+    with pytest.raises(ConfigError, match=re.escape(f"got 'fused': {reason}")):
+        select("fused", case._replace(**change))
+    assert fused.obstacle(case) is None
 
 
 @pytest.mark.usefixtures("without_operators")
@@ -64,7 +95,7 @@ class TestWithoutOperators:
         q = torch.randn(1, 1, 4, 2)
         with pytest.warns(dispatch.FallbackWarning) as caught:
             out = irpe_attention(q, q, q)
-        assert [str(w.message) for w in caught] == [f"auto: cpu is missing, {REASON}"]
+        assert [str(w.message) for w in caught] == [f"auto: not cpu: {REASON}"]
         assert torch.equal(out, irpe_attention(q, q, q, impl="reference"))
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -139,9 +139,16 @@ int launch_pass(Pass pass, const Attention& p, Kernel kernel, void* stream) {
 
 // ---- places ----
 
+// The numbers of one token.
 template <typename T>
-__device__ T* row_of(const Rows& rows, int b, int h) {
-  return static_cast<T*>(rows.data) + b * rows.stride_b + h * rows.stride_h;
+__device__ T* row_of(const Rows& rows, int b, int h, int token) {
+  return static_cast<T*>(rows.data) + b * rows.stride_b + h * rows.stride_h +
+         token * rows.stride_l;
+}
+
+// Where a token has its number in (B, H, L).
+__device__ inline int64_t token_of(const Attention& p, int b, int h, int token) {
+  return (static_cast<int64_t>(b) * p.H + h) * p.L + token;
 }
 
 template <typename T>
@@ -183,12 +190,13 @@ __device__ void load_b_turned(uint32_t (&b)[2][2], const T* rows, int pitch, int
 
 // a of 16 rows of device memory; rows beyond L are zero.
 template <typename T, int D>
-__device__ void load_own(uint32_t (&x)[D / 16][4], const T* rows, int64_t stride, int first, int L,
-                         int lane) {
+__device__ void load_own(uint32_t (&x)[D / 16][4], const Rows& rows, int b, int h, int first,
+                         int L, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first + lane / 4 + half * 8;
-    const auto* words = reinterpret_cast<const uint32_t*>(rows + row * stride) + lane % 4;
+    const T* numbers = row_of<const T>(rows, b, h, row);
+    const auto* words = reinterpret_cast<const uint32_t*>(numbers) + lane % 4;
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
       x[k][half] = row < L ? words[k * 8] : 0;
@@ -199,10 +207,10 @@ __device__ void load_own(uint32_t (&x)[D / 16][4], const T* rows, int64_t stride
 
 // products[half] = x_r . y_r of rows g and g + 8, y from device memory.
 template <typename T, int D>
-__device__ void row_products(float (&products)[2], const uint32_t (&x)[D / 16][4], const T* rows,
-                             int64_t stride, int first, int L, int lane) {
+__device__ void row_products(float (&products)[2], const uint32_t (&x)[D / 16][4],
+                             const Rows& rows, int b, int h, int first, int L, int lane) {
   uint32_t y[D / 16][4];
-  load_own<T, D>(y, rows, stride, first, L, lane);
+  load_own<T, D>(y, rows, b, h, first, L, lane);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float sum = 0;
@@ -218,18 +226,22 @@ __device__ void row_products(float (&products)[2], const uint32_t (&x)[D / 16][4
   }
 }
 
-// The rows of device memory of which the lane has sums, times a factor.
+// x times the factor of its row; 0 whatever x is, if that is 0.
+__device__ inline float scaled(float x, float factor) { return factor == 0 ? 0.0f : x * factor; }
+
+// The rows of device memory of which the lane has sums, times a factor for each of its two rows.
 template <typename T, int D>
-__device__ void store_own(T* rows, int64_t stride, int first, int L, const float (&sums)[D / 8][4],
-                          float factor, int lane) {
+__device__ void store_own(const Rows& rows, int b, int h, int first, int L,
+                          const float (&sums)[D / 8][4], const float (&factors)[2], int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first + lane / 4 + half * 8;
     if (row >= L) continue;
-    auto* words = reinterpret_cast<uint32_t*>(rows + row * stride) + lane % 4;
+    auto* words = reinterpret_cast<uint32_t*>(row_of<T>(rows, b, h, row)) + lane % 4;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
-      words[n * 4] = pack<T>(sums[n][half * 2] * factor, sums[n][half * 2 + 1] * factor);
+      words[n * 4] = pack<T>(scaled(sums[n][half * 2], factors[half]),
+                             scaled(sums[n][half * 2 + 1], factors[half]));
     }
   }
 }
@@ -278,15 +290,16 @@ __device__ void multiply(float (&sums)[D / 8][4], const Packed& packed, const T*
 
 // ---- tiles of other tokens ----
 
-// Starts to copy `kColumns` rows; those beyond L become zero.
+// Starts to copy `count` rows to shared memory; those beyond L become zero.
 template <typename T, int D>
-__device__ void start_copy(T* tile, const T* rows, int64_t stride, int first, int L, int count,
+__device__ void start_copy(T* tile, const Rows& rows, int b, int h, int first, int L, int count,
                            int threads) {
   constexpr int kPieces = D / 8;  // of 16 bytes
   for (int n = static_cast<int>(threadIdx.x); n < count * kPieces; n += threads) {
     const int row = n / kPieces, d = n % kPieces * 8;
     const bool inside = first + row < L;
-    copy_start(tile + row * kPitch<D> + d, rows + (inside ? first + row : 0) * stride + d, inside);
+    const T* from = row_of<const T>(rows, b, h, inside ? first + row : 0) + d;
+    copy_start(tile + row * kPitch<D> + d, from, inside);
   }
 }
 
@@ -458,14 +471,16 @@ __device__ void add_to_bins(float* bins, const Target& target, const Packed& pac
   }
 }
 
-// sums[r][n] for the 16 rows of the warp, times the factor of the lane's row.
+// sums[r][n] for the 16 rows of the warp, times the factor of the row.
 template <typename T>
-__device__ void collect_bins(T* sums, const Place& at, const float* bins, float factor, int lane) {
+__device__ void collect_bins(T* sums, const Place& at, const float* bins,
+                             const float (&factors)[2], int lane) {
+  const float factor = lane % 2 ? factors[1] : factors[0];
   __syncwarp();
   T* row = sums + (lane / 4 + lane % 2 * 8) * at.pitch;
   for (int n = lane / 2 % 2; n < at.padded; n += 2) {
     const float* bin = bins + n * kWarp;
-    from_float(n < at.N ? (bin[lane] + bin[lane ^ 2]) * factor : 0.0f, row[n]);
+    from_float(n < at.N ? scaled(bin[lane] + bin[lane ^ 2], factor) : 0.0f, row[n]);
   }
   __syncwarp();
 }

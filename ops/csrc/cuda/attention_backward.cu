@@ -82,50 +82,40 @@ __global__ void __launch_bounds__(most_warps(Pass::kKeys) * kWarp) backward_kern
   float* bins_own = shared_at<float>(at_own.bins) + warp * at_own.N * kWarp;
   float* bins_v = shared_at<float>(at.on_v.bins) + warp * at.on_v.N * kWarp;
   T* tiles = shared_at<T>(at.tiles);
-  const int slot = (h * at.groups + static_cast<int>(blockIdx.z)) * at.chunks +
-                   static_cast<int>(blockIdx.x);
 
   for (int b = static_cast<int>(blockIdx.z); b < p.B; b += at.groups) {
-    const int64_t bh_row = (static_cast<int64_t>(b) * p.H + h) * p.L;
     // x and z are this warp's, y and w the others': scores are x y^T, gradients of weights z w^T.
     const Rows &x_rows = keys ? p.k : p.q, &y_rows = keys ? p.q : p.k;
     const Rows &z_rows = keys ? p.v : p.grad_out, &w_rows = keys ? p.grad_out : p.v;
-    const T *x_all = row_of<const T>(x_rows, b, h), *y_all = row_of<const T>(y_rows, b, h);
-    const T *z_all = row_of<const T>(z_rows, b, h), *w_all = row_of<const T>(w_rows, b, h);
     const auto start = [&](int stage, int first) {
       T* tile = tiles + stage * 2 * kColumns * kPitch<D>;
-      start_copy<T, D>(tile, y_all, y_rows.stride_l, first, p.L, kColumns, threads);
-      start_copy<T, D>(tile + kColumns * kPitch<D>, w_all, w_rows.stride_l, first, p.L, kColumns,
-                       threads);
+      start_copy<T, D>(tile, y_rows, b, h, first, p.L, kColumns, threads);
+      start_copy<T, D>(tile + kColumns * kPitch<D>, w_rows, b, h, first, p.L, kColumns, threads);
       copies_commit();
       if constexpr (keys) {
         float* columns = shared_at<float>(at.columns) + stage * 2 * kColumns;
         for (int n = static_cast<int>(threadIdx.x); n < kColumns; n += threads) {
           const bool inside = first + n < p.L;
-          columns[n] = inside ? p.lse[bh_row + first + n] * kLog2E : kInfinity;
-          columns[kColumns + n] = inside ? p.delta[bh_row + first + n] : 0.0f;
+          const int64_t token = token_of(p, b, h, first + n);
+          columns[n] = inside ? p.lse[token] * kLog2E : kInfinity;
+          columns[kColumns + n] = inside ? p.delta[token] : 0.0f;
         }
       }
     };
     start(0, 0);
 
     uint32_t x[D / 16][4], z[D / 16][4];
-    load_own<T, D>(x, x_all, x_rows.stride_l, own, p.L, lane);
-    load_own<T, D>(z, z_all, z_rows.stride_l, own, p.L, lane);
+    load_own<T, D>(x, x_rows, b, h, own, p.L, lane);
+    load_own<T, D>(z, z_rows, b, h, own, p.L, lane);
     float lse[2], delta[2];
-    bool hidden[2];
-    if constexpr (keys) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        hidden[half] = is_hidden(p, b, own + lane / 4 + half * 8);
-      }
-    } else {
-      row_products<T, D>(delta, z, row_of<const T>(p.out, b, h), p.out.stride_l, own, p.L, lane);
+    if constexpr (!keys) {
+      row_products<T, D>(delta, z, p.out, b, h, own, p.L, lane);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = own + lane / 4 + half * 8;
-        lse[half] = row < p.L ? p.lse[bh_row + row] * kLog2E : kInfinity;
-        if (lane % 4 == 0 && row < p.L) p.delta[bh_row + row] = delta[half];
+        const int64_t token = token_of(p, b, h, row);
+        lse[half] = row < p.L ? p.lse[token] * kLog2E : kInfinity;
+        if (lane % 4 == 0 && row < p.L) p.delta[token] = delta[half];
       }
     }
     if (!idle) {
@@ -156,76 +146,97 @@ __global__ void __launch_bounds__(most_warps(Pass::kKeys) * kWarp) backward_kern
       for (int column = first; column < min(first + kColumns, p.L); column += kStep) {
         const T* y = tile_y + (column - first) * kPitch<D>;
         const T* w = tile_w + (column - first) * kPitch<D>;
-        float s[kTiles][4] = {}, grad_p[kTiles][4] = {};
-        multiply_turned<T, D>(s, x, y, lane);
+        float weights[kTiles][4] = {};
+        multiply_turned<T, D>(weights, x, y, lane);
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) s[n][e] *= unit;
+          for (int e = 0; e < 4; ++e) weights[n][e] *= unit;
         }
-        if (has_own) add_lookups<true>(s, on_own, at_own, lookups_own, own, column, p.L, lane);
+        if (has_own) {
+          add_lookups<true>(weights, on_own, at_own, lookups_own, own, column, p.L, lane);
+        }
         if (has_other) {
           const T* lookups = lookups_other + (column - first) * at_other.pitch;
-          add_lookups<false>(s, on_other, at_other, lookups, own, column, p.L, lane);
+          add_lookups<false>(weights, on_other, at_other, lookups, own, column, p.L, lane);
         }
-        if constexpr (!keys) hide_columns(s, p, b, column, lane);
-        multiply_turned<T, D>(grad_p, z, w, lane);
-        if (on_v) {
-          const T* lookups = lookups_v + (keys ? (column - first) * at.on_v.pitch : 0);
-          add_lookups<!keys>(grad_p, p.on_v, at.on_v, lookups, own, column, p.L, lane);
-        }
+        if constexpr (!keys) hide_columns(weights, p, b, column, lane);
 
-        Packed weights, grads;
         const uint32_t dropped =
             p.dropout_p > 0 ? draw_dropped<keys>(p, b * p.H + h, own, column, lane) : 0;
         const float* columns = shared_at<float>(at.columns) + stage * 2 * kColumns +
                                (column - first) + lane % 4 * 2;
+        Packed packed;  // the weights that dropout left, and then the gradients of the scores
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          float kept[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float lse_e = keys ? columns[n * 8 + e % 2] : lse[e / 2];
+            weights[n][e] = exp2_fast(weights[n][e] - lse_e);
+            kept[e] = dropped >> (n * 4 + e) & 1 ? 0.0f : weights[n][e] * keep;
+          }
+          packed[n][0] = pack<T>(kept[0], kept[1]);
+          packed[n][1] = pack<T>(kept[2], kept[3]);
+        }
+        if constexpr (keys) {
+          multiply<T, D>(grad_z, packed, w, lane);
+        } else if (on_v) {
+          add_to_bins<T>(bins_v, p.on_v, packed, own, column, p.L, lane);
+        }
+
+        float grads[kTiles][4] = {};  // of the weights, and then of the scores
+        multiply_turned<T, D>(grads, z, w, lane);
+        if (on_v) {
+          const T* lookups = lookups_v + (keys ? (column - first) * at.on_v.pitch : 0);
+          add_lookups<!keys>(grads, p.on_v, at.on_v, lookups, own, column, p.L, lane);
+        }
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            const float lse_e = keys ? columns[n * 8 + e % 2] : lse[e / 2];
             const float delta_e = keys ? columns[kColumns + n * 8 + e % 2] : delta[e / 2];
-            float weight = exp2_fast(s[n][e] - lse_e);
-            if (keys && hidden[e / 2]) weight = 0;
-            const float kept = dropped >> (n * 4 + e) & 1 ? 0.0f : keep;
-            s[n][e] = weight * kept;
-            grad_p[n][e] = weight * (grad_p[n][e] * kept - delta_e);
+            const float kept = dropped >> (n * 4 + e) & 1 ? 0.0f : grads[n][e] * keep;
+            grads[n][e] = weights[n][e] * (kept - delta_e);
           }
-          weights[n][0] = pack<T>(s[n][0], s[n][1]);
-          weights[n][1] = pack<T>(s[n][2], s[n][3]);
-          grads[n][0] = pack<T>(grad_p[n][0], grad_p[n][1]);
-          grads[n][1] = pack<T>(grad_p[n][2], grad_p[n][3]);
+          packed[n][0] = pack<T>(grads[n][0], grads[n][1]);
+          packed[n][1] = pack<T>(grads[n][2], grads[n][3]);
         }
-        multiply<T, D>(grad_x, grads, y, lane);
-        if constexpr (keys) multiply<T, D>(grad_z, weights, w, lane);
-        if (has_own) add_to_bins<T>(bins_own, on_own, grads, own, column, p.L, lane);
-        if (on_v && !keys) add_to_bins<T>(bins_v, p.on_v, weights, own, column, p.L, lane);
+        multiply<T, D>(grad_x, packed, y, lane);
+        if (has_own) add_to_bins<T>(bins_own, on_own, packed, own, column, p.L, lane);
       }
     }
 
     if (!idle) {
+      // Of a hidden key or one beyond L nothing counts; it was not masked till now.
+      float shown[2] = {1, 1};
+      if constexpr (keys) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (is_hidden(p, b, own + lane / 4 + half * 8)) shown[half] = 0;
+        }
+      }
       if (has_own) {
-        collect_bins(lookups_own, at_own, bins_own, 1.0f, lane);
+        collect_bins(lookups_own, at_own, bins_own, shown, lane);
         multiply_table<T, D>(grad_x, lookups_own, at_own, lane);
       }
-      if (on_v && !keys) collect_bins(lookups_v, at.on_v, bins_v, 1.0f, lane);
-      const Rows& to = keys ? p.grad_k : p.grad_q;
-      store_own<T, D>(row_of<T>(to, b, h), to.stride_l, own, p.L, grad_x, p.scale, lane);
-      if constexpr (keys) {
-        store_own<T, D>(row_of<T>(p.grad_v, b, h), p.grad_v.stride_l, own, p.L, grad_z, 1.0f, lane);
-      }
+      if (on_v && !keys) collect_bins(lookups_v, at.on_v, bins_v, shown, lane);
+      if constexpr (keys) store_own<T, D>(p.grad_v, b, h, own, p.L, grad_z, shown, lane);
+      const float scales[2] = {shown[0] * p.scale, shown[1] * p.scale};
+      store_own<T, D>(keys ? p.grad_k : p.grad_q, b, h, own, p.L, grad_x, scales, lane);
     }
     __syncthreads();  // the tiles are free, and all bucket sums are there
 
     const int tokens = min(at.warps * kRows, (p.L - own_block + kRows - 1) / kRows * kRows);
-    const auto add_grads = [&](const Target& target, const Place& place, const T* rows,
-                               int64_t stride, float factor) {
-      start_copy<T, D>(tiles, rows, stride, own_block, p.L, tokens, threads);
+    const auto add_grads = [&](const Target& target, const Place& place, const Rows& rows,
+                               float factor) {
+      start_copy<T, D>(tiles, rows, b, h, own_block, p.L, tokens, threads);
       copies_commit();
       copies_wait<0>();
       __syncthreads();
       const bool is_first = b == static_cast<int>(blockIdx.z);
+      const int slot = (h * at.groups + static_cast<int>(blockIdx.z)) * at.chunks +
+                       static_cast<int>(blockIdx.x);
       const int64_t to = static_cast<int64_t>(slot) * place.padded;
       if (target.grad_table) {
         add_table_grad<T, D>(target.grad_table + to * D, place, tiles, tokens, factor, is_first,
@@ -236,8 +247,8 @@ __global__ void __launch_bounds__(most_warps(Pass::kKeys) * kWarp) backward_kern
       }
       __syncthreads();
     };
-    if (has_own) add_grads(on_own, at_own, x_all, x_rows.stride_l, p.scale);
-    if (on_v && !keys) add_grads(p.on_v, at.on_v, z_all, z_rows.stride_l, 1.0f);
+    if (has_own) add_grads(on_own, at_own, x_rows, p.scale);
+    if (on_v && !keys) add_grads(p.on_v, at.on_v, z_rows, 1.0f);
   }
 }
 

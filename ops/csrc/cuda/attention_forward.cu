@@ -33,18 +33,16 @@ __global__ void __launch_bounds__(most_warps(Pass::kForward) * kWarp) forward_ke
   float* bins_v = shared_at<float>(at.on_v.bins) + warp * at.on_v.N * kWarp;
 
   for (int b = static_cast<int>(blockIdx.z); b < p.B; b += at.groups) {
-    const T* k = row_of<const T>(p.k, b, h);
-    const T* v = row_of<const T>(p.v, b, h);
     const auto start = [&](int stage, int first) {
       T* tile = shared_at<T>(at.tiles) + stage * 2 * kColumns * kPitch<D>;
-      start_copy<T, D>(tile, k, p.k.stride_l, first, p.L, kColumns, threads);
-      start_copy<T, D>(tile + kColumns * kPitch<D>, v, p.v.stride_l, first, p.L, kColumns, threads);
+      start_copy<T, D>(tile, p.k, b, h, first, p.L, kColumns, threads);
+      start_copy<T, D>(tile + kColumns * kPitch<D>, p.v, b, h, first, p.L, kColumns, threads);
       copies_commit();
     };
     start(0, 0);
 
     uint32_t q[D / 16][4];
-    load_own<T, D>(q, row_of<const T>(p.q, b, h), p.q.stride_l, own, p.L, lane);
+    load_own<T, D>(q, p.q, b, h, own, p.L, lane);
     if (on_k && !idle) look_up_own<T, D>(lookups_k, at.on_k, q, unit, lane);
     if (on_v) clear_bins(bins_v, at.on_v.N, lane);
     __syncwarp();
@@ -137,8 +135,7 @@ __global__ void __launch_bounds__(most_warps(Pass::kForward) * kWarp) forward_ke
         const int row = own + lane / 4 + half * 8;
         if (lane % 4 == 0 && row < p.L) {
           const float lse = (reference[half] + log2_fast(weight[half])) * kLn2;
-          p.lse[(static_cast<int64_t>(b) * p.H + h) * p.L + row] =
-              weight[half] > 0 ? lse : kInfinity;
+          p.lse[token_of(p, b, h, row)] = weight[half] > 0 ? lse : kInfinity;
         }
       }
 #pragma unroll
@@ -147,11 +144,11 @@ __global__ void __launch_bounds__(most_warps(Pass::kForward) * kWarp) forward_ke
         for (int e = 0; e < 4; ++e) out[n][e] *= share[e / 2];
       }
       if (on_v) {
-        collect_bins(sums_v, at.on_v, bins_v, lane % 2 ? share[1] : share[0], lane);
+        collect_bins(sums_v, at.on_v, bins_v, share, lane);
         multiply_table<T, D>(out, sums_v, at.on_v, lane);
       }
-      store_own<T, D>(row_of<T>(p.out, b, h), p.out.stride_l, own, p.L, out,
-                      1 / (1 - p.dropout_p), lane);
+      const float keep = 1 / (1 - p.dropout_p);
+      store_own<T, D>(p.out, b, h, own, p.L, out, {keep, keep}, lane);
     }
     __syncthreads();  // the next image's first tile comes to where the last one may be
   }
