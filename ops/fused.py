@@ -12,6 +12,7 @@ from torch import Tensor
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops.inputs import Case, Inputs
+from irpe_ds.rpe import BucketMap
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (32, 64)
@@ -27,10 +28,10 @@ def obstacle(case: Case) -> str | None:
     if case.head_dim not in HEAD_DIMS:
         return f"it takes 32 or 64 numbers per head, not {case.head_dim}"
     for target in "qkv":
-        buckets = [term.num_buckets for term in case.terms if term.target == target]
-        if len(buckets) > MOST_TERMS or sum(buckets) > MOST_BUCKETS:
-            most = f"{MOST_TERMS} terms of {MOST_BUCKETS} buckets together"
-            return f"it takes at most {most} on {target}, not {len(buckets)} of {sum(buckets)}"
+        used = [term.num_used for term in case.terms if term.target == target]
+        if len(used) > MOST_TERMS or sum(used) > MOST_BUCKETS:
+            most = f"{MOST_TERMS} terms with {MOST_BUCKETS} buckets in use"
+            return f"it takes at most {most} on {target}, not {len(used)} with {sum(used)}"
     return None
 
 
@@ -40,17 +41,23 @@ def attention(x: Inputs) -> Tensor:
     Sums are kept in float32; lookups and bucket sums are rounded to the dtype of q.
     """
     terms = [
-        (table, buckets.tiles, target)
+        (_used(table, buckets, dim=-2 if target == 2 else -1), buckets.tiles, target)
         for target, of_target in enumerate((x.rpe_q, x.rpe_k, x.rpe_v))
         for table, buckets in of_target
     ]
     tables, tiles, targets = ([term[n] for term in terms] for n in range(3))
     seed = torch.randint(2**63 - 1, (1,), device=x.q.device) if x.dropout_p else None
     mask = None if x.key_padding_mask is None else x.key_padding_mask.contiguous()
-    out, _ = torch.ops.irpe_ds.attention_forward(
-        x.q, x.k, x.v, tables, tiles, targets, mask, seed, x.scale, x.dropout_p
-    )
+    skip = min([buckets.skip for _, buckets in x.rpe_k]) if x.rpe_k else 0
+    options = (mask, seed, x.scale, x.dropout_p, skip)
+    out, _ = torch.ops.irpe_ds.attention_forward(x.q, x.k, x.v, tables, tiles, targets, *options)
     return out
+
+
+def _used(table: Tensor, buckets: BucketMap, dim: int) -> Tensor:
+    """The entries of a table that occur on the grid."""
+    every = len(buckets.used) == buckets.num_buckets
+    return table if every else table.index_select(dim, buckets.used)
 
 
 @functools.cache
@@ -58,7 +65,7 @@ def register() -> None:
     """Tell PyTorch the shapes and the gradients of these operators, once they are loaded."""
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, tables, tiles, ctx.targets, mask, seed, ctx.scale, ctx.dropout_p = inputs
+        q, k, v, tables, tiles, ctx.targets, mask, seed, *ctx.numbers = inputs
         ctx.num_terms = len(tables)
         ctx.save_for_backward(*output, q, k, v, mask, seed, *tables, *tiles)
 
@@ -68,11 +75,12 @@ def register() -> None:
             raise ConfigError("impl", expected, "'fused' under create_graph=True")
         out, lse, q, k, v, mask, seed, *rest = ctx.saved_tensors
         tables, tiles = rest[: ctx.num_terms], rest[ctx.num_terms :]
-        options = (ctx.targets, mask, seed, ctx.scale, ctx.dropout_p)
+        options = (ctx.targets, mask, seed, *ctx.numbers)
         grads = torch.ops.irpe_ds.attention_backward(
             grad, out, lse, q, k, v, tables, tiles, *options
         )
-        return *grads[:3], grads[3:], [None] * ctx.num_terms, None, None, None, None, None
+        of_terms = grads[3:], [None] * ctx.num_terms, None if ctx.num_terms else []
+        return *grads[:3], *of_terms, None, None, None, None, None
 
     def fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return _like_tokens(q), q.new_empty(q.shape[:3], dtype=torch.float32)

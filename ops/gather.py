@@ -56,9 +56,9 @@ def attention(x: Inputs) -> Tensor:
     q, k = x.q * x.scale, x.k
     scores_BHLL = q @ k.mT
     for table, buckets in x.rpe_k:
-        scores_BHLL = scores_BHLL + irpe_gather(_lookup(q, table), buckets.ids)
+        scores_BHLL = scores_BHLL + irpe_gather(lookup_of(q, table), buckets.ids)
     for table, buckets in x.rpe_q:
-        lookup_BHLN = _lookup(k, table if table.dim() == 2 else table * x.scale)
+        lookup_BHLN = lookup_of(k, table, x.scale)
         scores_BHLL = scores_BHLL + irpe_gather(lookup_BHLN, buckets.ids, columns=True)
     if x.key_padding_mask is None:
         probs_BHLL = scores_BHLL.softmax(-1)
@@ -73,11 +73,14 @@ def attention(x: Inputs) -> Tensor:
     return out_BHLD
 
 
-def _lookup(x_BHLD: Tensor, table: Tensor) -> Tensor:
-    """What a term gives for every bucket: x_i . T[:, n], or T[n] for a bias table (H, N)."""
+def lookup_of(x_BHLD: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
+    """A term's score in every bucket, (B, H, L, N): scale x_i . T[:, n], or T[n] of a bias table.
+
+    A bias table (H or 1, N) is expanded, not copied.
+    """
     if table.dim() == 2:
         return table[None, :, None].expand(*x_BHLD.shape[:3], -1)
-    return x_BHLD @ table
+    return x_BHLD @ (table if scale == 1 else table * scale)
 
 
 def _ops(x: Tensor) -> Any:

@@ -31,7 +31,8 @@ class TermKind(NamedTuple):
     """q, k or v."""
     method: str
     """Of its BucketMap."""
-    num_buckets: int
+    num_used: int
+    """Buckets that occur on the grid."""
     is_bias: bool
 
 
@@ -47,7 +48,7 @@ class Case(NamedTuple):
 def kinds_of(rpe_q: Terms, rpe_k: Terms, rpe_v: Terms) -> tuple[TermKind, ...]:
     """The terms of a `Case`."""
     return tuple(
-        TermKind(target, buckets.method, buckets.num_buckets, table.dim() == 2)
+        TermKind(target, buckets.method, len(buckets.used), table.dim() == 2)
         for target, terms in zip("qkv", (rpe_q, rpe_k, rpe_v), strict=True)
         for table, buckets in terms
     )

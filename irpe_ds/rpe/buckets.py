@@ -42,11 +42,15 @@ class BucketMap(nn.Module):
         ids: (L, L) int32, L = skip + height * width; ids[i, j] is b(i, j), query i against key j.
         num_buckets: rows that a table for this map has; with skip tokens the last is theirs.
         grid: (height, width) of the patches.
-        tiles: `ids` and their transpose in the order of `tiled`, uint8; None above 256 buckets.
+        used: (U,) int64, the ids that occur on this grid, ascending; often far fewer than
+            num_buckets.
+        tiles: (2, ...) uint8, the places of `ids` in `used`, and of their transpose, in the order
+            of `tiled`; None when U is above 256.
         skip: leading tokens without a place on the grid (class, distillation, registers).
     """
 
     ids: Tensor
+    used: Tensor
     tiles: Tensor | None
 
     def __init__(self, method: str, height: int, width: int, skip: int, ratio: float) -> None:
@@ -60,16 +64,16 @@ class BucketMap(nn.Module):
             index[skip:, skip:] = patches
             self.num_buckets += 1
         self.register_buffer("ids", index.int(), persistent=False)
-        fits = self.num_buckets <= 256
-        tiles = torch.stack([tiled(index), tiled(index.T)]) if fits else None
+        used, place = index.unique(return_inverse=True)
+        tiles = torch.stack([tiled(place), tiled(place.T)]) if len(used) <= 256 else None
+        self.register_buffer("used", used, persistent=False)
         self.register_buffer("tiles", tiles, persistent=False)
 
     def reset_parameters(self) -> None:
         """Fill `ids` again, for a model that was made on the meta device."""
         again = BucketMap(self.method, *self.grid, self.skip, self.ratio)
-        self.ids.copy_(again.ids)
-        if self.tiles is not None and again.tiles is not None:
-            self.tiles.copy_(again.tiles)
+        for own, new in zip(self.buffers(), again.buffers(), strict=True):
+            own.copy_(new)
 
     @classmethod
     def build(

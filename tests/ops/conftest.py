@@ -8,13 +8,34 @@ import pytest
 import torch
 
 from irpe_ds import ops
+from irpe_ds.ops import dispatch, library
 from irpe_ds.rpe import RPEConfig, build_maps, build_table
+from tests.ops.kernels.host import Host, build_attention
 
 
 @pytest.fixture(params=("reference", "gather", "cpu"))
 def irpe_attention(request: pytest.FixtureRequest) -> Callable[..., torch.Tensor]:
     """The public op, by each implementation that runs here."""
     return partial(ops.irpe_attention, impl=request.param)
+
+
+@pytest.fixture(scope="session")
+def fused_kernels(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """The fused attention compiled for the host, its operators registered for CPU tensors."""
+    assert library.load().cpu is None  # whose schemas they are
+    built = build_attention(tmp_path_factory.mktemp("attention"))
+    torch.ops.load_library(str(built))
+    return Host(built)
+
+
+@pytest.fixture
+def host(fused_kernels: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """impl="fused" runs on the CPU too."""
+    row = dispatch.IMPLEMENTATIONS["fused"]
+    monkeypatch.setitem(
+        dispatch.IMPLEMENTATIONS, "fused", row._replace(devices=("cpu", *row.devices))
+    )
+    return fused_kernels
 
 
 @pytest.fixture

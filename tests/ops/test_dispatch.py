@@ -55,8 +55,8 @@ def test_an_implementation_of_another_device() -> None:
         select("cpu", CASE._replace(device_type="cuda"))
 
 
-def kind(target: str, num_buckets: int) -> TermKind:
-    return TermKind(target, "product", num_buckets, is_bias=False)
+def kind(target: str, num_used: int) -> TermKind:
+    return TermKind(target, "product", num_used, is_bias=False)
 
 
 @pytest.mark.parametrize(
@@ -67,11 +67,11 @@ def kind(target: str, num_buckets: int) -> TermKind:
         ({"head_dim": 48}, "it takes 32 or 64 numbers per head, not 48"),
         (
             {"terms": (kind("q", 50), kind("v", 129))},
-            "it takes at most 2 terms of 128 buckets together on v, not 1 of 129",
+            "it takes at most 2 terms with 128 buckets in use on v, not 1 with 129",
         ),
         (
             {"terms": (kind("k", 8), kind("k", 8), kind("k", 8))},
-            "it takes at most 2 terms of 128 buckets together on k, not 3 of 24",
+            "it takes at most 2 terms with 128 buckets in use on k, not 3 with 24",
         ),
     ],
 )

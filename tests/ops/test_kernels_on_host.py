@@ -16,12 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-KERNELS = Path(__file__).parent / "kernels"
-CSRC = Path(__file__).parents[2] / "ops" / "csrc"
-SANITIZED = "IRPE_TEST_SANITIZER" in os.environ
+from tests.ops.kernels.host import CSRC, GXX, KERNELS, OPTIONS, SANITIZED
+
 TYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-GXX = ["g++", "-std=c++17", "-g", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 class Problem(ctypes.Structure):
@@ -48,9 +45,8 @@ class Problem(ctypes.Structure):
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels as a host library."""
     library = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    options = SANITIZERS if SANITIZED else ["-O1"]
-    source = [f"-I{CSRC}", str(KERNELS / "exports.cpp"), "-o", str(library)]
-    subprocess.run([*GXX, *options, *source], check=True)
+    source = ["-shared", str(KERNELS / "exports.cpp"), "-o", str(library)]
+    subprocess.run([*GXX, *OPTIONS, *source], check=True)
     return ctypes.CDLL(str(library))
 
 
@@ -236,7 +232,8 @@ print(list(out))
 
 
 @pytest.mark.skipif(SANITIZED, reason="this is that run")
-def test_everything_under_address_sanitizer() -> None:
+@pytest.mark.parametrize("file", ["test_kernels_on_host.py", "test_fused.py"])
+def test_everything_under_address_sanitizer(file: str) -> None:
     def of_gcc(name: str) -> str:
         command = ["g++", f"-print-file-name={name}"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -247,6 +244,7 @@ def test_everything_under_address_sanitizer() -> None:
         "LD_PRELOAD": f"{of_gcc('libasan.so')}:{of_gcc('libubsan.so')}",
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
     }
-    pytest_again = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", __file__]
+    tests = Path(__file__).with_name(file)
+    pytest_again = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", str(tests)]
     done = subprocess.run(pytest_again, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

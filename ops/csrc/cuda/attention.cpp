@@ -139,22 +139,21 @@ cuda::Attention problem_of(const Tensor& q, const Tensor& k, const Tensor& v, co
 }
 
 void run(int (*pass)(const cuda::Attention&, void*), const cuda::Attention& p) {
-#ifdef IRPE_ON_HOST
-  const int error = pass(p, nullptr);
-  TORCH_CHECK(error == 0 || error == cuda::kDoesNotFit, "the kernel failed on the host");
-#else
-  const int error = pass(p, c10::cuda::getCurrentCUDAStream().stream());
-  if (error != cuda::kDoesNotFit) C10_CUDA_CHECK(static_cast<cudaError_t>(error));
-#endif
-  TORCH_CHECK(error == 0, "expected tables whose lookups fit into shared memory, got ",
+  TORCH_CHECK(cuda::fits(p), "expected tables whose lookups fit into shared memory, got ",
               cuda::padded_buckets(p.on_q), ", ", cuda::padded_buckets(p.on_k), " and ",
               cuda::padded_buckets(p.on_v), " buckets on queries, keys and values");
+#ifdef IRPE_ON_HOST
+  TORCH_CHECK(pass(p, nullptr) == 0, "the kernel failed on the host");
+#else
+  const int error = pass(p, c10::cuda::getCurrentCUDAStream().stream());
+  C10_CUDA_CHECK(static_cast<cudaError_t>(error));
+#endif
 }
 
 std::tuple<Tensor, Tensor> attention_forward(
     const Tensor& q, const Tensor& k, const Tensor& v, TensorList tables, TensorList tiles,
     at::IntArrayRef targets, const std::optional<Tensor>& hidden,
-    const std::optional<Tensor>& seed, double scale, double dropout_p) {
+    const std::optional<Tensor>& seed, double scale, double dropout_p, int64_t) {
   const Terms terms = {tables, tiles, targets};
   check(q, k, v, terms, hidden, seed, dropout_p);
 #ifndef IRPE_ON_HOST
@@ -207,7 +206,7 @@ std::vector<Tensor> attention_backward(
     const Tensor& grad_out, const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k,
     const Tensor& v, TensorList tables, TensorList tiles, at::IntArrayRef targets,
     const std::optional<Tensor>& hidden, const std::optional<Tensor>& seed, double scale,
-    double dropout_p) {
+    double dropout_p, int64_t skip) {
   const Terms terms = {tables, tiles, targets};
   check(q, k, v, terms, hidden, seed, dropout_p);
   for (const Tensor& x : {grad_out, out}) {
@@ -228,6 +227,7 @@ std::vector<Tensor> attention_backward(
   p.grad_q = rows_of(grads[0]), p.grad_k = rows_of(grads[1]), p.grad_v = rows_of(grads[2]);
   p.lse = log_sums.data_ptr<float>();
   p.delta = delta.data_ptr<float>();
+  p.skip = static_cast<int32_t>(skip);
   if (q.numel() == 0) {
     for (const Tensor& table : tables) grads.push_back(at::zeros_like(table));
     return grads;

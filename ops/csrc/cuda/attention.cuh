@@ -108,8 +108,8 @@ inline Layout plan(Pass pass, const Attention& p) {
   }
   if (best.warps == 0) return best;
   const int resident = gpu.processors * best_blocks;
-  const int groups = max(1, min(p.B, resident / (best.chunks * p.H)));
-  const int rounds = (p.B + groups - 1) / groups;
+  const int groups = max(1, min(p.B, resident / max(1, best.chunks * p.H)));
+  const int rounds = max(1, (p.B + groups - 1) / groups);
   best.groups = (p.B + rounds - 1) / rounds;
   return best;
 }
@@ -132,7 +132,6 @@ template <typename Kernel>
 int launch_pass(Pass pass, const Attention& p, Kernel kernel, void* stream) {
   if (p.B == 0 || p.H == 0 || p.L == 0) return 0;
   const Layout at = plan(pass, p);
-  if (at.warps == 0) return kDoesNotFit;
   const dim3 grid(at.chunks, p.H, at.groups);
   return launch(kernel, grid, at.warps * kWarp, at.bytes, stream, p, at);
 }

@@ -54,19 +54,22 @@ struct Attention {
   const uint8_t* hidden;  // (B, L), not zero where a key must not be attended to; may be null
   const int64_t* seed;    // of the dropout, one number; not read when dropout_p is 0
   float scale, dropout_p;
+  // Leading queries that have one bucket with all keys, in every term on keys. Such a term adds a
+  // constant to the row, so its gradient there is 0, and not the rounding errors of a sum.
+  int32_t skip;
 };
 
-// Both return a cudaError_t, or kDoesNotFit.
+// Whether one warp's lookups and bucket sums find room in shared memory, in the backward too.
+bool fits(const Attention& problem);
+
+// Both return a cudaError_t; the problem fits.
 int forward(const Attention& problem, void* stream);
 int backward(const Attention& problem, void* stream);
 
 // How many partial sums of a table a backward writes for each head.
 struct Slots {
-  int on_q, on_kv;  // of tables on queries; of tables on keys and on values. 0: it does not fit
+  int on_q, on_kv;  // of tables on queries; of tables on keys and on values
 };
 Slots slots(const Attention& problem);
-
-// The lookups of one warp do not fit into the GPU's shared memory.
-constexpr int kDoesNotFit = -1;
 
 }  // namespace irpe::cuda

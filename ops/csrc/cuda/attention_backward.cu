@@ -209,15 +209,15 @@ __global__ void __launch_bounds__(most_warps(Pass::kKeys) * kWarp) backward_kern
 
     if (!idle) {
       // Of a hidden key or one beyond L nothing counts; it was not masked till now.
-      float shown[2] = {1, 1};
-      if constexpr (keys) {
+      float shown[2] = {1, 1}, moved[2] = {1, 1};
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (is_hidden(p, b, own + lane / 4 + half * 8)) shown[half] = 0;
-        }
+      for (int half = 0; half < 2; ++half) {
+        const int row = own + lane / 4 + half * 8;
+        if (keys && is_hidden(p, b, row)) shown[half] = moved[half] = 0;
+        if (!keys && row < p.skip) moved[half] = 0;
       }
       if (has_own) {
-        collect_bins(lookups_own, at_own, bins_own, shown, lane);
+        collect_bins(lookups_own, at_own, bins_own, moved, lane);
         multiply_table<T, D>(grad_x, lookups_own, at_own, lane);
       }
       if (on_v && !keys) collect_bins(lookups_v, at.on_v, bins_v, shown, lane);
@@ -262,6 +262,13 @@ int backward(const Attention& p, void* stream) {
     if (error) return error;
     return launch_pass(Pass::kKeys, p, backward_kernel<T, dim.value, true>, stream);
   });
+}
+
+bool fits(const Attention& p) {
+  for (const Pass pass : {Pass::kForward, Pass::kQueries, Pass::kKeys}) {
+    if (plan(pass, p).warps == 0) return p.L == 0;
+  }
+  return true;
 }
 
 Slots slots(const Attention& p) {
