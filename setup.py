@@ -82,7 +82,11 @@ with environment:
             "irpe_ds.ops",
             *(f"irpe_ds.ops.{name}" for name in find_packages("ops")),
         ],
-        package_data={"irpe_ds": ["py.typed"], "irpe_ds.ops": ["csrc/**/*"]},
+        package_data={
+            "irpe_ds": ["py.typed"],
+            "irpe_ds.ops": ["csrc/**/*"],
+            "irpe_ds.ops.bench": ["*.cpp"],
+        },
         include_package_data=False,
         install_requires=["torch>=2.6", "timm>=1.0.19"],
         extras_require=EXTRAS,

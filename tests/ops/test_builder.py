@@ -15,6 +15,7 @@ from deepspeed.ops.op_builder.builder import CUDAOpBuilder, OpBuilder
 
 from irpe_ds.ops import __main__ as report
 from irpe_ds.ops import library, toolchain
+from irpe_ds.ops.bench import resources
 from irpe_ds.ops.builder import IRPEBuilder
 from irpe_ds.ops.toolchain import Unavailable
 
@@ -227,18 +228,26 @@ class TestCUDAToolkit:
             toolchain.cuda()
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_no_kernel_spills_registers(architecture: str, tmp_path: Path) -> None:
-    toolkit = toolchain.cuda()
-    options = ["-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v", "-c"]
-    for source in (ROOT / "ops" / "csrc" / "cuda").glob("*.cu"):
-        command = [toolkit.home / "bin" / "nvcc", *options, source, "-o", tmp_path / "x.o"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        spills = [line for line in done.stderr.splitlines() if "spill" in line]
-        assert spills
-        for line in spills:
-            assert "0 bytes spill stores, 0 bytes spill loads" in line
+@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
+def test_every_kernel_stays_in_registers(architecture: str) -> None:
+    kernels = list(resources.kernels(architecture))
+    names = {kernel.name for kernel in kernels}
+    assert len(names) == len(kernels) == 28
+    assert names >= {"forward<bf16, 64>", "backward<f16, 32, true>", "gather<double, false>"}
+    for kernel in kernels:
+        assert kernel.architecture == architecture
+        assert (kernel.stack, kernel.spills) == (0, 0), kernel
+        assert kernel.registers <= (128 if kernel.name.startswith("forward") else 168), kernel
+
+
+def test_blocks_of_the_fused_passes() -> None:
+    forward, queries, keys = resources.layouts("H200", 256, 6, 197, 64, (0, 50, 0))
+    assert forward.warps * forward.blocks <= 16
+    assert max(queries.warps * queries.blocks, keys.warps * keys.blocks) <= 12
+    for pass_ in (forward, queries, keys):
+        assert pass_.blocks >= 2  # one computes while the other waits
+        assert pass_.blocks * (pass_.shared + 1024) <= resources.GPUS["H200"][1]
+        assert pass_.grid <= 132 * pass_.blocks
 
 
 class TestReport:

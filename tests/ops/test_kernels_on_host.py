@@ -1,6 +1,6 @@
 """The CUDA kernels' own source, compiled for the host, against the definition.
 
-Once as it is, and once more under AddressSanitizer (`test_everything_under_address_sanitizer`),
+Once as it is, and once more under AddressSanitizer (`test_under_address_sanitizer`),
 which starts this file again with IRPE_TEST_SANITIZER set. Every kernel runs twice, its threads in
 opposite orders, and must give the same bits.
 """
@@ -232,8 +232,14 @@ print(list(out))
 
 
 @pytest.mark.skipif(SANITIZED, reason="this is that run")
-@pytest.mark.parametrize("file", ["test_kernels_on_host.py", "test_fused.py"])
-def test_everything_under_address_sanitizer(file: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "leave_out"),
+    [
+        ("test_kernels_on_host.py", "nothing"),
+        ("test_fused.py", "577 or 1025 or InAModel or dtype1 or per_head-32"),  # minutes
+    ],
+)
+def test_under_address_sanitizer(file: str, leave_out: str) -> None:
     def of_gcc(name: str) -> str:
         command = ["g++", f"-print-file-name={name}"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -244,7 +250,7 @@ def test_everything_under_address_sanitizer(file: str) -> None:
         "LD_PRELOAD": f"{of_gcc('libasan.so')}:{of_gcc('libubsan.so')}",
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
     }
-    tests = Path(__file__).with_name(file)
-    pytest_again = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", str(tests)]
+    selected = ["-m", "not gpu", "-k", f"not ({leave_out})", str(Path(__file__).with_name(file))]
+    pytest_again = [sys.executable, "-m", "pytest", "-q", *selected]
     done = subprocess.run(pytest_again, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

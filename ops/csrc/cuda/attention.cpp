@@ -69,10 +69,9 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Terms& terms
                     "q: expected (B, H, L, 32 or 64) of float16 or bfloat16, got ", type, " ",
                     q.sizes());
   for (const Tensor& x : {k, v}) {
-    TORCH_CHECK_VALUE(x.sizes() == q.sizes() && x.scalar_type() == type &&
-                          x.device() == q.device(),
-                      "k, v: expected ", type, " ", q.sizes(), " on ", q.device(),
-                      " as q, got ", x.scalar_type(), " ", x.sizes(), " on ", x.device());
+    TORCH_CHECK_VALUE(x.sizes() == q.sizes() && x.scalar_type() == type && x.device() == q.device(),
+                      "k, v: expected ", type, " ", q.sizes(), " on ", q.device(), " as q, got ",
+                      x.scalar_type(), " ", x.sizes(), " on ", x.device());
   }
   const int64_t H = q.size(1), L = q.size(2), D = q.size(3);
   TORCH_CHECK_VALUE(
@@ -86,11 +85,10 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Terms& terms
     TORCH_CHECK_VALUE(target >= 0 && target < 3 && ++count[target] <= cuda::kMostTerms,
                       "targets: expected 0, 1 or 2, each at most ", cuda::kMostTerms,
                       " times, got ", terms.targets);
-    const bool shaped = table.dim() == 3 ? table.size(target == 2 ? 2 : 1) == D
-                                         : table.dim() == 2 && target != 2;
-    TORCH_CHECK_VALUE(shaped && (table.size(0) == 1 || table.size(0) == H) &&
-                          table.numel() > 0 && table.scalar_type() == type &&
-                          table.device() == q.device(),
+    const bool shaped =
+        table.dim() == 3 ? table.size(target == 2 ? 2 : 1) == D : table.dim() == 2 && target != 2;
+    TORCH_CHECK_VALUE(shaped && (table.size(0) == 1 || table.size(0) == H) && table.numel() > 0 &&
+                          table.scalar_type() == type && table.device() == q.device(),
                       "tables: expected ", type, " (1 or ", H,
                       ", D, N), or (1 or H, N, D) on values, or a bias (1 or H, N), on ",
                       q.device(), ", got ", table.scalar_type(), " ", table.sizes());
@@ -107,12 +105,11 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Terms& terms
                       "hidden: expected contiguous bool ", at::IntArrayRef(shape), ", got ",
                       hidden->scalar_type(), " ", hidden->sizes());
   }
-  TORCH_CHECK_VALUE(dropout_p >= 0 && dropout_p < 1, "dropout_p: expected [0, 1), got ",
-                    dropout_p);
-  TORCH_CHECK_VALUE(dropout_p == 0 || (seed && seed->numel() == 1 &&
-                                       seed->scalar_type() == at::kLong &&
-                                       seed->device() == q.device()),
-                    "seed: expected one int64 on ", q.device(), " for dropout");
+  TORCH_CHECK_VALUE(dropout_p >= 0 && dropout_p < 1, "dropout_p: expected [0, 1), got ", dropout_p);
+  TORCH_CHECK_VALUE(
+      dropout_p == 0 || (seed && seed->numel() == 1 && seed->scalar_type() == at::kLong &&
+                         seed->device() == q.device()),
+      "seed: expected one int64 on ", q.device(), " for dropout");
 }
 
 cuda::Attention problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const Terms& terms,
@@ -150,10 +147,12 @@ void run(int (*pass)(const cuda::Attention&, void*), const cuda::Attention& p) {
 #endif
 }
 
-std::tuple<Tensor, Tensor> attention_forward(
-    const Tensor& q, const Tensor& k, const Tensor& v, TensorList tables, TensorList tiles,
-    at::IntArrayRef targets, const std::optional<Tensor>& hidden,
-    const std::optional<Tensor>& seed, double scale, double dropout_p, int64_t) {
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             TensorList tables, TensorList tiles,
+                                             at::IntArrayRef targets,
+                                             const std::optional<Tensor>& hidden,
+                                             const std::optional<Tensor>& seed, double scale,
+                                             double dropout_p, int64_t) {
   const Terms terms = {tables, tiles, targets};
   check(q, k, v, terms, hidden, seed, dropout_p);
 #ifndef IRPE_ON_HOST
@@ -162,8 +161,7 @@ std::tuple<Tensor, Tensor> attention_forward(
   const Tensor rows[] = {with_rows(q), with_rows(k), with_rows(v)};
   const Tensor out = empty_like_tokens(q);
   const Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
-  cuda::Attention p =
-      problem_of(rows[0], rows[1], rows[2], terms, hidden, seed, scale, dropout_p);
+  cuda::Attention p = problem_of(rows[0], rows[1], rows[2], terms, hidden, seed, scale, dropout_p);
   p.out = rows_of(out);
   p.lse = lse.data_ptr<float>();
   run(cuda::forward, p);
@@ -202,11 +200,12 @@ struct Partials {
   }
 };
 
-std::vector<Tensor> attention_backward(
-    const Tensor& grad_out, const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k,
-    const Tensor& v, TensorList tables, TensorList tiles, at::IntArrayRef targets,
-    const std::optional<Tensor>& hidden, const std::optional<Tensor>& seed, double scale,
-    double dropout_p, int64_t skip) {
+std::vector<Tensor> attention_backward(const Tensor& grad_out, const Tensor& out, const Tensor& lse,
+                                       const Tensor& q, const Tensor& k, const Tensor& v,
+                                       TensorList tables, TensorList tiles, at::IntArrayRef targets,
+                                       const std::optional<Tensor>& hidden,
+                                       const std::optional<Tensor>& seed, double scale,
+                                       double dropout_p, int64_t skip) {
   const Terms terms = {tables, tiles, targets};
   check(q, k, v, terms, hidden, seed, dropout_p);
   for (const Tensor& x : {grad_out, out}) {
@@ -221,8 +220,7 @@ std::vector<Tensor> attention_backward(
                          with_rows(out)};
   const Tensor log_sums = lse.contiguous(), delta = at::empty_like(log_sums);
   std::vector<Tensor> grads = {empty_like_tokens(q), empty_like_tokens(k), empty_like_tokens(v)};
-  cuda::Attention p =
-      problem_of(rows[0], rows[1], rows[2], terms, hidden, seed, scale, dropout_p);
+  cuda::Attention p = problem_of(rows[0], rows[1], rows[2], terms, hidden, seed, scale, dropout_p);
   p.grad_out = rows_of(rows[3]), p.out = rows_of(rows[4]);
   p.grad_q = rows_of(grads[0]), p.grad_k = rows_of(grads[1]), p.grad_v = rows_of(grads[2]);
   p.lse = log_sums.data_ptr<float>();
@@ -233,8 +231,8 @@ std::vector<Tensor> attention_backward(
     return grads;
   }
   const cuda::Slots slots = cuda::slots(p);
-  const Partials partials[] = {{p.on_q, q, slots.on_q}, {p.on_k, q, slots.on_kv},
-                               {p.on_v, q, slots.on_kv}};
+  const Partials partials[] = {
+      {p.on_q, q, slots.on_q}, {p.on_k, q, slots.on_kv}, {p.on_v, q, slots.on_kv}};
   run(cuda::backward, p);
   std::array<int64_t, 3> first = {};
   for (size_t t = 0; t < tables.size(); ++t) {

@@ -17,9 +17,8 @@ namespace irpe::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kRows = 16;     // tokens that a warp owns
-constexpr int kColumns = 64;  // other tokens in a tile
-constexpr int kStep = 32;     // of them, in registers at a time
-constexpr int kTiles = kStep / 8;
+constexpr int kColumns = 32;  // other tokens in a tile
+constexpr int kTiles = kColumns / 8;
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
@@ -39,10 +38,13 @@ struct Place {
 
 struct Layout {
   int warps, chunks, groups;  // of a block; of tokens; of images
-  int tiles;                  // (2 stages, 2, kColumns, kPitch) numbers
+  int blocks;                 // of a multiprocessor at a time
+  int tiles;                  // (2 stages, 2, kColumns, kPitch) numbers; in the end the own tokens
   int columns;                // (2 stages, 2, kColumns) floats, in the pass over keys
   Place on_q, on_k, on_v;
   int bytes;
+  float unit;  // scores in powers of two: scale log2(e)
+  float keep;  // what weights that dropout leaves are multiplied with
 };
 
 // A backward is the pass over queries, then the pass over keys.
@@ -72,7 +74,10 @@ inline Layout layout_of(Pass pass, const Attention& p, int warps) {
   const bool keys = owned_by_keys(pass), backward = pass != Pass::kForward;
   Layout at = {};
   at.warps = warps;
-  at.bytes = 2 * 2 * kColumns * (p.D + 8) * 2;
+  at.unit = p.scale * kLog2E;
+  at.keep = 1 / (1 - p.dropout_p);
+  const int rows = max(2 * 2 * kColumns, backward ? warps * kRows : 0);
+  at.bytes = rows * (p.D + 8) * 2;
   at.columns = at.bytes;
   if (keys) at.bytes += 2 * 2 * kColumns * 4;
   const int own = warps * kRows, bins = backward ? warps : 0;
@@ -87,27 +92,27 @@ constexpr int most_warps(Pass pass) { return pass == Pass::kForward ? 16 : 12; }
 
 // The size of a block that keeps most warps of a multiprocessor busy, rather in two blocks than in
 // one, so that one computes while the other waits for its tile; of equals the largest, which reads
-// the other tokens least often. No warps if not even one has room for its lookups.
-inline Layout plan(Pass pass, const Attention& p) {
+// the other tokens least often. Less than four warps, if four fit, would wait for the L2 cache: a
+// warp takes about 1000 clocks for what 2000 clocks bring. No warps if not even one fits. All of
+// this is by count, not timed yet.
+inline Layout plan(Pass pass, const Attention& p, const Device& gpu = device()) {
   constexpr int kReserved = 1024;  // bytes that the GPU keeps of a block's shared memory
-  const Device gpu = device();
   const int tiles = (p.L + kRows - 1) / kRows;
   Layout best = {};
-  int best_blocks = 0;
   float best_busy = 0;
   for (int chunks = 1; chunks <= tiles; ++chunks) {
     const int warps = (tiles + chunks - 1) / chunks;
     Layout at = layout_of(pass, p, warps);
     if (warps > most_warps(pass) || at.bytes > gpu.block_shared) continue;
-    const int blocks =
-        min(most_warps(pass) / warps, gpu.processor_shared / (at.bytes + kReserved));
-    const float busy = static_cast<float>(tiles) / chunks * blocks * (blocks > 1 ? 1.0f : 0.75f);
-    if (busy <= best_busy * 1.01f) continue;
+    if (best.warps && warps < 4) break;
     at.chunks = chunks;
-    best = at, best_blocks = blocks, best_busy = busy;
+    at.blocks = min(most_warps(pass) / warps, gpu.processor_shared / (at.bytes + kReserved));
+    const float overlap = at.blocks > 1 ? 1.0f : 0.75f;
+    const float busy = static_cast<float>(tiles) / chunks * at.blocks * overlap;
+    if (busy > best_busy * 1.01f) best = at, best_busy = busy;
   }
   if (best.warps == 0) return best;
-  const int resident = gpu.processors * best_blocks;
+  const int resident = gpu.processors * best.blocks;
   const int groups = max(1, min(p.B, resident / max(1, best.chunks * p.H)));
   const int rounds = max(1, (p.B + groups - 1) / groups);
   best.groups = (p.B + rounds - 1) / rounds;
@@ -141,8 +146,7 @@ int launch_pass(Pass pass, const Attention& p, Kernel kernel, void* stream) {
 // The numbers of one token.
 template <typename T>
 __device__ T* row_of(const Rows& rows, int b, int h, int token) {
-  return static_cast<T*>(rows.data) + b * rows.stride_b + h * rows.stride_h +
-         token * rows.stride_l;
+  return static_cast<T*>(rows.data) + b * rows.stride_b + h * rows.stride_h + token * rows.stride_l;
 }
 
 // Where a token has its number in (B, H, L).
@@ -189,8 +193,8 @@ __device__ void load_b_turned(uint32_t (&b)[2][2], const T* rows, int pitch, int
 
 // a of 16 rows of device memory; rows beyond L are zero.
 template <typename T, int D>
-__device__ void load_own(uint32_t (&x)[D / 16][4], const Rows& rows, int b, int h, int first,
-                         int L, int lane) {
+__device__ void load_own(uint32_t (&x)[D / 16][4], const Rows& rows, int b, int h, int first, int L,
+                         int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first + lane / 4 + half * 8;
@@ -206,8 +210,8 @@ __device__ void load_own(uint32_t (&x)[D / 16][4], const Rows& rows, int b, int 
 
 // products[half] = x_r . y_r of rows g and g + 8, y from device memory.
 template <typename T, int D>
-__device__ void row_products(float (&products)[2], const uint32_t (&x)[D / 16][4],
-                             const Rows& rows, int b, int h, int first, int L, int lane) {
+__device__ void row_products(float (&products)[2], const uint32_t (&x)[D / 16][4], const Rows& rows,
+                             int b, int h, int first, int L, int lane) {
   uint32_t y[D / 16][4];
   load_own<T, D>(y, rows, b, h, first, L, lane);
 #pragma unroll
@@ -385,7 +389,7 @@ struct alignas(16) Ids {
 
 // Tiles lie row by row, in each 16 bytes for every lane.
 __device__ inline Ids load_ids(const uint8_t* ids, int row, int column, int L, int lane) {
-  const int tile = row / kRows * ((L + kStep - 1) / kStep) + column / kStep;
+  const int tile = row / kRows * ((L + kColumns - 1) / kColumns) + column / kColumns;
   return reinterpret_cast<const Ids*>(ids)[tile * kWarp + lane];
 }
 
@@ -416,7 +420,7 @@ __device__ inline bool is_hidden(const Attention& p, int b, int key) {
 // Scores of keys beyond L and of hidden keys become -infinity.
 __device__ inline void hide_columns(float (&scores)[kTiles][4], const Attention& p, int b,
                                     int column, int lane) {
-  if (column + kStep <= p.L && !p.hidden) return;
+  if (column + kColumns <= p.L && !p.hidden) return;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -472,8 +476,8 @@ __device__ void add_to_bins(float* bins, const Target& target, const Packed& pac
 
 // sums[r][n] for the 16 rows of the warp, times the factor of the row.
 template <typename T>
-__device__ void collect_bins(T* sums, const Place& at, const float* bins,
-                             const float (&factors)[2], int lane) {
+__device__ void collect_bins(T* sums, const Place& at, const float* bins, const float (&factors)[2],
+                             int lane) {
   const float factor = lane % 2 ? factors[1] : factors[0];
   __syncwarp();
   T* row = sums + (lane / 4 + lane % 2 * 8) * at.pitch;
@@ -507,10 +511,9 @@ struct Philox {
 #pragma unroll
     for (int round = 0; round < 10; ++round) {
       const uint64_t a = uint64_t{0xD2511F53} * counter[0], b = uint64_t{0xCD9E8D57} * counter[2];
-      const uint32_t next[4] = {static_cast<uint32_t>(b >> 32) ^ counter[1] ^ key[0],
-                                static_cast<uint32_t>(b),
-                                static_cast<uint32_t>(a >> 32) ^ counter[3] ^ key[1],
-                                static_cast<uint32_t>(a)};
+      const uint32_t next[4] = {
+          static_cast<uint32_t>(b >> 32) ^ counter[1] ^ key[0], static_cast<uint32_t>(b),
+          static_cast<uint32_t>(a >> 32) ^ counter[3] ^ key[1], static_cast<uint32_t>(a)};
 #pragma unroll
       for (int n = 0; n < 4; ++n) counter[n] = next[n];
       key[0] += 0x9E3779B9;

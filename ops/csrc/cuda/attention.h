@@ -7,8 +7,8 @@
 
 namespace irpe::cuda {
 
-constexpr int kMostTerms = 2;     // on queries, keys or values each
-constexpr int kMostBuckets = 256; // ids are bytes
+constexpr int kMostTerms = 2;      // on queries, keys or values each
+constexpr int kMostBuckets = 256;  // ids are bytes
 
 // Rows of D numbers that lie next to each other, one for each token of (B, H, L); a row starts at a
 // multiple of 16 bytes.

@@ -54,15 +54,14 @@ __device__ void add_bias_grad(float* grad_bias, const Place& at, int tokens, boo
 }
 
 template <typename T, int D, bool keys>
-__global__ void __launch_bounds__(most_warps(Pass::kKeys) * kWarp) backward_kernel(
-    const __grid_constant__ Attention p, const __grid_constant__ Layout at) {
+__global__ void __launch_bounds__(most_warps(Pass::kKeys) * kWarp)
+    backward_kernel(const __grid_constant__ Attention p, const __grid_constant__ Layout at) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, threads = at.warps * kWarp;
   const int h = static_cast<int>(blockIdx.y);
   const int own_block = static_cast<int>(blockIdx.x) * at.warps * kRows;
   const int own = own_block + warp * kRows;
   const bool idle = own >= p.L;
-  const float unit = p.scale * kLog2E, keep = 1 / (1 - p.dropout_p);
 
   // Whose lookups belong to the tokens of this warp: scores and, in the pass over queries, values.
   const Target& on_own = keys ? p.on_q : p.on_k;
@@ -120,7 +119,7 @@ __global__ void __launch_bounds__(most_warps(Pass::kKeys) * kWarp) backward_kern
     }
     if (!idle) {
       if (has_own) {
-        look_up_own<T, D>(lookups_own, at_own, x, unit, lane);
+        look_up_own<T, D>(lookups_own, at_own, x, at.unit, lane);
         clear_bins(bins_own, at_own.N, lane);
       }
       if (on_v && !keys) {
@@ -131,80 +130,74 @@ __global__ void __launch_bounds__(most_warps(Pass::kKeys) * kWarp) backward_kern
     __syncwarp();
     float grad_x[D / 8][4] = {}, grad_z[D / 8][4] = {};  // of z in the pass over keys alone
 
-    for (int first = 0, stage = 0; first < p.L; first += kColumns, stage ^= 1) {
+#pragma unroll 1
+    for (int column = 0; column < p.L; column += kColumns) {
+      const int stage = column / kColumns % 2;
       copies_wait<0>();
       __syncthreads();  // the tile is there, and nobody reads the one before
-      if (first + kColumns < p.L) start(stage ^ 1, first + kColumns);
-      const T* tile_y = tiles + stage * 2 * kColumns * kPitch<D>;
-      const T* tile_w = tile_y + kColumns * kPitch<D>;
-      if (has_other) look_up_tile<T, D>(at_other, tile_y, unit, at.warps, lane);
-      if (on_v && keys) look_up_tile<T, D>(at.on_v, tile_w, 1.0f, at.warps, lane);
+      if (column + kColumns < p.L) start(stage ^ 1, column + kColumns);
+      const T* y = tiles + stage * 2 * kColumns * kPitch<D>;
+      const T* w = y + kColumns * kPitch<D>;
+      if (has_other) look_up_tile<T, D>(at_other, y, at.unit, at.warps, lane);
+      if (on_v && keys) look_up_tile<T, D>(at.on_v, w, 1.0f, at.warps, lane);
       if (has_other || (on_v && keys)) __syncthreads();
       if (idle) continue;
 
-#pragma unroll 1
-      for (int column = first; column < min(first + kColumns, p.L); column += kStep) {
-        const T* y = tile_y + (column - first) * kPitch<D>;
-        const T* w = tile_w + (column - first) * kPitch<D>;
-        float weights[kTiles][4] = {};
-        multiply_turned<T, D>(weights, x, y, lane);
+      float weights[kTiles][4] = {};
+      multiply_turned<T, D>(weights, x, y, lane);
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) weights[n][e] *= unit;
-        }
-        if (has_own) {
-          add_lookups<true>(weights, on_own, at_own, lookups_own, own, column, p.L, lane);
-        }
-        if (has_other) {
-          const T* lookups = lookups_other + (column - first) * at_other.pitch;
-          add_lookups<false>(weights, on_other, at_other, lookups, own, column, p.L, lane);
-        }
-        if constexpr (!keys) hide_columns(weights, p, b, column, lane);
-
-        const uint32_t dropped =
-            p.dropout_p > 0 ? draw_dropped<keys>(p, b * p.H + h, own, column, lane) : 0;
-        const float* columns = shared_at<float>(at.columns) + stage * 2 * kColumns +
-                               (column - first) + lane % 4 * 2;
-        Packed packed;  // the weights that dropout left, and then the gradients of the scores
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          float kept[4];
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float lse_e = keys ? columns[n * 8 + e % 2] : lse[e / 2];
-            weights[n][e] = exp2_fast(weights[n][e] - lse_e);
-            kept[e] = dropped >> (n * 4 + e) & 1 ? 0.0f : weights[n][e] * keep;
-          }
-          packed[n][0] = pack<T>(kept[0], kept[1]);
-          packed[n][1] = pack<T>(kept[2], kept[3]);
-        }
-        if constexpr (keys) {
-          multiply<T, D>(grad_z, packed, w, lane);
-        } else if (on_v) {
-          add_to_bins<T>(bins_v, p.on_v, packed, own, column, p.L, lane);
-        }
-
-        float grads[kTiles][4] = {};  // of the weights, and then of the scores
-        multiply_turned<T, D>(grads, z, w, lane);
-        if (on_v) {
-          const T* lookups = lookups_v + (keys ? (column - first) * at.on_v.pitch : 0);
-          add_lookups<!keys>(grads, p.on_v, at.on_v, lookups, own, column, p.L, lane);
-        }
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float delta_e = keys ? columns[kColumns + n * 8 + e % 2] : delta[e / 2];
-            const float kept = dropped >> (n * 4 + e) & 1 ? 0.0f : grads[n][e] * keep;
-            grads[n][e] = weights[n][e] * (kept - delta_e);
-          }
-          packed[n][0] = pack<T>(grads[n][0], grads[n][1]);
-          packed[n][1] = pack<T>(grads[n][2], grads[n][3]);
-        }
-        multiply<T, D>(grad_x, packed, y, lane);
-        if (has_own) add_to_bins<T>(bins_own, on_own, packed, own, column, p.L, lane);
+        for (int e = 0; e < 4; ++e) weights[n][e] *= at.unit;
       }
+      if (has_own) {
+        add_lookups<true>(weights, on_own, at_own, lookups_own, own, column, p.L, lane);
+      }
+      if (has_other) {
+        add_lookups<false>(weights, on_other, at_other, lookups_other, own, column, p.L, lane);
+      }
+      if constexpr (!keys) hide_columns(weights, p, b, column, lane);
+
+      const uint32_t dropped =
+          p.dropout_p > 0 ? draw_dropped<keys>(p, b * p.H + h, own, column, lane) : 0;
+      const float* columns = shared_at<float>(at.columns) + stage * 2 * kColumns + lane % 4 * 2;
+      Packed packed;  // the weights that dropout left, and then the gradients of the scores
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        float kept[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float lse_e = keys ? columns[n * 8 + e % 2] : lse[e / 2];
+          weights[n][e] = exp2_fast(weights[n][e] - lse_e);
+          kept[e] = dropped >> (n * 4 + e) & 1 ? 0.0f : weights[n][e] * at.keep;
+        }
+        packed[n][0] = pack<T>(kept[0], kept[1]);
+        packed[n][1] = pack<T>(kept[2], kept[3]);
+      }
+      if constexpr (keys) {
+        multiply<T, D>(grad_z, packed, w, lane);
+      } else if (on_v) {
+        add_to_bins<T>(bins_v, p.on_v, packed, own, column, p.L, lane);
+      }
+
+      float grads[kTiles][4] = {};  // of the weights, and then of the scores
+      multiply_turned<T, D>(grads, z, w, lane);
+      if (on_v) {
+        add_lookups<!keys>(grads, p.on_v, at.on_v, lookups_v, own, column, p.L, lane);
+      }
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float delta_e = keys ? columns[kColumns + n * 8 + e % 2] : delta[e / 2];
+          const float kept = dropped >> (n * 4 + e) & 1 ? 0.0f : grads[n][e] * at.keep;
+          grads[n][e] = weights[n][e] * (kept - delta_e);
+        }
+        packed[n][0] = pack<T>(grads[n][0], grads[n][1]);
+        packed[n][1] = pack<T>(grads[n][2], grads[n][3]);
+      }
+      multiply<T, D>(grad_x, packed, y, lane);
+      if (has_own) add_to_bins<T>(bins_own, on_own, packed, own, column, p.L, lane);
     }
 
     if (!idle) {
@@ -235,8 +228,8 @@ __global__ void __launch_bounds__(most_warps(Pass::kKeys) * kWarp) backward_kern
       copies_wait<0>();
       __syncthreads();
       const bool is_first = b == static_cast<int>(blockIdx.z);
-      const int slot = (h * at.groups + static_cast<int>(blockIdx.z)) * at.chunks +
-                       static_cast<int>(blockIdx.x);
+      const int slot =
+          (h * at.groups + static_cast<int>(blockIdx.z)) * at.chunks + static_cast<int>(blockIdx.x);
       const int64_t to = static_cast<int64_t>(slot) * place.padded;
       if (target.grad_table) {
         add_table_grad<T, D>(target.grad_table + to * D, place, tiles, tokens, factor, is_first,
@@ -257,8 +250,7 @@ __global__ void __launch_bounds__(most_warps(Pass::kKeys) * kWarp) backward_kern
 int backward(const Attention& p, void* stream) {
   return for_type_and_dim(p, [&](auto type, auto dim) {
     using T = decltype(type);
-    const int error =
-        launch_pass(Pass::kQueries, p, backward_kernel<T, dim.value, false>, stream);
+    const int error = launch_pass(Pass::kQueries, p, backward_kernel<T, dim.value, false>, stream);
     if (error) return error;
     return launch_pass(Pass::kKeys, p, backward_kernel<T, dim.value, true>, stream);
   });

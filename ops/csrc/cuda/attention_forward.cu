@@ -12,14 +12,13 @@ namespace {
 constexpr float kSlack = 8;
 
 template <typename T, int D>
-__global__ void __launch_bounds__(most_warps(Pass::kForward) * kWarp) forward_kernel(const __grid_constant__ Attention p,
-                                                                    const __grid_constant__ Layout at) {
+__global__ void __launch_bounds__(most_warps(Pass::kForward) * kWarp)
+    forward_kernel(const __grid_constant__ Attention p, const __grid_constant__ Layout at) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, threads = at.warps * kWarp;
   const int h = static_cast<int>(blockIdx.y);
   const int own = (static_cast<int>(blockIdx.x) * at.warps + warp) * kRows;
   const bool idle = own >= p.L;
-  const float unit = p.scale * kLog2E;
   const bool on_q = p.on_q.num_terms, on_k = p.on_k.num_terms, on_v = p.on_v.num_terms;
 
   if (on_q) load_table<T, D>(p.on_q, at.on_q, h, threads);
@@ -43,86 +42,84 @@ __global__ void __launch_bounds__(most_warps(Pass::kForward) * kWarp) forward_ke
 
     uint32_t q[D / 16][4];
     load_own<T, D>(q, p.q, b, h, own, p.L, lane);
-    if (on_k && !idle) look_up_own<T, D>(lookups_k, at.on_k, q, unit, lane);
+    if (on_k && !idle) look_up_own<T, D>(lookups_k, at.on_k, q, at.unit, lane);
     if (on_v) clear_bins(bins_v, at.on_v.N, lane);
     __syncwarp();
     float out[D / 8][4] = {};
     float reference[2] = {-kInfinity, -kInfinity}, weight[2] = {};
 
-    for (int first = 0, stage = 0; first < p.L; first += kColumns, stage ^= 1) {
+    for (int column = 0; column < p.L; column += kColumns) {
+      const int stage = column / kColumns % 2;
       copies_wait<0>();
       __syncthreads();  // the tile is there, and nobody reads the one before
-      if (first + kColumns < p.L) start(stage ^ 1, first + kColumns);
+      if (column + kColumns < p.L) start(stage ^ 1, column + kColumns);
       const T* tile_k = shared_at<const T>(at.tiles) + stage * 2 * kColumns * kPitch<D>;
       const T* tile_v = tile_k + kColumns * kPitch<D>;
       if (on_q) {
-        look_up_tile<T, D>(at.on_q, tile_k, unit, at.warps, lane);
+        look_up_tile<T, D>(at.on_q, tile_k, at.unit, at.warps, lane);
         __syncthreads();
       }
       if (idle) continue;
 
-#pragma unroll 1
-      for (int column = first; column < min(first + kColumns, p.L); column += kStep) {
-        float s[kTiles][4] = {};
-        multiply_turned<T, D>(s, q, tile_k + (column - first) * kPitch<D>, lane);
+      float s[kTiles][4] = {};
+      multiply_turned<T, D>(s, q, tile_k, lane);
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) s[n][e] *= unit;
-        }
-        if (on_k) add_lookups<true>(s, p.on_k, at.on_k, lookups_k, own, column, p.L, lane);
-        if (on_q) {
-          const T* lookups = lookups_q + (column - first) * at.on_q.pitch;
-          add_lookups<false>(s, p.on_q, at.on_q, lookups, own, column, p.L, lane);
-        }
-        hide_columns(s, p, b, column, lane);
-
-        float highest[2] = {-kInfinity, -kInfinity};
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) highest[e / 2] = max(highest[e / 2], s[n][e]);
-        }
-        float factor[2];
-        bool rescale = false;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          highest[half] = max(highest[half], shuffle_xor(highest[half], 1));
-          highest[half] = max(highest[half], shuffle_xor(highest[half], 2));
-          const bool exceeds = highest[half] > reference[half] + kSlack;
-          factor[half] = exceeds ? exp2_fast(reference[half] - highest[half]) : 1.0f;
-          if (exceeds) reference[half] = highest[half];
-          rescale = rescale || exceeds;
-        }
-        if (rescale) {
-#pragma unroll
-          for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) out[n][e] *= factor[e / 2];
-          }
-          weight[0] *= factor[0];
-          weight[1] *= factor[1];
-          if (on_v && column > 0) scale_bins(bins_v, at.on_v.N, lane % 2 ? factor[1] : factor[0], lane);
-        }
-
-        Packed weights;
-        const uint32_t dropped =
-            p.dropout_p > 0 ? draw_dropped<false>(p, b * p.H + h, own, column, lane) : 0;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            // The reference of a row with nothing but hidden keys so far is -infinity too.
-            s[n][e] = s[n][e] == -kInfinity ? 0.0f : exp2_fast(s[n][e] - reference[e / 2]);
-            weight[e / 2] += s[n][e];
-            if (dropped >> (n * 4 + e) & 1) s[n][e] = 0;
-          }
-          weights[n][0] = pack<T>(s[n][0], s[n][1]);
-          weights[n][1] = pack<T>(s[n][2], s[n][3]);
-        }
-        multiply<T, D>(out, weights, tile_v + (column - first) * kPitch<D>, lane);
-        if (on_v) add_to_bins<T>(bins_v, p.on_v, weights, own, column, p.L, lane);
+        for (int e = 0; e < 4; ++e) s[n][e] *= at.unit;
       }
+      if (on_k) add_lookups<true>(s, p.on_k, at.on_k, lookups_k, own, column, p.L, lane);
+      if (on_q) {
+        add_lookups<false>(s, p.on_q, at.on_q, lookups_q, own, column, p.L, lane);
+      }
+      hide_columns(s, p, b, column, lane);
+
+      float highest[2] = {-kInfinity, -kInfinity};
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) highest[e / 2] = max(highest[e / 2], s[n][e]);
+      }
+      float factor[2];
+      bool rescale = false;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        highest[half] = max(highest[half], shuffle_xor(highest[half], 1));
+        highest[half] = max(highest[half], shuffle_xor(highest[half], 2));
+        const bool exceeds = highest[half] > reference[half] + kSlack;
+        factor[half] = exceeds ? exp2_fast(reference[half] - highest[half]) : 1.0f;
+        if (exceeds) reference[half] = highest[half];
+        rescale = rescale || exceeds;
+      }
+      if (rescale) {
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) out[n][e] *= factor[e / 2];
+        }
+        weight[0] *= factor[0];
+        weight[1] *= factor[1];
+        if (on_v && column > 0)
+          scale_bins(bins_v, at.on_v.N, lane % 2 ? factor[1] : factor[0], lane);
+      }
+
+      Packed weights;
+      const uint32_t dropped =
+          p.dropout_p > 0 ? draw_dropped<false>(p, b * p.H + h, own, column, lane) : 0;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          // The reference of a row with nothing but hidden keys so far is -infinity too.
+          s[n][e] = s[n][e] == -kInfinity ? 0.0f : exp2_fast(s[n][e] - reference[e / 2]);
+          weight[e / 2] += s[n][e];
+          if (dropped >> (n * 4 + e) & 1) s[n][e] = 0;
+        }
+        weights[n][0] = pack<T>(s[n][0], s[n][1]);
+        weights[n][1] = pack<T>(s[n][2], s[n][3]);
+      }
+      multiply<T, D>(out, weights, tile_v, lane);
+      if (on_v) add_to_bins<T>(bins_v, p.on_v, weights, own, column, p.L, lane);
     }
 
     if (!idle) {
@@ -147,8 +144,7 @@ __global__ void __launch_bounds__(most_warps(Pass::kForward) * kWarp) forward_ke
         collect_bins(sums_v, at.on_v, bins_v, share, lane);
         multiply_table<T, D>(out, sums_v, at.on_v, lane);
       }
-      const float keep = 1 / (1 - p.dropout_p);
-      store_own<T, D>(p.out, b, h, own, p.L, out, {keep, keep}, lane);
+      store_own<T, D>(p.out, b, h, own, p.L, out, {at.keep, at.keep}, lane);
     }
     __syncthreads();  // the next image's first tile comes to where the last one may be
   }

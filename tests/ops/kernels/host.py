@@ -15,7 +15,7 @@ CSRC = KERNELS.parents[2] / "ops" / "csrc"
 SANITIZED = "IRPE_TEST_SANITIZER" in os.environ
 GXX = ["g++", "-std=c++17", "-g", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{CSRC}"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-OPTIONS = SANITIZERS if SANITIZED else ["-O1"]
+OPTIONS = ["-O1", *(SANITIZERS if SANITIZED else [])]
 
 
 class Host:
