@@ -37,8 +37,8 @@ def irpe_attention(
         key_padding_mask: (B, L) bool, True where a key must not be attended to. Where no key
             is left the result is zero, as in torch.nn.functional.scaled_dot_product_attention.
         impl: `auto`, or the name of one implementation, which then runs or raises;
-            `irpe_ds.ops.select` says what `auto` comes to. `cpu` and `fused` have no second
-            derivative.
+            `irpe_ds.ops.select` says what `auto` comes to. `cpu`, `fused` and `flex` have no
+            second derivative, nor has `low_rank` where PyTorch takes a fused kernel.
 
     Returns:
         (B, H, L, D) in the dtype of q; under autocast in autocast's, as PyTorch's own attention.

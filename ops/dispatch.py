@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.ops import cpu, fused, gather, library, reference
+from irpe_ds.ops import cpu, flex, fused, gather, library, low_rank, reference
 from irpe_ds.ops.inputs import Case, Inputs, TermKind
 
 
@@ -30,6 +30,10 @@ IMPLEMENTATIONS = {
     "gather": Implementation(gather.attention, ("cpu", "cuda"), compiled=True),
     "cpu": Implementation(cpu.attention, ("cpu",), compiled=True),
     "fused": Implementation(fused.attention, ("cuda",), compiled=True, obstacle=fused.obstacle),
+    "flex": Implementation(flex.attention, ("cuda",), obstacle=flex.obstacle),
+    "low_rank": Implementation(
+        low_rank.attention, ("cpu", "cuda"), compiled=True, obstacle=low_rank.obstacle
+    ),
 }
 
 AUTO = {
@@ -75,7 +79,7 @@ def select(impl: str, case: Case) -> Choice:
             expected = f"an implementation that runs on {case.device_type}"
             raise ConfigError("impl", expected, f"{impl!r}: {reason}")
         return Choice(impl, "asked for by name")
-    passed = []
+    passed: list[str] = []
     for name, why in AUTO.get(case.device_type, {}).items():
         reason = obstacle(name, case)
         if reason is None:

@@ -79,8 +79,9 @@ def register() -> None:
         grads = torch.ops.irpe_ds.attention_backward(
             grad, out, lse, q, k, v, tables, tiles, *options
         )
-        of_terms = grads[3:], [None] * ctx.num_terms, None if ctx.num_terms else []
-        return *grads[:3], *of_terms, None, None, None, None, None
+        targets: Any = None if ctx.num_terms else []  # an empty int[] counts as tensors
+        no_grads = [None] * ctx.num_terms, targets, None, None, None, None, None
+        return *grads[:3], grads[3:], *no_grads
 
     def fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return _like_tokens(q), q.new_empty(q.shape[:3], dtype=torch.float32)

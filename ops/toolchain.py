@@ -74,7 +74,8 @@ def sources() -> str:
     """A hash of everything that is compiled and of the options."""
     key = hashlib.sha256()
     options = [CSRC.parent / "builder.py", Path(__file__)]
-    for source in [*sorted(CSRC.rglob("*.*")), *options]:
+    code = sorted(x for x in CSRC.rglob("*.*") if x.suffix != ".md")
+    for source in [*code, *options]:
         key.update(source.read_bytes())
     return key.hexdigest()[:16]
 

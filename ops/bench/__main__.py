@@ -1,7 +1,8 @@
 """Times the operators here, side by side in one run: `python -m irpe_ds.ops.bench`.
 
-Prints one table and writes it as JSON. Times are medians in milliseconds, ratios are to the
-fastest baseline of the same rounds. With --upstream the released op takes part.
+Prints tables and writes them as JSON: the gather alone, the attention op, and a training step of
+a DeiT. Times are medians in milliseconds, ratios are to the fastest baseline of the same rounds.
+With --upstream the released op takes part.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,13 @@ import torch
 
 from irpe_ds.cli import run
 from irpe_ds.errors import ConfigError
+from irpe_ds.ops import dispatch
 from irpe_ds.ops.bench import cases, upstream
 from irpe_ds.ops.bench.timing import compare
 
+PARTS = ("gather", "attention", "step")
+SIZES = {"cuda": ((256, 6, 14), (32, 12, 24), (16, 12, 32)), "cpu": ((8, 6, 14),)}
+"""Of --attention by default."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -28,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default all")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
@@ -35,6 +42,16 @@ def main() -> None:
     parser.add_argument("--model", default="deit_small_patch16_224", help="a DeiT of timm")
     parser.add_argument("--batch", type=int, default=8, help="images of a training step")
     parser.add_argument("--lookups", type=int, nargs=2, default=(64, 6), metavar=("B", "H"))
+    parser.add_argument(
+        "--attention",
+        type=int,
+        nargs=3,
+        action="append",
+        metavar=("B", "H", "SIDE"),
+        help="images, heads, and patches along a side; may be given several times",
+    )
+    parser.add_argument("--encodings", nargs="+", default=cases.ENCODINGS, help="of attention")
+    parser.add_argument("--compile", action="store_true", help="steps by torch.compile too")
     parser.add_argument("--rounds", type=int, default=11, help="that count, of every case")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--upstream", type=Path, help="rpe_ops of the released project")
@@ -44,25 +61,45 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
-    dtype = getattr(torch, args.dtype)
-    released = upstream.load(args.upstream) if args.upstream else None
-    tables = [
-        *cases.gather(args.device, dtype, args.lookups[0], args.lookups[1], released),
-        cases.step(args.device, dtype, args.model, args.batch, released),
-    ]
+    if args.upstream:
+        run_released = upstream.attention(upstream.load(args.upstream))
+        row = dispatch.Implementation(run_released, obstacle=upstream.obstacle)
+        dispatch.IMPLEMENTATIONS["upstream"] = row
     report: dict[str, Any] = describe(args.device, args.threads, args.rounds)
-    for title, calls, baselines in tables:
+    for title, calls, baselines in tables(args):
         timings = compare(calls, baselines, args.rounds)
-        print(f"\n{title}\n{'':24} {'ms':>9}  ratio")
+        print(f"\n{title}\n{'':24} {'ms':>9}  ratio {'MiB':>9}")
         for name, timing in timings.items():
-            print(f"{name:24} {timing.median:9.2f} {timing.ratio:6.3f}")
+            peak = "" if timing.peak is None else f"{timing.peak:9.1f}"
+            print(f"{name:24} {timing.median:9.3f} {timing.ratio:6.3f} {peak}", flush=True)
         report["tables"][title] = {name: timing._asdict() for name, timing in timings.items()}
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+        if args.out:  # after every table: a run that is cut short keeps what it has
+            args.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def tables(args: argparse.Namespace) -> Iterator[cases.Table]:
+    """What to time, one table after the other."""
+    dtype, parts = getattr(torch, args.dtype), args.parts or PARTS
+    if "gather" in parts:
+        released = upstream.load(args.upstream) if args.upstream else None
+        yield from cases.gather(args.device, dtype, args.lookups[0], args.lookups[1], released)
+    if "attention" in parts:
+        for batch, heads, side in args.attention or SIZES[args.device]:
+            for encoding in args.encodings:
+                yield from cases.attention(args.device, dtype, batch, heads, side, encoding)
+    if "step" in parts:
+        yield cases.step(args.device, dtype, args.model, args.batch, compiled=args.compile)
 
 
 def check(args: argparse.Namespace) -> None:
     """Raise ConfigError for what would fail, or lose the results, minutes later."""
+    for given, known, where in (
+        (args.parts, PARTS, "parts"),
+        (args.encodings, cases.ENCODINGS, "--encodings"),
+    ):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ConfigError(where, f"some of {', '.join(known)}", ", ".join(unknown))
     if args.rounds < 1:
         raise ConfigError("--rounds", "at least 1", args.rounds)
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What is timed: the gather alone with its backward, and a whole training step of a DeiT."""
+"""What is timed: the gather, the attention op, and a training step of a DeiT."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -6,16 +6,28 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from irpe_ds.models import equip
-from irpe_ds.ops import dispatch, irpe_gather, reference
+from irpe_ds.ops import dispatch, irpe_gather, kinds_of, reference
 from irpe_ds.ops.bench import upstream
-from irpe_ds.rpe import BucketMap, RPEConfig
+from irpe_ds.ops.gather import lookup_of
+from irpe_ds.ops.inputs import Case, Inputs
+from irpe_ds.rpe import BucketMap, RPEConfig, build_maps, build_table
 
 Calls = dict[str, Callable[[], object]]
 Table = tuple[str, Calls, tuple[str, ...]]
 """A title, what to call, by name, and the names that ratios are to."""
+
+ENCODINGS = {
+    "K": RPEConfig(on="k"),
+    "QK": RPEConfig(on="qk"),
+    "QKV": RPEConfig(on="qkv"),
+    "bias K": RPEConfig(on="k", mode="bias"),
+    "cross K": RPEConfig(on="k", method="cross"),
+}
 
 
 def gather(
@@ -29,7 +41,7 @@ def gather(
         "reference": reference.gather,
         "gather": irpe_gather,
     }
-    if released is not None:
+    if released is not None and dtype != torch.bfloat16:
         functions["upstream"] = released
 
     def both(function: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -46,32 +58,114 @@ def gather(
     yield f"backward of the gather, {shapes}", calls, ("reference",)
 
 
-def step(
-    device: str, dtype: torch.dtype, model: str, batch: int, released: upstream.Gather | None
-) -> Table:
+def attention(
+    device: str, dtype: torch.dtype, batch: int, heads: int, side: int, encoding: str
+) -> Iterator[Table]:
+    """The op on side x side patches and a class token, 64 numbers a head: forward, backward, both.
+
+    Ratios are to PyTorch's attention without relative position. `floor` copies as many bytes as
+    any kernel has to move: inputs read once, results written once.
+    """
+    torch.compiler.reset()  # FlexAttention compiles for every shape, up to a limit
+    length = side**2 + 1
+    inputs = _inputs(device, dtype, (batch, heads, length, 64), side, ENCODINGS[encoding])
+    terms = (inputs.rpe_q, inputs.rpe_k, inputs.rpe_v)
+    leaves = [inputs.q, inputs.k, inputs.v, *(table for of in terms for table, _ in of)]
+    grad = torch.randn_like(inputs.q)
+    case = Case(device, dtype, 64, kinds_of(*terms))
+    functions = dict(_plain_attention(device))
+    baselines = tuple(functions)
+    if not inputs.rpe_v:
+        functions["SDPA, tensor of biases"] = _biased
+    for name, row in dispatch.IMPLEMENTATIONS.items():
+        if dispatch.obstacle(name, case) is None:
+            functions[name] = row.attention
+
+    def both(function: Callable[[Inputs], Tensor]) -> None:
+        torch.autograd.grad(function(inputs), leaves, grad, allow_unused=True)
+
+    def backward(out: Tensor) -> None:
+        torch.autograd.grad(out, leaves, grad, retain_graph=True, allow_unused=True)
+
+    title = f"attention, {encoding}, B H L = {batch} {heads} {length}, {_name(dtype)}"
+    moved = inputs.q.numel() * inputs.q.element_size()
+    for part, tensors in (("forward", 4), ("backward", 8), ("forward + backward", 12)):
+        if part == "forward":
+            calls: Calls = {n: partial(function, inputs) for n, function in functions.items()}
+        elif part == "backward":
+            calls = {n: partial(backward, f(inputs)) for n, f in functions.items()}
+        else:
+            calls = {n: partial(both, function) for n, function in functions.items()}
+        source = torch.empty(tensors * moved // 2, dtype=torch.uint8, device=device)
+        calls["floor"] = partial(torch.empty_like(source).copy_, source)
+        yield f"{title}, {part}", calls, baselines
+
+
+def _inputs(
+    device: str, dtype: torch.dtype, shape: tuple[int, int, int, int], side: int, rpe: RPEConfig
+) -> Inputs:
+    """Random ones, in memory as a projection leaves them."""
+    batch, heads, length, dim = shape
+    qkv = torch.randn(3, batch, length, heads, dim, device=device, dtype=dtype)
+    q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in qkv)
+    maps = tuple(buckets.to(device) for buckets in build_maps(rpe, side, side, 1))
+
+    def terms(target: str) -> Any:
+        if target not in rpe.on:
+            return ()
+        table = build_table(rpe, target, maps, heads, dim).to(device, dtype)
+        for parameter in table.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        return table.terms()
+
+    return Inputs(q, k, v, terms("q"), terms("k"), terms("v"), dim**-0.5, 0.0, None)
+
+
+def _plain_attention(device: str) -> Iterator[tuple[str, Callable[[Inputs], Tensor]]]:
+    def plain(x: Inputs, backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(x.q, x.k, x.v)
+
+    yield "SDPA, flash", partial(plain, backend=SDPBackend.FLASH_ATTENTION)
+    if device == "cuda":
+        yield "SDPA, cuDNN", partial(plain, backend=SDPBackend.CUDNN_ATTENTION)
+
+
+def _biased(x: Inputs) -> Tensor:
+    """All terms on queries and keys as one tensor (B, H, L, L), which SDPA adds to the scores."""
+    bias: Any = 0
+    for table, buckets in x.rpe_k:
+        bias = bias + irpe_gather(lookup_of(x.q, table, x.scale), buckets.ids)
+    for table, buckets in x.rpe_q:
+        lookup = lookup_of(x.k, table, x.scale)
+        bias = bias + irpe_gather(lookup, buckets.ids, columns=True)
+    return F.scaled_dot_product_attention(x.q, x.k, x.v, bias, scale=x.scale)
+
+
+def step(device: str, dtype: torch.dtype, model: str, batch: int, *, compiled: bool) -> Table:
     """Forward and backward of a DeiT without an optimiser, plain and with RPE on k, qk and qkv."""
     images = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
-    if released is not None:
-        row = dispatch.Implementation(partial(upstream.attention, released))
-        dispatch.IMPLEMENTATIONS["upstream"] = row
 
-    def train(network: nn.Module) -> None:
+    def train(network: nn.Module, call: Callable[[Tensor], Tensor]) -> None:
         network.zero_grad(set_to_none=True)
-        network(images).sum().backward()
+        call(images).sum().backward()
 
     networks = {f"plain, {name}": network for name, network in _plain(model)}
-    for on in ("k", "qk", "qkv"):
+    for on in ("K", "QK", "QKV"):
         for impl in dispatch.IMPLEMENTATIONS:
-            network = equip(timm.create_model(model), RPEConfig(on=on), impl)
+            network: Any = equip(timm.create_model(model), ENCODINGS[on], impl)
             case = network.blocks[0].attn.case(device, dtype)
             if dispatch.obstacle(impl, case) is None:
-                networks[f"{on.upper()}, {impl}"] = network
-    calls: Calls = {
-        name: partial(train, network.to(device, dtype).train())
-        for name, network in networks.items()
-    }
+                networks[f"{on}, {impl}"] = network
+    calls: Calls = {}
+    for name, network in networks.items():
+        network.to(device, dtype).train()
+        calls[name] = partial(train, network, network)
+        if compiled and not name.endswith("upstream"):
+            calls[f"{name}, compiled"] = partial(train, network, torch.compile(network))
+    baselines = tuple(name for name in calls if name.startswith("plain"))
     title = f"{model}, forward + backward, batch {batch}, {_name(dtype)}"
-    return title, calls, ("plain, fused", "plain, eager")
+    return title, calls, baselines
 
 
 def _plain(model: str) -> Iterator[tuple[str, nn.Module]]:

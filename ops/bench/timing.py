@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 
 WARMUP = 2
+LEAST_MS = 5.0
+"""On a GPU a call is repeated for so long, that starting it and clock ticks do not count."""
 
 
 class Timing(NamedTuple):
@@ -17,6 +19,8 @@ class Timing(NamedTuple):
     """Milliseconds."""
     ratio: float
     """To the baseline: the median over the rounds of the ratio within a round."""
+    peak: float | None
+    """MiB of GPU memory that a call takes beyond what was allocated before; None on the CPU."""
 
 
 def compare(
@@ -28,10 +32,11 @@ def compare(
         cases: what to call, by name; on CUDA the time includes all kernels it starts.
         baselines: names among the cases.
     """
+    measure = _Calls() if torch.cuda.is_available() else _Call()
     times: dict[str, list[float]] = {name: [] for name in cases}
     for done in range(WARMUP + rounds):
         for name, call in cases.items():
-            elapsed = _milliseconds(call)
+            elapsed = measure(name, call)
             if done >= WARMUP:
                 times[name].append(elapsed)
     base = times[min(baselines, key=lambda name: statistics.median(times[name]))]
@@ -39,16 +44,47 @@ def compare(
         name: Timing(
             statistics.median(own),
             statistics.median(a / b for a, b in zip(own, base, strict=True)),
+            measure.peaks.get(name),
         )
         for name, own in times.items()
     }
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
+class _Call:
+    """Milliseconds of a call on the CPU."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, float] = {}
+
+    def __call__(self, name: str, call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+
+
+class _Calls(_Call):
+    """The same on a GPU, by its events: the mean of enough calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.repeats: dict[str, int] = {}
+
+    def __call__(self, name: str, call: Callable[[], object]) -> float:
+        if name not in self.repeats:
+            call()  # what is compiled or chosen at the first call does not count
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            once = self.milliseconds(call, 1)
+            self.peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            self.repeats[name] = max(1, round(LEAST_MS / max(once, 1e-3)))
+        return self.milliseconds(call, self.repeats[name])
+
+    def milliseconds(self, call: Callable[[], object], repeats: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / repeats

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.ops.inputs import Inputs
+from irpe_ds.ops.inputs import Case, Inputs
 
 Gather = Callable[[Tensor, Tensor], Tensor]
 
@@ -55,22 +55,35 @@ def load(folder: Path) -> Gather:
     return Index.apply
 
 
-def attention(gather: Gather, x: Inputs) -> Tensor:
+def attention(gather: Gather) -> Callable[[Inputs], Tensor]:
     """Contextual attention with shared tables as the released models compute it.
 
-    Terms on values expand the table to every pair, (L, L, D).
+    Terms on values expand the table to every pair, (L, L, D). The released op has no bfloat16:
+    float16 takes its place.
     """
-    q, k, v = x.q * x.scale, x.k, x.v
-    scores = q @ k.mT
-    for table, buckets in x.rpe_k:
-        scores = scores + gather(q @ table, buckets.ids)
-    for table, buckets in x.rpe_q:
-        scores = scores + gather(k * x.scale @ table, buckets.ids).mT
-    probs = scores.softmax(-1)
-    out = probs @ v
-    for table, buckets in x.rpe_v:
-        batch, heads, length, dim = v.shape
-        by_query = probs.permute(2, 0, 1, 3).reshape(length, batch * heads, length)
-        term = by_query @ table[0][buckets.ids]
-        out = out + term.view(length, batch, heads, dim).permute(1, 2, 0, 3)
-    return out
+
+    def run(x: Inputs) -> Tensor:
+        dtype = torch.float16 if x.q.dtype == torch.bfloat16 else x.q.dtype
+        q, k, v = (y.to(dtype) for y in (x.q * x.scale, x.k, x.v))
+        scores = q @ k.mT
+        for table, buckets in x.rpe_k:
+            scores = scores + gather(q @ table.to(dtype), buckets.ids)
+        for table, buckets in x.rpe_q:
+            scores = scores + gather(k * x.scale @ table.to(dtype), buckets.ids).mT
+        probs = scores.softmax(-1)
+        out = probs @ v
+        for table, buckets in x.rpe_v:
+            batch, heads, length, dim = v.shape
+            by_query = probs.permute(2, 0, 1, 3).reshape(length, batch * heads, length)
+            term = by_query @ table.to(dtype)[0][buckets.ids]
+            out = out + term.view(length, batch, heads, dim).permute(1, 2, 0, 3)
+        return out.to(x.q.dtype)
+
+    return run
+
+
+def obstacle(case: Case) -> str | None:
+    """Why the released op cannot stand in for a case; None when it can."""
+    if any(term.is_bias for term in case.terms):
+        return "it gathers contextual terms"
+    return None

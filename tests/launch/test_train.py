@@ -14,6 +14,7 @@ from torch.utils.cpp_extension import get_default_build_root
 from irpe_ds.config import load_config
 from irpe_ds.models.build import build_model
 from irpe_ds.ops.builder import IRPEBuilder
+from tests.ops.kernels.host import build_attention
 
 pytestmark = pytest.mark.dist
 UPDATES = 20
@@ -158,6 +159,34 @@ def test_evaluate_scores_the_checkpoint_on_disk(runs: Path, run: Any) -> None:
     assert done.returncode == 0, done.stderr
     assert f"top-1 {rows(folder, 'eval')[-1]['top1']:.2f} %" in done.stdout
     assert "on 359 images" in done.stdout
+
+
+def test_fused_attention_under_zero_3(
+    run: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With tables that are partitioned too, which ds_configs/zero3.json leaves whole."""
+    settings = json.loads(Path("ds_configs/zero3.json").read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "zero3.json").write_text(json.dumps(settings))
+    monkeypatch.setenv("IRPE_TEST_KERNELS", str(build_attention(tmp_path)))
+    common = (
+        *(f"output={tmp_path}", f"train.max_updates={UPDATES}", "train.log_every=1"),
+        *(f"data.train={digits}/train.beton", f"data.val={digits}/val.beton", "model.drop_path=0"),
+        *("model.options.depth=2", "model.rpe.on=qkv", "optim.lr=1e-3"),
+        f"train.deepspeed={tmp_path}/zero3.json",
+    )
+    impls = ("fused", "reference")
+    trainings = [((*common, f"name={impl}", f"model.impl={impl}"), "never") for impl in impls]
+    (tmp_path / "runs.json").write_text(json.dumps(trainings))
+    launcher = ("deepspeed", "--num_accelerators", 2, "--master_port", free_port())
+    done = run(*launcher, "tests/launch/train_several.py", tmp_path / "runs.json", timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "attention op fused (asked for by name)" in done.stdout + done.stderr
+    fused, reference = (losses(tmp_path / impl) for impl in impls)
+    torch.testing.assert_close(fused, reference, atol=0.02, rtol=0)
+    tables = [x for name, x in weights(tmp_path / "fused").items() if "rpe_" in name]
+    assert len(tables) == 6
+    assert sum(bool(table.any()) for table in tables) == 5  # the class token sees one bucket
 
 
 def test_without_the_operators_it_trains_on_the_reference_and_says_so_once(

@@ -1,18 +1,29 @@
 """Train several runs one after the other in the same processes, to start them only once.
 
-deepspeed tests/launch/train_several.py RUNS.json: a list of [overrides, resume].
+deepspeed tests/launch/train_several.py RUNS.json: a list of [overrides, resume]. With
+IRPE_TEST_KERNELS, a library of tests/ops/kernels/host.py, model.impl=fused runs on the CPU.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
+import torch
+
 from irpe_ds.cli import run
 from irpe_ds.config import load_config
+from irpe_ds.ops import dispatch, library
 from irpe_ds.training.run import train
 
 
 def main() -> None:
+    kernels = os.environ.get("IRPE_TEST_KERNELS")
+    if kernels:
+        library.load()
+        torch.ops.load_library(kernels)
+        row = dispatch.IMPLEMENTATIONS["fused"]
+        dispatch.IMPLEMENTATIONS["fused"] = row._replace(devices=("cpu",))
     for overrides, resume in json.loads(Path(sys.argv[-1]).read_text()):
         train(load_config("launch/configs/quickstart.yaml", overrides), resume)
 

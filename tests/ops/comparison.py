@@ -30,7 +30,7 @@ def leaves_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
     return {name: inputs[name] for name in "qkv"} | tables
 
 
-def on(inputs: dict[str, Any], device: str, dtype: torch.dtype) -> dict[str, Any]:
+def moved(inputs: dict[str, Any], device: str, dtype: torch.dtype) -> dict[str, Any]:
     """The same numbers as new leaves elsewhere or in another dtype; the maps move along."""
 
     def leaf(x: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ def assert_as_exact_as_the_reference(
 
     Errors are root mean squares, and a quarter of the dtype's epsilon is granted on top.
     """
-    inputs = on(inputs, device, inputs["q"].dtype)
-    exact = results(on(inputs, device, torch.float64), impl="reference", **options)
+    inputs = moved(inputs, device, inputs["q"].dtype)
+    exact = results(moved(inputs, device, torch.float64), impl="reference", **options)
     eager = results(inputs, impl="reference", **options)
     for name, got in results(inputs, impl=impl, **options).items():
         assert got.dtype == inputs["q"].dtype

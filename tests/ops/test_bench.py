@@ -15,17 +15,27 @@ def test_writes_what_it_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "bench.json"
-    options = "--device cpu --model deit_tiny_patch16_224 --batch 1 --lookups 1 2 --rounds 1"
+    options = (
+        "--device cpu --model deit_tiny_patch16_224 --batch 1 --lookups 1 2 --rounds 1"
+        " --attention 1 2 3 --encodings QK QKV"
+    )
     monkeypatch.setattr(sys, "argv", ["bench", *options.split(), "--out", str(out)])
     bench.main()
     printed = capsys.readouterr().out
     report = json.loads(out.read_text())
     assert report["command"] == f"python -m irpe_ds.ops.bench {options} --out {out}"
-    assert len(report["tables"]) == 3
+    assert len(report["tables"]) == 2 + 2 * 3 + 1
     for title, rows in report["tables"].items():
         assert title in printed
         assert all(row["median"] > 0 for row in rows.values())
     (step,) = (rows for title, rows in report["tables"].items() if "deit_tiny" in title)
+    qk, qkv = (
+        rows
+        for title, rows in report["tables"].items()
+        if title.endswith("B H L = 1 2 10, float32, forward + backward")
+    )
+    assert qkv.keys() == {"SDPA, flash", "reference", "gather", "cpu", "floor"}
+    assert qk.keys() == qkv.keys() | {"SDPA, tensor of biases"}
     names = {
         f"{on}, {impl}" for on in ("K", "QK", "QKV") for impl in ("reference", "gather", "cpu")
     }
@@ -46,6 +56,8 @@ def test_ratios_are_to_the_faster_baseline() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["attend"], r"^parts: expected some of gather, attention, step, got attend$"),
+        (["--encodings", "K", "V"], r"^--encodings: expected some of K, QK, .*, got V$"),
         (["--rounds", "0"], r"^--rounds: expected at least 1, got 0$"),
         (["--model", "nope"], r"^--model: expected a DeiT of timm, got nope$"),
         (["--out", "/no/such/x.json"], r"^--out: expected a file in a folder that exists, got /no"),

@@ -102,7 +102,9 @@ class TestOnTheCPU:
         )
 
     def test_dropout_is_refused(self, make_inputs: Callable) -> None:
-        expected = "impl: expected an implementation with dropout, got 'flex': FlexAttention has none"
+        expected = (
+            "impl: expected an implementation with dropout, got 'flex': FlexAttention has none"
+        )
         with pytest.raises(ConfigError, match=f"^{expected}$"):
             irpe_attention(**make_inputs(), dropout_p=0.1, impl="flex")
 
@@ -127,7 +129,7 @@ def test_what_it_does_not_take(change: dict[str, Any], reason: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", ["contextual", "bias"])
 def test_its_kernels(make_inputs: Callable, mode: str, dtype: torch.dtype) -> None:
     rpe = RPEConfig(mode=mode, on="qk")
