@@ -237,14 +237,17 @@ def test_every_kernel_stays_in_registers(architecture: str) -> None:
     for kernel in kernels:
         assert kernel.architecture == architecture
         assert (kernel.stack, kernel.spills) == (0, 0), kernel
-        assert kernel.registers <= (128 if kernel.name.startswith("forward") else 168), kernel
 
 
 def test_blocks_of_the_fused_passes() -> None:
-    forward, queries, keys = resources.layouts("H200", 256, 6, 197, 64, (0, 50, 0))
-    assert forward.warps * forward.blocks <= 16
-    assert max(queries.warps * queries.blocks, keys.warps * keys.blocks) <= 12
-    for pass_ in (forward, queries, keys):
+    layouts = resources.layouts("H200", 256, 6, 197, 64, (0, 50, 0))
+    assert len(layouts) == len(resources.PASSES)
+    kernels = list(resources.kernels("sm_90"))
+    names = ("forward<bf16, 64>", "backward<bf16, 64, false>", "backward<bf16, 64, true>")
+    for name, pass_ in zip(names, layouts, strict=True):
+        (registers,) = (kernel.registers for kernel in kernels if kernel.name == name)
+        of_warp = -(-registers * 32 // 256) * 256  # what the GPU gives them, in steps
+        assert pass_.warps * pass_.blocks <= 4 * (65536 // 4 // of_warp)  # its four parts
         assert pass_.blocks >= 2  # one computes while the other waits
         assert pass_.blocks * (pass_.shared + 1024) <= resources.GPUS["H200"][1]
         assert pass_.grid <= 132 * pass_.blocks

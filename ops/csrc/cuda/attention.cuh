@@ -1,10 +1,11 @@
 // What the passes of attention with relative position have in common.
 //
-// A warp owns 16 tokens of one (b, h): queries in the forward and in the first pass of the
-// backward, keys in its second pass. The warps of a block own neighbouring tokens and go through
-// all other tokens together, in tiles that are copied to shared memory while the last one is
-// worked on; every key and value is read once a block, at any length. A block keeps its place and
-// its head and goes from image to image, so that tables are read and partial sums written once.
+// A warp owns one or two strips of 16 tokens of one (b, h): queries in the forward and in the first
+// pass of the backward, keys in its second pass. With two, what it reads of the other tokens serves
+// twice. The warps of a block own neighbouring tokens and go through all other tokens together, in
+// tiles that are copied to shared memory while the last one is worked on; every key and value is
+// read once a block, at any length. A block keeps its place and its head and goes from image to
+// image, so that tables are read and partial sums written once.
 //
 // Fragments: of a 16 x 8 tile of sums, lane l = 4 g + t has sums[0], sums[1] at row g, columns 2 t
 // and 2 t + 1, and sums[2], sums[3] in row g + 8.
@@ -16,7 +17,7 @@
 namespace irpe::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kRows = 16;     // tokens that a warp owns
+constexpr int kStrip = 16;    // tokens
 constexpr int kColumns = 32;  // other tokens in a tile
 constexpr int kTiles = kColumns / 8;
 constexpr float kInfinity = __builtin_huge_valf();
@@ -32,7 +33,7 @@ struct Place {
   int table;    // (padded, kPitch) numbers; zero for a bias
   int bias;     // (padded) floats in units of log2; zero for a table
   int lookups;  // (tokens, pitch) numbers, and in the end the owners' bucket sums
-  int bins;     // (warps, N, 32 lanes) floats
+  int bins;     // (strips, N, 32 lanes) floats
   int N, padded, pitch;
 };
 
@@ -50,9 +51,14 @@ struct Layout {
 // A backward is the pass over queries, then the pass over keys.
 enum class Pass { kForward, kQueries, kKeys };
 
-constexpr bool owned_by_keys(Pass pass) { return pass == Pass::kKeys; }
+__host__ __device__ constexpr bool owned_by_keys(Pass pass) { return pass == Pass::kKeys; }
 
-inline Place place(const Target& target, int D, int tokens, int binning_warps, int& bytes) {
+// How many strips a warp owns; and of how many warps at a time a multiprocessor has the registers:
+// 255 for each thread, or 168, where two strips would not do with 255.
+__host__ __device__ constexpr int strips(Pass pass) { return owned_by_keys(pass) ? 1 : 2; }
+__host__ __device__ constexpr int most_warps(Pass pass) { return owned_by_keys(pass) ? 12 : 8; }
+
+inline Place place(const Target& target, int D, int tokens, int binned_strips, int& bytes) {
   const auto take = [&bytes](int count) {
     const int begin = bytes;
     bytes += (count + 15) / 16 * 16;
@@ -66,7 +72,7 @@ inline Place place(const Target& target, int D, int tokens, int binning_warps, i
   at.table = take(at.padded * (D + 8) * 2);
   at.bias = take(at.padded * 4);
   at.lookups = take(tokens * at.pitch * 2);
-  at.bins = take(binning_warps * at.N * kWarp * 4);
+  at.bins = take(binned_strips * at.N * kWarp * 4);
   return at;
 }
 
@@ -76,35 +82,34 @@ inline Layout layout_of(Pass pass, const Attention& p, int warps) {
   at.warps = warps;
   at.unit = p.scale * kLog2E;
   at.keep = 1 / (1 - p.dropout_p);
-  const int rows = max(2 * 2 * kColumns, backward ? warps * kRows : 0);
+  const int own_strips = warps * strips(pass), own = own_strips * kStrip;
+  const int rows = max(2 * 2 * kColumns, backward ? own : 0);
   at.bytes = rows * (p.D + 8) * 2;
   at.columns = at.bytes;
   if (keys) at.bytes += 2 * 2 * kColumns * 4;
-  const int own = warps * kRows, bins = backward ? warps : 0;
+  const int bins = backward ? own_strips : 0;
   at.on_q = place(p.on_q, p.D, keys ? own : kColumns, keys ? bins : 0, at.bytes);
   at.on_k = place(p.on_k, p.D, keys ? kColumns : own, keys ? 0 : bins, at.bytes);
-  at.on_v = place(p.on_v, p.D, keys ? kColumns : own, keys ? 0 : warps, at.bytes);
+  at.on_v = place(p.on_v, p.D, keys ? kColumns : own, keys ? 0 : own_strips, at.bytes);
   return at;
 }
 
-// Registers leave a multiprocessor room for so many warps: 128 and 168 for each thread.
-constexpr int most_warps(Pass pass) { return pass == Pass::kForward ? 16 : 12; }
-
 // The size of a block that keeps most warps of a multiprocessor busy, rather in two blocks than in
 // one, so that one computes while the other waits for its tile; of equals the largest, which reads
-// the other tokens least often. Less than four warps, if four fit, would wait for the L2 cache: a
-// warp takes about 1000 clocks for what 2000 clocks bring. No warps if not even one fits. All of
-// this is by count, not timed yet.
+// the other tokens least often. Less than four strips, if four fit, would wait for the L2
+// cache: a strip takes about 1000 clocks for what 2000 clocks bring. No warps if not even one fits.
+// All of this is by count, not timed yet.
 inline Layout plan(Pass pass, const Attention& p, const Device& gpu = device()) {
   constexpr int kReserved = 1024;  // bytes that the GPU keeps of a block's shared memory
-  const int tiles = (p.L + kRows - 1) / kRows;
+  constexpr int kFewestStrips = 4;
+  const int rows = strips(pass) * kStrip, tiles = (p.L + rows - 1) / rows;
   Layout best = {};
   float best_busy = 0;
   for (int chunks = 1; chunks <= tiles; ++chunks) {
     const int warps = (tiles + chunks - 1) / chunks;
     Layout at = layout_of(pass, p, warps);
     if (warps > most_warps(pass) || at.bytes > gpu.block_shared) continue;
-    if (best.warps && warps < 4) break;
+    if (best.warps && warps * strips(pass) < kFewestStrips) break;
     at.chunks = chunks;
     at.blocks = min(most_warps(pass) / warps, gpu.processor_shared / (at.bytes + kReserved));
     const float overlap = at.blocks > 1 ? 1.0f : 0.75f;
@@ -191,29 +196,30 @@ __device__ void load_b_turned(uint32_t (&b)[2][2], const T* rows, int pitch, int
   for (int n = 0; n < 4; ++n) b[n / 2][n % 2] = words[n];
 }
 
-// a of 16 rows of device memory; rows beyond L are zero.
-template <typename T, int D>
-__device__ void load_own(uint32_t (&x)[D / 16][4], const Rows& rows, int b, int h, int first, int L,
-                         int lane) {
+// a of M strips of device memory; rows beyond L are zero.
+template <typename T, int D, int M>
+__device__ void load_own(uint32_t (&x)[M][D / 16][4], const Rows& rows, int b, int h, int first,
+                         int L, int lane) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int half = 0; half < 2 * M; ++half) {
     const int row = first + lane / 4 + half * 8;
     const T* numbers = row_of<const T>(rows, b, h, row);
     const auto* words = reinterpret_cast<const uint32_t*>(numbers) + lane % 4;
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
-      x[k][half] = row < L ? words[k * 8] : 0;
-      x[k][half + 2] = row < L ? words[k * 8 + 4] : 0;
+      x[half / 2][k][half % 2] = row < L ? words[k * 8] : 0;
+      x[half / 2][k][half % 2 + 2] = row < L ? words[k * 8 + 4] : 0;
     }
   }
 }
 
-// products[half] = x_r . y_r of rows g and g + 8, y from device memory.
+// products[half] = x_r . y_r of rows g and g + 8 of a strip, y from device memory.
 template <typename T, int D>
 __device__ void row_products(float (&products)[2], const uint32_t (&x)[D / 16][4], const Rows& rows,
                              int b, int h, int first, int L, int lane) {
-  uint32_t y[D / 16][4];
-  load_own<T, D>(y, rows, b, h, first, L, lane);
+  uint32_t strip[1][D / 16][4];
+  load_own<T, D>(strip, rows, b, h, first, L, lane);
+  const auto& y = strip[0];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float sum = 0;
@@ -249,45 +255,57 @@ __device__ void store_own(const Rows& rows, int b, int h, int first, int L,
   }
 }
 
-// sums += x rows^T: sums 16 x 8 N, x 16 x D, rows [8 N][D].
-template <typename T, int D, int N>
-__device__ void multiply_turned(float (&sums)[N][4], const uint32_t (&x)[D / 16][4], const T* rows,
-                                int lane) {
+// sums += x rows^T in M strips: sums 16 x 8 N, x 16 x D, rows [8 N][D].
+template <typename T, int D, int M, int N>
+__device__ void multiply_turned(float (&sums)[M][N][4], const uint32_t (&x)[M][D / 16][4],
+                                const T* rows, int lane) {
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
       uint32_t b[2][2];
       load_b(b, rows + n * 8 * kPitch<D> + k * 16, kPitch<D>, lane);
-      multiply_add<T>(sums[n], x[k], b[0]);
-      multiply_add<T>(sums[n + 1], x[k], b[1]);
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        multiply_add<T>(sums[m][n], x[m][k], b[0]);
+        multiply_add<T>(sums[m][n + 1], x[m][k], b[1]);
+      }
     }
   }
 }
 
-// sums += a rows: sums 16 x D, a 16 x 16, rows [16][D].
-template <typename T, int D>
-__device__ void multiply(float (&sums)[D / 8][4], const uint32_t (&a)[4], const T* rows, int lane) {
+// sums += a rows in M strips: sums 16 x D, a 16 x 16, rows [16][D].
+template <typename T, int D, int M>
+__device__ void multiply(float (&sums)[M][D / 8][4], const uint32_t (&a)[M][4], const T* rows,
+                         int lane) {
 #pragma unroll
   for (int n = 0; n < D / 8; n += 2) {
     uint32_t b[2][2];
     load_b_turned(b, rows + n * 8, kPitch<D>, lane);
-    multiply_add<T>(sums[n], a, b[0]);
-    multiply_add<T>(sums[n + 1], a, b[1]);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      multiply_add<T>(sums[m][n], a[m], b[0]);
+      multiply_add<T>(sums[m][n + 1], a[m], b[1]);
+    }
   }
 }
 
-// 16 x 32 numbers of a warp in half precision: the words of row g and of row g + 8 of each tile.
+// 16 x 32 numbers of a strip in half precision: the words of row g and of row g + 8 of each tile.
 using Packed = uint32_t[kTiles][2];
 
-// sums += packed rows: sums 16 x D, rows [32][D].
-template <typename T, int D>
-__device__ void multiply(float (&sums)[D / 8][4], const Packed& packed, const T* rows, int lane) {
+// sums += packed rows in M strips: sums 16 x D, rows [32][D].
+template <typename T, int D, int M>
+__device__ void multiply(float (&sums)[M][D / 8][4], const Packed (&packed)[M], const T* rows,
+                         int lane) {
 #pragma unroll
   for (int k = 0; k < kTiles / 2; ++k) {
-    const uint32_t a[4] = {packed[2 * k][0], packed[2 * k][1], packed[2 * k + 1][0],
-                           packed[2 * k + 1][1]};
-    multiply<T, D>(sums, a, rows + k * 16 * kPitch<D>, lane);
+    uint32_t a[M][4];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) a[m][e] = packed[m][2 * k + e / 2][e % 2];
+    }
+    multiply<T, D, M>(sums, a, rows + k * 16 * kPitch<D>, lane);
   }
 }
 
@@ -334,11 +352,11 @@ __device__ void load_table(const Target& target, const Place& at, int h, int thr
   }
 }
 
-// lookups[r][n] = factor x_r . table[n] + bias[n] for 16 rows and the 16 buckets from `first` on.
-template <typename T, int D>
-__device__ void look_up(T* lookups, const Place& at, int first, const uint32_t (&x)[D / 16][4],
+// lookups[r][n] = factor x_r . table[n] + bias[n] for M strips and the 16 buckets from `first` on.
+template <typename T, int D, int M>
+__device__ void look_up(T* lookups, const Place& at, int first, const uint32_t (&x)[M][D / 16][4],
                         float factor, int lane) {
-  float sums[2][4] = {};
+  float sums[M][2][4] = {};
   multiply_turned<T, D>(sums, x, shared_at<T>(at.table) + first * kPitch<D>, lane);
   const float* bias = shared_at<float>(at.bias);
 #pragma unroll
@@ -346,17 +364,19 @@ __device__ void look_up(T* lookups, const Place& at, int first, const uint32_t (
     const int bucket = first + n * 8 + lane % 4 * 2;
     const float low = bias[bucket], high = bias[bucket + 1];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < 2 * M; ++half) {
+      const float (&pair)[4] = sums[half / 2][n];
+      const int e = half % 2 * 2;
       T* row = lookups + (lane / 4 + half * 8) * at.pitch;
       *reinterpret_cast<uint32_t*>(row + bucket) =
-          pack<T>(sums[n][half * 2] * factor + low, sums[n][half * 2 + 1] * factor + high);
+          pack<T>(pair[e] * factor + low, pair[e + 1] * factor + high);
     }
   }
 }
 
-// Of the 16 tokens that a warp owns.
-template <typename T, int D>
-__device__ void look_up_own(T* lookups, const Place& at, const uint32_t (&x)[D / 16][4],
+// Of the tokens that a warp owns.
+template <typename T, int D, int M>
+__device__ void look_up_own(T* lookups, const Place& at, const uint32_t (&x)[M][D / 16][4],
                             float factor, int lane) {
   for (int first = 0; first < at.padded; first += 16) {
     look_up<T, D>(lookups, at, first, x, factor, lane);
@@ -369,10 +389,10 @@ __device__ void look_up_tile(const Place& at, const T* tile, float factor, int w
   const int parts = at.padded / 16;
   for (int n = static_cast<int>(threadIdx.x) / kWarp; n < kColumns / 16 * parts; n += warps) {
     const int row = n / parts * 16;
-    uint32_t x[D / 16][4];
+    uint32_t x[1][D / 16][4];
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
-      load_a(x[k], tile + row * kPitch<D> + k * 16, kPitch<D>, lane);
+      load_a(x[0][k], tile + row * kPitch<D> + k * 16, kPitch<D>, lane);
     }
     look_up<T, D>(shared_at<T>(at.lookups) + row * at.pitch, at, n % parts * 16, x, factor, lane);
   }
@@ -389,7 +409,8 @@ struct alignas(16) Ids {
 
 // Tiles lie row by row, in each 16 bytes for every lane.
 __device__ inline Ids load_ids(const uint8_t* ids, int row, int column, int L, int lane) {
-  const int tile = row / kRows * ((L + kColumns - 1) / kColumns) + column / kColumns;
+  const int strip = min(row, L - 1) / kStrip;  // one beyond the last stays where there are ids
+  const int tile = strip * ((L + kColumns - 1) / kColumns) + column / kColumns;
   return reinterpret_cast<const Ids*>(ids)[tile * kWarp + lane];
 }
 
@@ -474,7 +495,7 @@ __device__ void add_to_bins(float* bins, const Target& target, const Packed& pac
   }
 }
 
-// sums[r][n] for the 16 rows of the warp, times the factor of the row.
+// sums[r][n] for the 16 rows of a strip, times the factor of the row.
 template <typename T>
 __device__ void collect_bins(T* sums, const Place& at, const float* bins, const float (&factors)[2],
                              int lane) {
@@ -488,14 +509,15 @@ __device__ void collect_bins(T* sums, const Place& at, const float* bins, const 
   __syncwarp();
 }
 
-// sums += x table for the 16 rows of the warp.
-template <typename T, int D>
-__device__ void multiply_table(float (&sums)[D / 8][4], const T* x, const Place& at, int lane) {
+// sums += x table for the rows of the warp.
+template <typename T, int D, int M>
+__device__ void multiply_table(float (&sums)[M][D / 8][4], const T* x, const Place& at, int lane) {
   const T* table = shared_at<T>(at.table);
   for (int n = 0; n < at.padded; n += 16) {
-    uint32_t a[4];
-    load_a(a, x + n, at.pitch, lane);
-    multiply<T, D>(sums, a, table + n * kPitch<D>, lane);
+    uint32_t a[M][4];
+#pragma unroll
+    for (int m = 0; m < M; ++m) load_a(a[m], x + m * kStrip * at.pitch + n, at.pitch, lane);
+    multiply<T, D, M>(sums, a, table + n * kPitch<D>, lane);
   }
 }
 

@@ -54,13 +54,14 @@ __device__ void add_bias_grad(float* grad_bias, const Place& at, int tokens, boo
 }
 
 template <typename T, int D, bool keys>
-__global__ void __launch_bounds__(most_warps(Pass::kKeys) * kWarp)
+__global__ void __launch_bounds__(most_warps(keys ? Pass::kKeys : Pass::kQueries) * kWarp)
     backward_kernel(const __grid_constant__ Attention p, const __grid_constant__ Layout at) {
+  constexpr int M = strips(keys ? Pass::kKeys : Pass::kQueries);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, threads = at.warps * kWarp;
   const int h = static_cast<int>(blockIdx.y);
-  const int own_block = static_cast<int>(blockIdx.x) * at.warps * kRows;
-  const int own = own_block + warp * kRows;
+  const int own_block = static_cast<int>(blockIdx.x) * at.warps * M * kStrip;
+  const int own = own_block + warp * M * kStrip;
   const bool idle = own >= p.L;
 
   // Whose lookups belong to the tokens of this warp: scores and, in the pass over queries, values.
@@ -75,11 +76,11 @@ __global__ void __launch_bounds__(most_warps(Pass::kKeys) * kWarp)
   if (on_v) load_table<T, D>(p.on_v, at.on_v, h, threads);
   __syncthreads();
 
-  T* lookups_own = shared_at<T>(at_own.lookups) + warp * kRows * at_own.pitch;
+  T* lookups_own = shared_at<T>(at_own.lookups) + warp * M * kStrip * at_own.pitch;
   T* lookups_other = shared_at<T>(at_other.lookups);
-  T* lookups_v = shared_at<T>(at.on_v.lookups) + (keys ? 0 : warp * kRows * at.on_v.pitch);
-  float* bins_own = shared_at<float>(at_own.bins) + warp * at_own.N * kWarp;
-  float* bins_v = shared_at<float>(at.on_v.bins) + warp * at.on_v.N * kWarp;
+  T* lookups_v = shared_at<T>(at.on_v.lookups) + (keys ? 0 : warp * M * kStrip * at.on_v.pitch);
+  float* bins_own = shared_at<float>(at_own.bins) + warp * M * at_own.N * kWarp;
+  float* bins_v = shared_at<float>(at.on_v.bins) + warp * M * at.on_v.N * kWarp;
   T* tiles = shared_at<T>(at.tiles);
 
   for (int b = static_cast<int>(blockIdx.z); b < p.B; b += at.groups) {
@@ -103,32 +104,34 @@ __global__ void __launch_bounds__(most_warps(Pass::kKeys) * kWarp)
     };
     start(0, 0);
 
-    uint32_t x[D / 16][4], z[D / 16][4];
+    uint32_t x[M][D / 16][4], z[M][D / 16][4];
     load_own<T, D>(x, x_rows, b, h, own, p.L, lane);
     load_own<T, D>(z, z_rows, b, h, own, p.L, lane);
-    float lse[2], delta[2];
+    float lse[M][2], delta[M][2];
     if constexpr (!keys) {
-      row_products<T, D>(delta, z, p.out, b, h, own, p.L, lane);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = own + lane / 4 + half * 8;
-        const int64_t token = token_of(p, b, h, row);
-        lse[half] = row < p.L ? p.lse[token] * kLog2E : kInfinity;
-        if (lane % 4 == 0 && row < p.L) p.delta[token] = delta[half];
+      for (int m = 0; m < M; ++m) {
+        row_products<T, D>(delta[m], z[m], p.out, b, h, own + m * kStrip, p.L, lane);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = own + m * kStrip + lane / 4 + half * 8;
+          const int64_t token = token_of(p, b, h, row);
+          lse[m][half] = row < p.L ? p.lse[token] * kLog2E : kInfinity;
+          if (lane % 4 == 0 && row < p.L) p.delta[token] = delta[m][half];
+        }
       }
     }
     if (!idle) {
       if (has_own) {
         look_up_own<T, D>(lookups_own, at_own, x, at.unit, lane);
-        clear_bins(bins_own, at_own.N, lane);
+        clear_bins(bins_own, M * at_own.N, lane);
       }
       if (on_v && !keys) {
         look_up_own<T, D>(lookups_v, at.on_v, z, 1.0f, lane);
-        clear_bins(bins_v, at.on_v.N, lane);
+        clear_bins(bins_v, M * at.on_v.N, lane);
       }
     }
-    __syncwarp();
-    float grad_x[D / 8][4] = {}, grad_z[D / 8][4] = {};  // of z in the pass over keys alone
+    float grad_x[M][D / 8][4] = {}, grad_z[M][D / 8][4] = {};  // of z in the pass over keys alone
 
 #pragma unroll 1
     for (int column = 0; column < p.L; column += kColumns) {
@@ -143,84 +146,114 @@ __global__ void __launch_bounds__(most_warps(Pass::kKeys) * kWarp)
       if (has_other || (on_v && keys)) __syncthreads();
       if (idle) continue;
 
-      float weights[kTiles][4] = {};
-      multiply_turned<T, D>(weights, x, y, lane);
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) weights[n][e] *= at.unit;
-      }
-      if (has_own) {
-        add_lookups<true>(weights, on_own, at_own, lookups_own, own, column, p.L, lane);
-      }
-      if (has_other) {
-        add_lookups<false>(weights, on_other, at_other, lookups_other, own, column, p.L, lane);
-      }
-      if constexpr (!keys) hide_columns(weights, p, b, column, lane);
-
-      const uint32_t dropped =
-          p.dropout_p > 0 ? draw_dropped<keys>(p, b * p.H + h, own, column, lane) : 0;
       const float* columns = shared_at<float>(at.columns) + stage * 2 * kColumns + lane % 4 * 2;
-      Packed packed;  // the weights that dropout left, and then the gradients of the scores
+      float weights[M][kTiles][4] = {};
+      multiply_turned<T, D>(weights, x, y, lane);
+      uint32_t dropped[M];
+      Packed packed[M];  // the weights that dropout left, and then the gradients of the scores
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        float kept[4];
+      for (int m = 0; m < M; ++m) {
+        const int row = own + m * kStrip;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float lse_e = keys ? columns[n * 8 + e % 2] : lse[e / 2];
-          weights[n][e] = exp2_fast(weights[n][e] - lse_e);
-          kept[e] = dropped >> (n * 4 + e) & 1 ? 0.0f : weights[n][e] * at.keep;
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) weights[m][n][e] *= at.unit;
         }
-        packed[n][0] = pack<T>(kept[0], kept[1]);
-        packed[n][1] = pack<T>(kept[2], kept[3]);
-      }
-      if constexpr (keys) {
-        multiply<T, D>(grad_z, packed, w, lane);
-      } else if (on_v) {
-        add_to_bins<T>(bins_v, p.on_v, packed, own, column, p.L, lane);
-      }
+        if (has_own) {
+          const T* lookups = lookups_own + m * kStrip * at_own.pitch;
+          add_lookups<true>(weights[m], on_own, at_own, lookups, row, column, p.L, lane);
+        }
+        if (has_other) {
+          add_lookups<false>(weights[m], on_other, at_other, lookups_other, row, column, p.L, lane);
+        }
+        if constexpr (!keys) hide_columns(weights[m], p, b, column, lane);
 
-      float grads[kTiles][4] = {};  // of the weights, and then of the scores
-      multiply_turned<T, D>(grads, z, w, lane);
-      if (on_v) {
-        add_lookups<!keys>(grads, p.on_v, at.on_v, lookups_v, own, column, p.L, lane);
-      }
+        dropped[m] = p.dropout_p > 0 ? draw_dropped<keys>(p, b * p.H + h, row, column, lane) : 0;
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+        for (int n = 0; n < kTiles; ++n) {
+          float kept[4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float delta_e = keys ? columns[kColumns + n * 8 + e % 2] : delta[e / 2];
-          const float kept = dropped >> (n * 4 + e) & 1 ? 0.0f : grads[n][e] * at.keep;
-          grads[n][e] = weights[n][e] * (kept - delta_e);
+          for (int e = 0; e < 4; ++e) {
+            const float lse_e = keys ? columns[n * 8 + e % 2] : lse[m][e / 2];
+            weights[m][n][e] = exp2_fast(weights[m][n][e] - lse_e);
+            kept[e] = dropped[m] >> (n * 4 + e) & 1 ? 0.0f : weights[m][n][e] * at.keep;
+          }
+          packed[m][n][0] = pack<T>(kept[0], kept[1]);
+          packed[m][n][1] = pack<T>(kept[2], kept[3]);
         }
-        packed[n][0] = pack<T>(grads[n][0], grads[n][1]);
-        packed[n][1] = pack<T>(grads[n][2], grads[n][3]);
+        if (on_v && !keys) {
+          float* bins = bins_v + m * at.on_v.N * kWarp;
+          add_to_bins<T>(bins, p.on_v, packed[m], row, column, p.L, lane);
+        }
       }
-      multiply<T, D>(grad_x, packed, y, lane);
-      if (has_own) add_to_bins<T>(bins_own, on_own, packed, own, column, p.L, lane);
+      if constexpr (keys) multiply<T, D, M>(grad_z, packed, w, lane);
+
+      float grads[M][kTiles][4] = {};  // of the weights, and then of the scores
+      multiply_turned<T, D>(grads, z, w, lane);
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        const int row = own + m * kStrip;
+        if (on_v) {
+          const T* lookups = lookups_v + (keys ? 0 : m * kStrip * at.on_v.pitch);
+          add_lookups<!keys>(grads[m], p.on_v, at.on_v, lookups, row, column, p.L, lane);
+        }
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float delta_e = keys ? columns[kColumns + n * 8 + e % 2] : delta[m][e / 2];
+            const bool drop = dropped[m] >> (n * 4 + e) & 1;
+            const float kept = drop ? 0.0f : grads[m][n][e] * at.keep;
+            grads[m][n][e] = weights[m][n][e] * (kept - delta_e);
+          }
+          packed[m][n][0] = pack<T>(grads[m][n][0], grads[m][n][1]);
+          packed[m][n][1] = pack<T>(grads[m][n][2], grads[m][n][3]);
+        }
+        if (has_own) {
+          float* bins = bins_own + m * at_own.N * kWarp;
+          add_to_bins<T>(bins, on_own, packed[m], row, column, p.L, lane);
+        }
+      }
+      multiply<T, D, M>(grad_x, packed, y, lane);
     }
 
     if (!idle) {
       // Of a hidden key or one beyond L nothing counts; it was not masked till now.
-      float shown[2] = {1, 1}, moved[2] = {1, 1};
+      float shown[M][2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = own + lane / 4 + half * 8;
-        if (keys && is_hidden(p, b, row)) shown[half] = moved[half] = 0;
-        if (!keys && row < p.skip) moved[half] = 0;
+      for (int m = 0; m < M; ++m) {
+        float moved[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = own + m * kStrip + lane / 4 + half * 8;
+          shown[m][half] = keys && is_hidden(p, b, row) ? 0 : 1;
+          moved[half] = !keys && row < p.skip ? 0 : shown[m][half];
+        }
+        if (has_own) {
+          const float* bins = bins_own + m * at_own.N * kWarp;
+          collect_bins(lookups_own + m * kStrip * at_own.pitch, at_own, bins, moved, lane);
+        }
+        if (on_v && !keys) {
+          const float* bins = bins_v + m * at.on_v.N * kWarp;
+          collect_bins(lookups_v + m * kStrip * at.on_v.pitch, at.on_v, bins, shown[m], lane);
+        }
       }
-      if (has_own) {
-        collect_bins(lookups_own, at_own, bins_own, moved, lane);
-        multiply_table<T, D>(grad_x, lookups_own, at_own, lane);
+      if (has_own) multiply_table<T, D>(grad_x, lookups_own, at_own, lane);
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        const int row = own + m * kStrip;
+        const float scales[2] = {shown[m][0] * p.scale, shown[m][1] * p.scale};
+        const Rows& to = keys ? p.grad_k : p.grad_q;
+        store_own<T, D>(to, b, h, row, p.L, grad_x[m], scales, lane);
+        if constexpr (keys) {
+          store_own<T, D>(p.grad_v, b, h, row, p.L, grad_z[m], shown[m], lane);
+        }
       }
-      if (on_v && !keys) collect_bins(lookups_v, at.on_v, bins_v, shown, lane);
-      if constexpr (keys) store_own<T, D>(p.grad_v, b, h, own, p.L, grad_z, shown, lane);
-      const float scales[2] = {shown[0] * p.scale, shown[1] * p.scale};
-      store_own<T, D>(keys ? p.grad_k : p.grad_q, b, h, own, p.L, grad_x, scales, lane);
     }
     __syncthreads();  // the tiles are free, and all bucket sums are there
 
-    const int tokens = min(at.warps * kRows, (p.L - own_block + kRows - 1) / kRows * kRows);
+    const int left = (p.L - own_block + kStrip - 1) / kStrip * kStrip;
+    const int tokens = min(at.warps * M * kStrip, left);
     const auto add_grads = [&](const Target& target, const Place& place, const Rows& rows,
                                float factor) {
       start_copy<T, D>(tiles, rows, b, h, own_block, p.L, tokens, threads);

@@ -11,13 +11,50 @@ namespace {
 
 constexpr float kSlack = 8;
 
+// One row's softmax so far, of the two rows of a strip of which a lane has numbers.
+struct Softmax {
+  float reference[2] = {-kInfinity, -kInfinity};  // what is subtracted from the scores
+  float weight[2] = {};                           // sums, of this lane's columns alone
+
+  // Moves the references up where a score is too far above; what sums have to be scaled with.
+  __device__ bool move(const float (&scores)[kTiles][4], float (&factors)[2]) {
+    float highest[2] = {-kInfinity, -kInfinity};
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) highest[e / 2] = max(highest[e / 2], scores[n][e]);
+    }
+    bool moved = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      highest[half] = max(highest[half], shuffle_xor(highest[half], 1));
+      highest[half] = max(highest[half], shuffle_xor(highest[half], 2));
+      const bool exceeds = highest[half] > reference[half] + kSlack;
+      factors[half] = exceeds ? exp2_fast(reference[half] - highest[half]) : 1.0f;
+      if (exceeds) reference[half] = highest[half];
+      weight[half] *= factors[half];
+      moved = moved || exceeds;
+    }
+    return moved;
+  }
+
+  // The weight of a score in row g + 8 half, added to the sum.
+  __device__ float weigh(float score, int half) {
+    // The reference of a row with nothing but hidden keys so far is -infinity too.
+    const float x = score == -kInfinity ? 0.0f : exp2_fast(score - reference[half]);
+    weight[half] += x;
+    return x;
+  }
+};
+
 template <typename T, int D>
 __global__ void __launch_bounds__(most_warps(Pass::kForward) * kWarp)
     forward_kernel(const __grid_constant__ Attention p, const __grid_constant__ Layout at) {
+  constexpr int M = strips(Pass::kForward);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, threads = at.warps * kWarp;
   const int h = static_cast<int>(blockIdx.y);
-  const int own = (static_cast<int>(blockIdx.x) * at.warps + warp) * kRows;
+  const int own = (static_cast<int>(blockIdx.x) * at.warps + warp) * M * kStrip;
   const bool idle = own >= p.L;
   const bool on_q = p.on_q.num_terms, on_k = p.on_k.num_terms, on_v = p.on_v.num_terms;
 
@@ -26,10 +63,10 @@ __global__ void __launch_bounds__(most_warps(Pass::kForward) * kWarp)
   if (on_v) load_table<T, D>(p.on_v, at.on_v, h, threads);
   __syncthreads();
 
-  T* lookups_q = shared_at<T>(at.on_q.lookups);
-  T* lookups_k = shared_at<T>(at.on_k.lookups) + warp * kRows * at.on_k.pitch;
-  T* sums_v = shared_at<T>(at.on_v.lookups) + warp * kRows * at.on_v.pitch;
-  float* bins_v = shared_at<float>(at.on_v.bins) + warp * at.on_v.N * kWarp;
+  const T* lookups_q = shared_at<T>(at.on_q.lookups);
+  T* lookups_k = shared_at<T>(at.on_k.lookups) + warp * M * kStrip * at.on_k.pitch;
+  T* sums_v = shared_at<T>(at.on_v.lookups) + warp * M * kStrip * at.on_v.pitch;
+  float* bins_v = shared_at<float>(at.on_v.bins) + warp * M * at.on_v.N * kWarp;
 
   for (int b = static_cast<int>(blockIdx.z); b < p.B; b += at.groups) {
     const auto start = [&](int stage, int first) {
@@ -40,14 +77,14 @@ __global__ void __launch_bounds__(most_warps(Pass::kForward) * kWarp)
     };
     start(0, 0);
 
-    uint32_t q[D / 16][4];
+    uint32_t q[M][D / 16][4];
     load_own<T, D>(q, p.q, b, h, own, p.L, lane);
     if (on_k && !idle) look_up_own<T, D>(lookups_k, at.on_k, q, at.unit, lane);
-    if (on_v) clear_bins(bins_v, at.on_v.N, lane);
-    __syncwarp();
-    float out[D / 8][4] = {};
-    float reference[2] = {-kInfinity, -kInfinity}, weight[2] = {};
+    if (on_v) clear_bins(bins_v, M * at.on_v.N, lane);
+    float out[M][D / 8][4] = {};
+    Softmax softmax[M];
 
+#pragma unroll 1
     for (int column = 0; column < p.L; column += kColumns) {
       const int stage = column / kColumns % 2;
       copies_wait<0>();
@@ -61,90 +98,89 @@ __global__ void __launch_bounds__(most_warps(Pass::kForward) * kWarp)
       }
       if (idle) continue;
 
-      float s[kTiles][4] = {};
+      float s[M][kTiles][4] = {};
       multiply_turned<T, D>(s, q, tile_k, lane);
+      Packed weights[M];
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int m = 0; m < M; ++m) {
+        const int row = own + m * kStrip;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) s[n][e] *= at.unit;
-      }
-      if (on_k) add_lookups<true>(s, p.on_k, at.on_k, lookups_k, own, column, p.L, lane);
-      if (on_q) {
-        add_lookups<false>(s, p.on_q, at.on_q, lookups_q, own, column, p.L, lane);
-      }
-      hide_columns(s, p, b, column, lane);
-
-      float highest[2] = {-kInfinity, -kInfinity};
+        for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) highest[e / 2] = max(highest[e / 2], s[n][e]);
-      }
-      float factor[2];
-      bool rescale = false;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        highest[half] = max(highest[half], shuffle_xor(highest[half], 1));
-        highest[half] = max(highest[half], shuffle_xor(highest[half], 2));
-        const bool exceeds = highest[half] > reference[half] + kSlack;
-        factor[half] = exceeds ? exp2_fast(reference[half] - highest[half]) : 1.0f;
-        if (exceeds) reference[half] = highest[half];
-        rescale = rescale || exceeds;
-      }
-      if (rescale) {
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) out[n][e] *= factor[e / 2];
+          for (int e = 0; e < 4; ++e) s[m][n][e] *= at.unit;
         }
-        weight[0] *= factor[0];
-        weight[1] *= factor[1];
-        if (on_v && column > 0)
-          scale_bins(bins_v, at.on_v.N, lane % 2 ? factor[1] : factor[0], lane);
-      }
-
-      Packed weights;
-      const uint32_t dropped =
-          p.dropout_p > 0 ? draw_dropped<false>(p, b * p.H + h, own, column, lane) : 0;
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          // The reference of a row with nothing but hidden keys so far is -infinity too.
-          s[n][e] = s[n][e] == -kInfinity ? 0.0f : exp2_fast(s[n][e] - reference[e / 2]);
-          weight[e / 2] += s[n][e];
-          if (dropped >> (n * 4 + e) & 1) s[n][e] = 0;
+        if (on_k) {
+          const T* lookups = lookups_k + m * kStrip * at.on_k.pitch;
+          add_lookups<true>(s[m], p.on_k, at.on_k, lookups, row, column, p.L, lane);
         }
-        weights[n][0] = pack<T>(s[n][0], s[n][1]);
-        weights[n][1] = pack<T>(s[n][2], s[n][3]);
+        if (on_q) {
+          add_lookups<false>(s[m], p.on_q, at.on_q, lookups_q, row, column, p.L, lane);
+        }
+        hide_columns(s[m], p, b, column, lane);
+
+        float factors[2];
+        if (softmax[m].move(s[m], factors)) {
+#pragma unroll
+          for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) out[m][n][e] *= factors[e / 2];
+          }
+          if (on_v && column > 0) {
+            float* bins = bins_v + m * at.on_v.N * kWarp;
+            scale_bins(bins, at.on_v.N, lane % 2 ? factors[1] : factors[0], lane);
+          }
+        }
+        const uint32_t dropped =
+            p.dropout_p > 0 ? draw_dropped<false>(p, b * p.H + h, row, column, lane) : 0;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            s[m][n][e] = softmax[m].weigh(s[m][n][e], e / 2);
+            if (dropped >> (n * 4 + e) & 1) s[m][n][e] = 0;
+          }
+          weights[m][n][0] = pack<T>(s[m][n][0], s[m][n][1]);
+          weights[m][n][1] = pack<T>(s[m][n][2], s[m][n][3]);
+        }
+        if (on_v) {
+          float* bins = bins_v + m * at.on_v.N * kWarp;
+          add_to_bins<T>(bins, p.on_v, weights[m], row, column, p.L, lane);
+        }
       }
-      multiply<T, D>(out, weights, tile_v, lane);
-      if (on_v) add_to_bins<T>(bins_v, p.on_v, weights, own, column, p.L, lane);
+      multiply<T, D, M>(out, weights, tile_v, lane);
     }
 
     if (!idle) {
-      float share[2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        weight[half] += shuffle_xor(weight[half], 1);
-        weight[half] += shuffle_xor(weight[half], 2);
-        share[half] = weight[half] > 0 ? 1 / weight[half] : 0.0f;
-        const int row = own + lane / 4 + half * 8;
-        if (lane % 4 == 0 && row < p.L) {
-          const float lse = (reference[half] + log2_fast(weight[half])) * kLn2;
-          p.lse[token_of(p, b, h, row)] = weight[half] > 0 ? lse : kInfinity;
+      for (int m = 0; m < M; ++m) {
+        float share[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float weight = softmax[m].weight[half];
+          weight += shuffle_xor(weight, 1);
+          weight += shuffle_xor(weight, 2);
+          share[half] = weight > 0 ? 1 / weight : 0.0f;
+          const int row = own + m * kStrip + lane / 4 + half * 8;
+          if (lane % 4 == 0 && row < p.L) {
+            const float lse = (softmax[m].reference[half] + log2_fast(weight)) * kLn2;
+            p.lse[token_of(p, b, h, row)] = weight > 0 ? lse : kInfinity;
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) out[m][n][e] *= share[e / 2];
+        }
+        if (on_v) {
+          const float* bins = bins_v + m * at.on_v.N * kWarp;
+          collect_bins(sums_v + m * kStrip * at.on_v.pitch, at.on_v, bins, share, lane);
         }
       }
+      if (on_v) multiply_table<T, D>(out, sums_v, at.on_v, lane);
 #pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) out[n][e] *= share[e / 2];
+      for (int m = 0; m < M; ++m) {
+        store_own<T, D>(p.out, b, h, own + m * kStrip, p.L, out[m], {at.keep, at.keep}, lane);
       }
-      if (on_v) {
-        collect_bins(sums_v, at.on_v, bins_v, share, lane);
-        multiply_table<T, D>(out, sums_v, at.on_v, lane);
-      }
-      store_own<T, D>(p.out, b, h, own, p.L, out, {at.keep, at.keep}, lane);
     }
     __syncthreads();  // the next image's first tile comes to where the last one may be
   }

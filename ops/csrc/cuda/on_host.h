@@ -1,8 +1,8 @@
 // CUDA on the host: kernels run as they are written, one fiber per CUDA thread, block after block.
 //
-// A fiber gives way only where threads meet, so a kernel that forgets to synchronise reads what
-// the others have not written yet; g_reversed runs the fibers of a block from the last to the
-// first, and a result that depends on it is a race. Threads that meet at different places, or
+// A fiber gives way only where threads meet, and a warp runs until it waits for its block, so a
+// kernel that forgets to synchronise reads what the others have not written yet; g_reversed runs
+// warps and lanes from the last to the first, and a result that depends on it is a race. Threads that meet at different places, or
 // not at all, are an error. With AddressSanitizer, shared memory has exactly the size asked for.
 // Included by primitives.cuh, which says what each primitive does.
 #pragma once
@@ -24,6 +24,7 @@
 #include <vector>
 
 #define __global__
+#define __host__
 #define __device__
 #define __restrict__
 #define __grid_constant__
@@ -175,6 +176,19 @@ inline bool release(Block& block, size_t first, size_t end, Waits what) {
   return any;
 }
 
+// Runs a warp until it waits for the block.
+inline void run_warp(Block& block, int warp, int threads) {
+  const int first = warp * kWarp, end = std::min(first + kWarp, threads);
+  do {
+    for (int n = first; n < end; ++n) {
+      block.current = g_reversed ? first + end - 1 - n : n;
+      g_thread_index = dim3(static_cast<unsigned>(block.current), 0, 0);
+      Fiber& fiber = block.fibers[block.current];
+      if (fiber.waits == Waits::kNot) leave_scheduler(block, fiber);
+    }
+  } while (release(block, first, end, Waits::kForWarp));
+}
+
 inline void run_block(Block& block, int threads) {
   for (Fiber& fiber : block.fibers) {
     fiber.waits = Waits::kNot;
@@ -182,19 +196,10 @@ inline void run_block(Block& block, int threads) {
     fiber.open_copies.clear();
     start_context(fiber.context, fiber.stack.get(), fiber_main);
   }
-  for (bool progress = true; progress;) {
-    for (int n = 0; n < threads; ++n) {
-      block.current = g_reversed ? threads - 1 - n : n;
-      g_thread_index = dim3(static_cast<unsigned>(block.current), 0, 0);
-      Fiber& fiber = block.fibers[block.current];
-      if (fiber.waits == Waits::kNot) leave_scheduler(block, fiber);
-    }
-    progress = release(block, 0, threads, Waits::kForBlock);
-    for (int warp = 0; warp < threads; warp += kWarp) {
-      const int end = std::min(warp + kWarp, threads);
-      progress = release(block, warp, end, Waits::kForWarp) || progress;
-    }
-  }
+  const int warps = (threads + kWarp - 1) / kWarp;
+  do {
+    for (int n = 0; n < warps; ++n) run_warp(block, g_reversed ? warps - 1 - n : n, threads);
+  } while (release(block, 0, threads, Waits::kForBlock));
   for (const Fiber& fiber : block.fibers) {
     if (fiber.waits != Waits::kDone) fail("threads wait for each other at different places");
   }
