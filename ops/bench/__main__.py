@@ -25,8 +25,21 @@ from irpe_ds.ops.bench import cases, upstream
 from irpe_ds.ops.bench.timing import compare
 
 PARTS = ("gather", "attention", "step")
-SIZES = {"cuda": ((256, 6, 14), (32, 12, 24), (16, 12, 32)), "cpu": ((8, 6, 14),)}
-"""Of --attention by default."""
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {
+        "dtype": "bfloat16",
+        "batch": 256,
+        "models": [f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")],
+        "attention": [(256, 6, 14), (32, 12, 24), (16, 12, 32)],
+    },
+    "cpu": {
+        "dtype": "float32",
+        "batch": 8,
+        "models": ["deit_small_patch16_224"],
+        "attention": [(8, 6, 14)],
+    },
+}
+"""Of the options that were not given."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -38,9 +51,9 @@ def main() -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--model", default="deit_small_patch16_224", help="a DeiT of timm")
-    parser.add_argument("--batch", type=int, default=8, help="images of a training step")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, float32 on the CPU")
+    parser.add_argument("--models", nargs="+", help="of the steps, DeiTs of timm")
+    parser.add_argument("--batch", type=int, help="images of a step; default 256, on the CPU 8")
     parser.add_argument("--lookups", type=int, nargs=2, default=(64, 6), metavar=("B", "H"))
     parser.add_argument(
         "--attention",
@@ -57,6 +70,9 @@ def main() -> None:
     parser.add_argument("--upstream", type=Path, help="rpe_ops of the released project")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
+    for option, value in DEFAULTS[args.device].items():
+        if getattr(args, option) is None:
+            setattr(args, option, value)
     check(args)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -84,11 +100,12 @@ def tables(args: argparse.Namespace) -> Iterator[cases.Table]:
         released = upstream.load(args.upstream) if args.upstream else None
         yield from cases.gather(args.device, dtype, args.lookups[0], args.lookups[1], released)
     if "attention" in parts:
-        for batch, heads, side in args.attention or SIZES[args.device]:
+        for batch, heads, side in args.attention:
             for encoding in args.encodings:
                 yield from cases.attention(args.device, dtype, batch, heads, side, encoding)
     if "step" in parts:
-        yield cases.step(args.device, dtype, args.model, args.batch, compiled=args.compile)
+        for model in args.models:
+            yield cases.step(args.device, dtype, model, args.batch, compiled=args.compile)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -104,8 +121,9 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--rounds", "at least 1", args.rounds)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device", "cpu, for PyTorch finds no GPU", args.device)
-    if not timm.is_model(args.model):
-        raise ConfigError("--model", "a DeiT of timm", args.model)
+    for model in args.models:
+        if not timm.is_model(model):
+            raise ConfigError("--models", "DeiTs of timm", model)
     if args.out and not args.out.parent.is_dir():
         raise ConfigError("--out", "a file in a folder that exists", args.out)
 

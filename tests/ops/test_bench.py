@@ -16,7 +16,7 @@ def test_writes_what_it_prints(
 ) -> None:
     out = tmp_path / "bench.json"
     options = (
-        "--device cpu --model deit_tiny_patch16_224 --batch 1 --lookups 1 2 --rounds 1"
+        "--device cpu --models deit_tiny_patch16_224 --batch 1 --lookups 1 2 --rounds 1"
         " --attention 1 2 3 --encodings QK QKV"
     )
     monkeypatch.setattr(sys, "argv", ["bench", *options.split(), "--out", str(out)])
@@ -59,7 +59,7 @@ def test_ratios_are_to_the_faster_baseline() -> None:
         (["attend"], r"^parts: expected some of gather, attention, step, got attend$"),
         (["--encodings", "K", "V"], r"^--encodings: expected some of K, QK, .*, got V$"),
         (["--rounds", "0"], r"^--rounds: expected at least 1, got 0$"),
-        (["--model", "nope"], r"^--model: expected a DeiT of timm, got nope$"),
+        (["--models", "nope"], r"^--models: expected DeiTs of timm, got nope$"),
         (["--out", "/no/such/x.json"], r"^--out: expected a file in a folder that exists, got /no"),
         (["--upstream", "/nowhere"], r"^--upstream: expected a folder with rpe_index.cpp"),
     ],
