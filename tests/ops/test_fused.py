@@ -236,6 +236,21 @@ def test_two_runs_have_the_same_bits(device: str) -> None:
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
+@pytest.mark.gpu
+def test_more_pairs_than_32_bits_count(device: str) -> None:
+    """An image at the end of a large batch fares as it does alone."""
+    if device == "cpu":
+        pytest.skip("takes gigabytes and a GPU")
+    problem = Problem(RPEConfig(on="qkv"), device, grid=(14, 14), batch=4000, heads=14)
+    assert 4000 * 14 * 197**2 > 2**31
+    results = problem.run(impl="fused")
+    for name in "qkv":
+        problem.leaves[name] = problem.leaves[name][-1:]
+    problem.grad_out = problem.grad_out[-1:]
+    alone = problem.run(impl="fused")
+    assert all(torch.equal(results[name][-1:], alone[name]) for name in ("out", *"qkv"))
+
+
 def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor) -> list[Tensor]:
     """Philox4x32-10 of counters (c0, c1, c2, 0), int64 tensors of one shape."""
     c = [c0, c1, c2, torch.zeros_like(c0)]
