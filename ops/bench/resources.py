@@ -56,7 +56,7 @@ def kernels(architecture: str) -> Iterator[Kernel]:
     """
     toolkit = toolchain.cuda()
     nvcc = [str(toolkit.home / "bin" / "nvcc"), f"-I{toolkit.include}", "-std=c++17", "-O3"]
-    options = ["--use_fast_math", f"-arch={architecture}", "-Xptxas", "-v", "-cubin"]
+    options = [f"-arch={architecture}", "-Xptxas", "-v", "-cubin"]
     for source in sorted((toolchain.CSRC / "cuda").glob("*.cu")):
         with tempfile.TemporaryDirectory() as folder:
             command = [*nvcc, *options, str(source), "-o", f"{folder}/kernels.cubin"]

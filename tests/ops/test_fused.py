@@ -208,13 +208,15 @@ def test_an_empty_batch(device: str) -> None:
     assert not any(x.any() for name, x in results.items() if name.startswith("rpe"))
 
 
-@pytest.mark.parametrize("change", ["contiguous", "odd", "strided"])
+@pytest.mark.parametrize("change", ["contiguous", "odd", "shifted", "strided"])
 def test_memory_layout_does_not_matter(device: str, change: str) -> None:
     def changed(x: Tensor) -> Tensor:
         if change == "contiguous":
             return x.contiguous()
         if change == "odd":  # rows that begin between multiples of 16 bytes
             return nn.functional.pad(x, (1, 2))[..., 1:-2]
+        if change == "shifted":  # contiguous, but not from a multiple of 16 bytes on
+            return nn.functional.pad(x.flatten(), (1, 0))[1:].view(x.shape)
         return x.repeat_interleave(2, -1)[..., ::2]
 
     problem = Problem(RPEConfig(on="qkv"), device)
@@ -380,7 +382,11 @@ def test_what_pytorch_asks_of_an_operator(device: str) -> None:
     torch.library.opcheck(forward.default, arguments(device), test_utils=tests)
     out, lse = forward(*arguments(device))
     inputs = (torch.randn_like(out), out.detach(), lse, *arguments(device))
-    torch.library.opcheck(torch.ops.irpe_ds.attention_backward.default, inputs, test_utils=tests)
+    backward = torch.ops.irpe_ds.attention_backward
+    torch.library.opcheck(backward.default, inputs, test_utils=tests)
+    tables = inputs[6]  # opcheck compares strides on CUDA alone
+    grads = backward(*inputs)[3:]
+    assert [grad.stride() for grad in grads] == [table.stride() for table in tables]
 
 
 MISTAKES = {
@@ -388,7 +394,11 @@ MISTAKES = {
     "k of another length": (1, lambda x: x[:, :, 1:], r"k, v: expected .*\[2, 3, 10, 32\]"),
     "a term without its table": (3, lambda x: x[1:], "expected one of each .* got 2, 3, 3"),
     "a table of two heads": (3, lambda x: [x[0], x[1][:2], x[2]], "tables: expected .*1 or 3"),
-    "ids of another length": (4, lambda x: [x[0][:, :, :0], *x[1:]], "tiles: expected contiguous"),
+    "ids of another length": (
+        4,
+        lambda x: [x[0][:, :, :0], *x[1:]],
+        "tiles: expected contiguous and aligned",
+    ),
     "an unknown target": (5, lambda x: [0, 1, 3], "targets: expected 0, 1 or 2"),
     "three terms on one": (5, lambda x: [1, 1, 1], "targets: expected .* at most 2 times"),
     "a mask of numbers": (6, lambda x: x.float(), "hidden: expected contiguous bool"),

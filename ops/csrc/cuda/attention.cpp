@@ -34,7 +34,7 @@ struct Terms {
 Tensor with_rows(const Tensor& x) {
   bool aligned = x.stride(3) == 1 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
   for (int d = 0; d < 3; ++d) aligned = aligned && x.stride(d) % 8 == 0;
-  return aligned ? x : x.contiguous();
+  return aligned ? x : x.clone(at::MemoryFormat::Contiguous);
 }
 
 // (B, H, L, D) in memory as (B, L, H, D), so that the heads of a token lie next to each other.
@@ -94,9 +94,10 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Terms& terms
                       q.device(), ", got ", table.scalar_type(), " ", table.sizes());
     const int64_t shape[] = {2, (L + 15) / 16, (L + 31) / 32, 32, 16};
     TORCH_CHECK_VALUE(tiles.sizes() == at::IntArrayRef(shape) && tiles.is_contiguous() &&
+                          reinterpret_cast<uintptr_t>(tiles.data_ptr()) % 16 == 0 &&
                           tiles.scalar_type() == at::kByte && tiles.device() == q.device(),
-                      "tiles: expected contiguous uint8 ", at::IntArrayRef(shape), " on ",
-                      q.device(), ", got ", tiles.scalar_type(), " ", tiles.sizes());
+                      "tiles: expected contiguous and aligned uint8 ", at::IntArrayRef(shape),
+                      " on ", q.device(), ", got ", tiles.scalar_type(), " ", tiles.sizes());
   }
   if (hidden) {
     const int64_t shape[] = {q.size(0), L};
@@ -105,7 +106,8 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Terms& terms
                       "hidden: expected contiguous bool ", at::IntArrayRef(shape), ", got ",
                       hidden->scalar_type(), " ", hidden->sizes());
   }
-  TORCH_CHECK_VALUE(dropout_p >= 0 && dropout_p < 1, "dropout_p: expected [0, 1), got ", dropout_p);
+  TORCH_CHECK_VALUE(dropout_p >= 0 && static_cast<float>(dropout_p) < 1,
+                    "dropout_p: expected [0, 1), got ", dropout_p);
   TORCH_CHECK_VALUE(
       dropout_p == 0 || (seed && seed->numel() == 1 && seed->scalar_type() == at::kLong &&
                          seed->device() == q.device()),
@@ -196,7 +198,7 @@ struct Partials {
     const Tensor part = (is_bias ? bias : table).narrow(2, first, N);
     const Tensor sum = like.size(0) == 1 ? part.sum(at::IntArrayRef{0, 1}).unsqueeze(0)
                                          : part.sum(at::IntArrayRef{1});
-    return (is_bias || on_values ? sum : sum.mT()).to(like.scalar_type());
+    return at::empty_like(like).copy_(is_bias || on_values ? sum : sum.mT());
   }
 };
 
