@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "cuda/attention.cuh"
+#include "cuda/plan.cuh"
 
 int main(int, char** argument) {
   using namespace irpe::cuda;

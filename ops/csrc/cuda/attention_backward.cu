@@ -13,6 +13,7 @@
 // computed twice costs 2 matrix products in 7.
 
 #include "attention.cuh"
+#include "dropout.cuh"
 
 namespace irpe::cuda {
 namespace {

@@ -5,6 +5,7 @@
 // on values are many; until then weights may be as large as 2^8.
 
 #include "attention.cuh"
+#include "dropout.cuh"
 
 namespace irpe::cuda {
 namespace {
