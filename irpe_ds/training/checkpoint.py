@@ -82,6 +82,7 @@ def save(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks, keep: int)
         for old in complete(folder)[:-keep]:
             (old / MANIFEST).unlink()  # first, so that a kill leaves no checkpoint that looks whole
             shutil.rmtree(old)
+    dist.barrier()  # no rank looks for checkpoints before this one is there
     return path
 
 
