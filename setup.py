@@ -24,7 +24,16 @@ DESCRIPTION = "Vision transformers with image relative position encoding, traine
 EXTRAS = {
     "cuda": ["cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]==13.0.*; sys_platform == 'linux'"],
     "train": ["deepspeed>=0.16", "pydantic>=2.7", "pyyaml", "safetensors", "tqdm"],
-    "data": ["ffcv>=1.0.2", "numpy", "opencv-python", "pillow", "scikit-learn"],
+    # Pillow 13 refuses to keep 0 bits, which RandAugment of timm 1.0.31 asks for.
+    "data": [
+        "ffcv>=1.0.2",
+        "numpy",
+        "opencv-python",
+        "pillow<13",
+        "scikit-learn",
+        "scipy",
+        "tqdm",
+    ],
     "log": ["matplotlib", "tensorboard", "wandb"],
     "dev": ["mypy", "pytest>=8", "ruff", "types-PyYAML"],
     "all": ["irpe-ds[train,data,log,cuda,dev]"],

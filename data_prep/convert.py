@@ -1,8 +1,13 @@
-"""Convert an ImageFolder (one folder per class) to FFCV's .beton.
+"""Convert images to FFCV's .beton, read where they lie: nothing is unpacked.
 
-    python data_prep/convert.py --source imagenet/train --out imagenet/train.beton
+    python data_prep/convert.py --source imagenet/train --out train.beton
+    python data_prep/convert.py --source ILSVRC2012_img_train.tar --out train.beton
+    python data_prep/convert.py --source ILSVRC2012_img_val.tar \
+        --labels ILSVRC2012_devkit_t12.tar.gz --out val.beton
+    python data_prep/convert.py --source wds/train-*.tar --classes classes.txt --out train.beton
 
-The default stores every JPEG as it is. Beside the file comes FILE.beton.json, its manifest.
+The default stores every JPEG as it is. Called again after a kill, it goes on where it was. Beside
+the file come its manifest (FILE.beton.json) and the hash of each sample (FILE.beton.sha256).
 """
 
 import argparse
@@ -14,40 +19,83 @@ from pathlib import Path
 from typing import get_args
 
 from irpe_ds.cli import run
-from irpe_ds.data.convert import convert, summary
-from irpe_ds.data.images import Mode, StorageOptions
+from irpe_ds.data.convert import Forecast, OnBad, convert, forecast
+from irpe_ds.data.images import Check, Mode, StorageOptions
+from irpe_ds.data.manifest import SKIPPED, Manifest, beside
+from irpe_ds.data.sources import open_source
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--source", type=Path, nargs="+", required=True, help="a folder, a .tar, or shards")
+    add("--out", type=Path, required=True, help="the .beton file to write")
+    add("--labels", type=Path, help="of a flat tar: development kit, or a class name per line")
+    add("--classes", type=Path, help="of shards with numbers: class names in label order")
+    defaults = StorageOptions()
+    add("--mode", choices=get_args(Mode), default=defaults.mode)
+    add("--longest-side", type=int, metavar="PIXELS", help="reduce longer images to this")
+    add("--shortest-side", type=int, metavar="PIXELS", help="the same for the shorter side")
+    add("--quality", type=int, default=defaults.quality, help="of new JPEGs (default: 90)")
+    add("--proportion", type=float, default=defaults.proportion, help="share of JPEGs (0.5)")
+    add("--check", choices=get_args(Check), default=defaults.check, help="header: verify later")
+    add("--on-bad", choices=get_args(OnBad), default="error", help="skip: leave out and list")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads (all cores)")
+    add("--overwrite", action="store_true", help="replace an existing file")
+    add("--dry-run", action="store_true", help="say what would come; write nothing")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert an ImageFolder to FFCV's .beton.")
-    parser.add_argument("--source", type=Path, required=True, help="folder of class folders")
-    parser.add_argument("--out", type=Path, required=True, help="the .beton file to write")
-    defaults = StorageOptions()
-    parser.add_argument("--mode", choices=get_args(Mode), default=defaults.mode)
-    parser.add_argument("--max-resolution", type=int, help="longest side, pixels")
-    parser.add_argument("--quality", type=int, default=defaults.quality, help="of new JPEGs")
-    parser.add_argument("--smart-threshold", type=int, help="bytes of pixels kept raw")
-    parser.add_argument("--proportion", type=float, default=defaults.proportion)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    args = parser.parse_args()
+    args = arguments()
     options = StorageOptions(
         mode=args.mode,
-        max_resolution=args.max_resolution,
+        longest_side=args.longest_side,
+        shortest_side=args.shortest_side,
         quality=args.quality,
-        smart_threshold=args.smart_threshold,
         proportion=args.proportion,
+        check=args.check,
     )
+    source = open_source(args.source, labels=args.labels, classes=args.classes)
+    if args.dry_run:
+        print_forecast(forecast(source, args.out, options, workers=args.workers))
+        return
     start = time.monotonic()
     manifest = convert(
-        args.source,
+        source,
         args.out,
         options,
         workers=args.workers,
+        on_bad=args.on_bad,
         overwrite=args.overwrite,
         command=shlex.join(["python", *sys.argv]),
     )
-    print(summary(manifest, args.out, start))
+    print_result(manifest, args.out, time.monotonic() - start)
+
+
+def print_forecast(coming: Forecast) -> None:
+    print(
+        f"{coming.images} images of {coming.classes} classes, {coming.left_out} other files left "
+        f"out; about {coming.size / 1e9:.3g} GB, {coming.free / 1e9:.3g} GB are free; "
+        f"about {coming.seconds / 60:.2g} minutes where the disk keeps up"
+    )
+    for name, reason in coming.bad.items():
+        print(f"bad: {name}: {reason}")
+
+
+def print_result(manifest: Manifest, out: Path, seconds: float) -> None:
+    print(
+        f"{out}: {manifest.num_samples} images of {len(manifest.classes)} classes from "
+        f"{manifest.kind}, {manifest.size / 1e6:.1f} MB; {manifest.changed} not stored as they "
+        f"were, {manifest.left_out} other files left out, {manifest.duplicates} duplicates; "
+        f"{manifest.num_samples / seconds:.0f} img/s"
+    )
+    if manifest.skipped:
+        print(f"{manifest.skipped} bad images are listed in {beside(out, SKIPPED)}")
+    if manifest.options["check"] == "header":
+        print(f"not decoded yet: python data_prep/verify.py {out}")
 
 
 if __name__ == "__main__":

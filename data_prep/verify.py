@@ -15,9 +15,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Check a .beton file and its manifest.")
     parser.add_argument("file", type=Path)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--no-manifest", action="store_true", help="accept a file without one")
     args = parser.parse_args()
-    info = verify(args.file, workers=args.workers)
-    against = "as its manifest says" if info.sha256 else "no manifest to compare with"
+    info = verify(args.file, workers=args.workers, needs_manifest=not args.no_manifest)
+    against = "as its manifest says" if info.manifest else "no manifest to compare with"
     print(f"{info.path}: {info.num_samples} images decode, {against}")
 
 

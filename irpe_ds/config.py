@@ -35,6 +35,14 @@ def _height_width(size: object) -> object:
     return size
 
 
+def _from_the_first_epoch(rows: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    epochs = [epoch for epoch, _ in rows]
+    if epochs and (epochs[0] != 0 or epochs != sorted(set(epochs))):
+        expected = "[epoch, pixels] pairs with ascending epochs, the first 0"
+        raise ConfigError("", expected, [list(row) for row in rows])
+    return rows
+
+
 Size = Annotated[int | tuple[int, int], BeforeValidator(_height_width)]
 
 
@@ -61,6 +69,11 @@ class ModelConfig(Section):
     """Must equal the class count of the data."""
     img_size: Size = 224
     """Input height and width, pixels."""
+    resolutions: Annotated[
+        tuple[tuple[Natural, Count], ...], AfterValidator(_from_the_first_epoch)
+    ] = ()
+    """Progressive resolution: train at so many pixels from such an epoch on, as in
+    [[0, 160], [100, 192], [200, 224]]; validation keeps img_size. Empty: img_size throughout."""
     drop_path: Probability = 0.0
     """Stochastic depth rate of the last block."""
     weights: Path | None = None
@@ -68,14 +81,22 @@ class ModelConfig(Section):
     options: dict[str, Any] = {}
     """Further keyword arguments for `timm.create_model`, such as patch_size or depth."""
 
+    def size_at(self, epoch: int) -> int | tuple[int, int]:
+        """Input size of a training epoch, pixels."""
+        sizes = [pixels for first, pixels in self.resolutions if first <= epoch]
+        return sizes[-1] if sizes else self.img_size
+
 
 class DataConfig(Section):
     train: Path
-    """Training set, .beton."""
+    """Training set, .beton; with the pipeline `timm` also a folder or .tar of class folders."""
     val: Path
-    """Validation set, .beton."""
+    """Validation set, likewise."""
+    pipeline: Literal["ffcv", "timm"] = "ffcv"
+    """`ffcv`: decoded in threads, resized by area, augmented on the device. `timm`: timm's own
+    transforms in processes, bicubic; the reference, and slower."""
     workers: Count | None = None
-    """Decoding threads per rank. None: the cores divided by the ranks of this machine."""
+    """Decoding threads or processes per rank. None: the cores divided by the ranks here."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means of the normalisation, for pixels in [0, 1]."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
@@ -91,6 +112,14 @@ class AugmentConfig(Section):
     """Aspect ratio of the random resized crop, width over height."""
     hflip: Probability = 0.5
     """Probability of a horizontal flip."""
+    auto: str | None = None
+    """RandAugment or three-augment by timm's names: `rand-m9-mstd0.5-inc1`, `3a`. None: neither."""
+    color_jitter: NonNegative = 0.0
+    """Brightness, contrast and saturation vary by up to this factor; not beside RandAugment."""
+    erase: Probability = 0.0
+    """Probability that a random box of the image becomes noise."""
+    repeats: Count = 1
+    """Views of an image that an epoch shows; it then shows fewer images (repeated augmentation)."""
     mixup: NonNegative = 0.0
     """Alpha of mixup; 0 turns it off."""
     cutmix: NonNegative = 0.0

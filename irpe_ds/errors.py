@@ -10,3 +10,6 @@ class ConfigError(ValueError):
     def __init__(self, where: object, expected: str, got: object) -> None:
         super().__init__(f"{where}: expected {expected}, got {got}")
         self.where, self.expected, self.got = where, expected, got
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.where, self.expected, self.got)  # to cross between processes

@@ -28,6 +28,7 @@ FLOORS = {
     "irpe_ds": 3,  # __init__.py alone, which hands on the public names of the floors below
     "irpe_ds.ops.bench": 3,
     "irpe_ds.training": 3,
+    "irpe_ds.data.bench": 4,
     "irpe_ds.scaling": 4,
     "launch": 4,
     "data_prep": 4,

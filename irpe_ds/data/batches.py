@@ -1,19 +1,21 @@
 """A thread that decodes views into batches, ahead of its consumer."""
 
-from collections.abc import Iterator
-from queue import Full, Queue
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from queue import Full, Queue, SimpleQueue
 from threading import Event, Lock, Thread
 
 import numba
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from irpe_ds.data.dataset import Beton
 from irpe_ds.data.decode import decode_views
 from irpe_ds.data.views import Views
 from irpe_ds.errors import ConfigError
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Decoded = tuple[torch.Tensor, torch.Tensor]
 
 _POLL_SECONDS = 0.1
 # Two batches at once would share the same cores, and one of Numba's thread pools (workqueue)
@@ -21,11 +23,35 @@ _POLL_SECONDS = 0.1
 _decoding = Lock()
 
 
+class Threads:
+    """Daemon threads that are used again: FFCV's decoder never frees what it keeps per thread."""
+
+    def __init__(self) -> None:
+        self._idle: list[SimpleQueue[Callable[[], None]]] = []
+
+    def run(self, task: Callable[[], None]) -> None:
+        """Run a task in an idle thread, or in a new one."""
+        try:
+            tasks = self._idle.pop()
+        except IndexError:
+            tasks = SimpleQueue()
+            Thread(target=self._serve, args=(tasks,), name="decode", daemon=True).start()
+        tasks.put(task)
+
+    def _serve(self, tasks: "SimpleQueue[Callable[[], None]]") -> None:
+        while True:
+            tasks.get()()
+            self._idle.append(tasks)
+
+
+_threads = Threads()
+
+
 class BatchIterator:
     """Images (B, 3, H, W) uint8 in channels_last and labels (B,) int64 of these views, in order.
 
     Each batch is memory of its own, pinned where there is a GPU. Whatever the thread raises, the
-    consumer gets. Must be closed, which ends the thread.
+    consumer gets. Must be closed, which frees the thread.
 
     Args:
         beton: where the images are.
@@ -49,15 +75,14 @@ class BatchIterator:
         self._beton, self._views = beton, views
         self._batch_size, self._size, self._workers = batch_size, size, workers
         self._pinned = torch.cuda.is_available()
-        self._queue: Queue[Batch | BaseException | None] = Queue(ahead)
-        self._closed = Event()
-        self._thread = Thread(target=self._run, name="decode", daemon=True)
-        self._thread.start()
+        self._queue: Queue[Decoded | BaseException | None] = Queue(ahead)
+        self._closed, self._ended = Event(), Event()
+        _threads.run(self._run)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Decoded]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Decoded:
         if self._closed.is_set():
             raise StopIteration
         item = self._queue.get()
@@ -69,22 +94,34 @@ class BatchIterator:
         raise item
 
     def close(self) -> None:
-        """End the thread, at the latest after the batch that it is decoding, and wait for it."""
+        """End decoding, at the latest after the batch that is being decoded, and wait for that."""
         self._closed.set()
-        self._thread.join()
+        self._ended.wait()
 
     def _run(self) -> None:
         try:
             numba.set_num_threads(self._workers)  # of this thread only
-            for first in range(0, len(self._views), self._batch_size):
-                batch = self._decode(self._views[first : first + self._batch_size])
-                if not self._put(batch):
-                    return
+            with ThreadPoolExecutor(self._workers) as pool:
+                for first in range(0, len(self._views), self._batch_size):
+                    views = self._views[first : first + self._batch_size]
+                    self._compare(views["sample"], pool)
+                    if not self._put(self._decode(views)):
+                        return
             self._put(None)
         except BaseException as error:  # whatever it is, it belongs to the consumer
             self._put(error)
+        finally:
+            self._ended.set()
 
-    def _decode(self, views: Views) -> Batch:
+    def _compare(self, samples: NDArray[np.int64], pool: ThreadPoolExecutor) -> None:
+        """Compare the bytes of samples with their hashes, when they are used first."""
+        new = samples[~self._beton.compared[samples]]
+        for sample, whole in zip(new, pool.map(self._beton.is_whole, new), strict=True):
+            if not whole:
+                raise _damage(self._beton, sample)
+        self._beton.compared[new] = True
+
+    def _decode(self, views: Views) -> Decoded:
         images_BHWC = torch.empty(
             (len(views), *self._size, 3), dtype=torch.uint8, pin_memory=self._pinned
         )
@@ -95,12 +132,10 @@ class BatchIterator:
                 self._beton.bytes, self._beton.entries, views, images_BHWC.numpy()
             )
         if not intact.all():
-            sample = views["sample"][np.flatnonzero(~intact)[0]]
-            expected = "images that decode (data_prep/verify.py checks them all)"
-            raise ConfigError(self._beton.path, expected, f"damage in sample {sample}")
+            raise _damage(self._beton, views["sample"][np.flatnonzero(~intact)[0]])
         return images_BHWC.permute(0, 3, 1, 2), labels
 
-    def _put(self, item: Batch | BaseException | None) -> bool:
+    def _put(self, item: Decoded | BaseException | None) -> bool:
         """Queue an item; False when the iterator was closed instead."""
         while not self._closed.is_set():
             try:
@@ -109,3 +144,8 @@ class BatchIterator:
                 continue
             return True
         return False
+
+
+def _damage(beton: Beton, sample: int) -> ConfigError:
+    expected = "undamaged images (data_prep/verify.py checks them all)"
+    return ConfigError(beton.path, expected, f"damage in sample {sample}")

@@ -1,153 +1,274 @@
-"""ImageFolder -> .beton with its manifest."""
+"""A source of images -> .beton, its manifest and the hashes of its samples."""
 
 import os
+import shutil
+import sqlite3
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
+from numpy.typing import NDArray
 
-from irpe_ds.data.ffcv_api import VERSION
-from irpe_ds.data.images import StorageOptions, StoredImage, read_image
-from irpe_ds.data.manifest import Manifest, file_sha256, manifest_path
-from irpe_ds.data.parallel import map_in_order
-from irpe_ds.data.writer import BetonWriter
+from irpe_ds.data.dataset import tables_sha256
+from irpe_ds.data.ffcv_api import ALLOC_TABLE_TYPE, ENTRY_TYPE, VERSION
+from irpe_ds.data.images import StorageOptions, StoredImage, store_image
+from irpe_ds.data.journal import Journal, Stored
+from irpe_ds.data.manifest import (
+    HASHES,
+    MANIFEST,
+    SKIPPED,
+    Manifest,
+    beside,
+    file_sha256,
+    hash_line,
+)
+from irpe_ds.data.parallel import map_in_order, progress
+from irpe_ds.data.sources import Files, Member, Source
+from irpe_ds.data.writer import BetonWriter, file_size, first_payload
 from irpe_ds.errors import ConfigError
 
-EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
-)  # torchvision's ImageFolder
+OnBad = Literal["error", "skip"]
 
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """The image files of a folder that has one folder per class."""
-
-    classes: tuple[str, ...]
-    """Class names, sorted; a label is an index into them."""
-    paths: tuple[Path, ...]
-    """Image files, by class and then by path."""
-    labels: tuple[int, ...]
-    """Label of each file."""
-    others: int
-    """Files in the class folders that are no images by their name."""
+_COMMIT_SECONDS = 2.0  # a kill loses at most so much work
+_PIECE = 1 << 12  # rows of the tables in memory at a time
+_TRIALS = 100  # images that a dry run converts
 
 
 def convert(
-    source: Path,
+    source: Source,
     out: Path,
     options: StorageOptions,
     *,
     workers: int,
+    on_bad: OnBad = "error",
     overwrite: bool = False,
     command: str = "",
 ) -> Manifest:
-    """Convert an ImageFolder; `out` and its manifest appear whole at the end, or not at all.
+    """Convert a source; `out`, its manifest and hashes appear whole at the end, or not at all.
 
-    The file depends on the source and the options alone, not on the number of workers.
+    The file depends on the images and the options alone: not on the kind of the source, on the
+    number of workers, or on how often the conversion was killed and called again. Images are
+    ordered by class and then by name.
 
     Args:
         workers: reading and encoding threads.
+        on_bad: what to do with an image that cannot be stored: stop, or leave it out and list it.
+        overwrite: replace `out`, and what an unfinished conversion with other options left.
         command: what to record as the command that converted.
 
     Raises:
-        ConfigError: the source has no class folders, no images or a damaged one, or `out` exists.
+        ConfigError: the source has no images or a damaged one, `out` exists or cannot be written.
     """
-    if out.exists() and not overwrite:
+    journal_path = beside(out, ".partial.db")
+    settings = {"source": [os.fspath(path) for path in source.paths], "kind": source.kind}
+    settings |= asdict(options) | {"ffcv": VERSION}
+    published = out.exists() and journal_path.exists() and not beside(out, ".partial").exists()
+    if out.exists() and not overwrite and not published:
         raise ConfigError("--out", "a new file, or --overwrite", f"{out}, which exists")
-    folder = find_images(source)
-    unfinished = out.with_name(out.name + ".partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        reencoded = _write(unfinished, folder, options, workers)
-        manifest = Manifest(
-            source=os.fspath(source),
-            options=asdict(options),
-            num_samples=len(folder.paths),
-            reencoded=reencoded,
-            left_out=folder.others,
-            classes=folder.classes,
-            class_counts=tuple(np.bincount(folder.labels).tolist()),
-            size=unfinished.stat().st_size,
-            sha256=file_sha256(unfinished),
-            ffcv=VERSION,
-            command=command,
-        )
-        manifest_path(out).unlink(missing_ok=True)  # never beside a file that it does not describe
-        os.replace(unfinished, out)
-        manifest.write(manifest_path(out))
-    except OSError as error:
-        raise ConfigError("--out", "a file that can be written", f"{out}: {error}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return manifest
+        with closing(Journal(journal_path, settings, anew=overwrite)) as journal:
+            if journal.is_new or not published:
+                manifest = _convert(source, out, options, journal, workers, on_bad, command)
+                manifest.write(beside(out, MANIFEST + ".partial"))
+            _publish(out)
+        journal_path.unlink()
+        return Manifest.read(beside(out, MANIFEST))
+    except (OSError, sqlite3.Error) as error:
+        got = f"{out}: {error}; what is done is kept, the same command goes on"
+        raise ConfigError("--out", "a file that can be written", got) from None
 
 
-def find_images(source: Path) -> ImageFolder:
-    """List the images of an ImageFolder; links are followed, hidden folders are no classes.
+def _convert(
+    source: Source,
+    out: Path,
+    options: StorageOptions,
+    journal: Journal,
+    workers: int,
+    on_bad: OnBad,
+    command: str,
+) -> Manifest:
+    """Write everything under its unfinished name, but the manifest."""
+    classes, others = journal.enter(source)
+    room, _ = journal.totals()
+    if on_bad == "error":
+        first_bad = next(journal.skipped(), None)  # it was called with skip before
+        if first_bad is not None:
+            journal.forget(first_bad[-1].position)
+    _, begin, end, largest = journal.written()
+    unfinished = beside(out, ".partial")
+    in_place = unfinished.exists() and unfinished.stat().st_size >= end
+    if not in_place or begin != first_payload(room):
+        journal.forget()
+        end, largest = 0, 0
+    with closing(BetonWriter(unfinished, room=room, end=end, largest=largest)) as writer:
+        _store(journal, writer, Files(source), options, workers, on_bad)
+        if not journal.counts()["num_samples"]:
+            raise ConfigError("--source", "an image that can be stored", "none")
+        _write_lists(journal, out)
+        writer.finish(_tables(journal))
+    counts = journal.counts()
+    return Manifest(
+        source=[os.fspath(path) for path in source.paths],
+        kind=source.kind,
+        options=asdict(options),
+        left_out=others,
+        classes=classes,
+        class_counts=journal.class_counts(len(classes)),
+        size=unfinished.stat().st_size,
+        sha256=file_sha256(unfinished, "hash"),
+        tables_sha256=tables_sha256(unfinished, counts["num_samples"]),
+        hashes_sha256=file_sha256(beside(out, HASHES + ".partial")),
+        ffcv=VERSION,
+        command=command,
+        **counts,
+    )
+
+
+def _store(
+    journal: Journal,
+    writer: BetonWriter,
+    files: Files,
+    options: StorageOptions,
+    workers: int,
+    on_bad: OnBad,
+) -> None:
+    """Read, check and write what is not done yet."""
+    first, total = journal.written()[0], journal.totals()[0]
+    work = map_in_order(partial(_read, files, options), journal.images(first), workers=workers)
+    with closing(files), closing(work), progress("convert", total, first) as bar:
+        committed = time.monotonic()
+        try:
+            for position, (member, found) in enumerate(work, first):
+                if isinstance(found, str):
+                    if on_bad == "error":
+                        raise ConfigError(member, "an undamaged image, or --on-bad skip", found)
+                    journal.add(Stored.left_out(position, found))
+                else:
+                    image, sha256 = found
+                    start = writer.append(image.payload)
+                    size = image.height, image.width
+                    place = start, len(image.payload), image.mode, *size, image.original
+                    journal.add(Stored(position, *place, sha256, None))
+                bar.update()
+                if time.monotonic() - committed > _COMMIT_SECONDS:
+                    writer.sync()
+                    journal.commit()
+                    committed = time.monotonic()
+        finally:
+            writer.sync()
+            journal.commit()
+
+
+Found = tuple[StoredImage, bytes] | str
+
+
+def _read(
+    files: Files, options: StorageOptions, item: tuple[int, Member, bool]
+) -> tuple[Member, Found]:
+    """The image and its hash, or why there is none."""
+    position, member, repeated = item
+    if repeated:
+        return member, "its name is that of another image of its class"
+    try:
+        image = store_image(files.read(member), position, options)
+    except ValueError as error:
+        return member, str(error)
+    return member, (image, image.sha256)
+
+
+def _tables(journal: Journal) -> Iterator[tuple[NDArray[np.void], NDArray[np.void]]]:
+    """Metadata entries and allocations of all samples, piece by piece."""
+    rows, sample = journal.kept(), 0
+    while piece := list(islice(rows, _PIECE)):
+        entries, table = np.zeros(len(piece), ENTRY_TYPE), np.zeros(len(piece), ALLOC_TABLE_TYPE)
+        stored = [stored for *_, stored in piece]
+        for name in ("mode", "height", "width"):
+            entries["f0"][name] = [getattr(image, name) for image in stored]
+        entries["f0"]["data_ptr"] = table["ptr"] = [image.start for image in stored]
+        entries["f1"] = [label for label, *_ in piece]
+        table["sample_id"] = np.arange(sample, sample + len(piece))
+        table["size"] = [image.size for image in stored]
+        sample += len(piece)
+        yield entries, table
+
+
+def _write_lists(journal: Journal, out: Path) -> None:
+    """The hashes of the samples, and what was left out and why."""
+    with beside(out, HASHES + ".partial").open("wb") as file:
+        for _, category, name, stored in journal.kept():
+            file.write(hash_line(stored.sha256, f"{category}/{name}"))
+    with beside(out, SKIPPED + ".partial").open("wb") as file:
+        for _, category, name, stored in journal.skipped():
+            file.write(os.fsencode(f"{category}/{name}\t{stored.reason}\n"))
+
+
+def _publish(out: Path) -> None:
+    """Give everything its name, the manifest last; goes on where it was killed."""
+    if beside(out, MANIFEST + ".partial").exists():
+        beside(out, MANIFEST).unlink(missing_ok=True)  # it describes the file that goes
+    for suffix in ("", HASHES, SKIPPED, MANIFEST):
+        unfinished = beside(out, suffix + ".partial")
+        if unfinished.exists():
+            os.replace(unfinished, beside(out, suffix))
+    skipped = beside(out, SKIPPED)
+    if skipped.exists() and not skipped.stat().st_size:
+        skipped.unlink()
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a conversion would do."""
+
+    images: int
+    """Images listed."""
+    classes: int
+    """Their classes."""
+    left_out: int
+    """Files that are no images by their name."""
+    size: int
+    """Bytes of the .beton to expect."""
+    free: int
+    """Bytes free where it would be written."""
+    seconds: float
+    """Time to expect, from the speed of the trial."""
+    bad: dict[str, str]
+    """Bad images among those tried, and what is wrong with each."""
+
+
+def forecast(source: Source, out: Path, options: StorageOptions, *, workers: int) -> Forecast:
+    """List a source and try some of its images, spread evenly; nothing is written.
 
     Raises:
-        ConfigError: there is no such folder, or it has no class folders, or one without images.
+        ConfigError: the source has no images.
     """
-    if not source.is_dir():
-        raise ConfigError("--source", "a folder with one folder per class", source)
-    classes = sorted(f.name for f in source.iterdir() if f.is_dir() and f.name[0] != ".")
-    if not classes:
-        raise ConfigError("--source", "a folder with one folder per class", f"none in {source}")
-    paths: list[Path] = []
-    labels: list[int] = []
-    others = 0
-    for label, name in enumerate(classes):
-        files = [
-            Path(folder, file)
-            for folder, _, names in os.walk(source / name, onerror=_unreadable, followlinks=True)
-            for file in names
-        ]
-        images = sorted(file for file in files if file.suffix.lower() in EXTENSIONS)
-        if not images:
-            raise ConfigError("--source", "images in every class folder", source / name)
-        paths += images
-        labels += [label] * len(images)
-        others += len(files) - len(images)
-    return ImageFolder(tuple(classes), tuple(paths), tuple(labels), others)
-
-
-def _unreadable(error: OSError) -> None:
-    raise ConfigError("--source", "folders that can be read", error)
-
-
-def _write(path: Path, folder: ImageFolder, options: StorageOptions, workers: int) -> int:
-    """Write the .beton file and bring it to the disk; return how many images were re-encoded."""
-    reencoded = 0
-    numbered = enumerate(folder.paths)
-    with (
-        closing(map_in_order(partial(_read, options), numbered, workers=workers)) as images,
-        tqdm(total=len(folder.paths), unit="img", disable=None) as progress,
-        BetonWriter(path, len(folder.paths)) as writer,
-    ):
-        for image, label in zip(images, folder.labels, strict=True):
-            writer.append(image, label)
-            reencoded += not image.original
-            progress.update()
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return reencoded
-
-
-def _read(options: StorageOptions, numbered: tuple[int, Path]) -> StoredImage:
-    number, path = numbered
-    return read_image(path, number, options)
-
-
-def summary(manifest: Manifest, out: Path, since: float) -> str:
-    """One line for the user; `since` is time.monotonic() at the start."""
-    seconds = time.monotonic() - since
-    return (
-        f"{out}: {manifest.num_samples} images of {len(manifest.classes)} classes, "
-        f"{manifest.reencoded} re-encoded, {manifest.left_out} other files left out, "
-        f"{manifest.size / 1e6:.1f} MB, "
-        f"{manifest.num_samples / seconds:.0f} img/s"
+    with closing(Journal(None, {})) as journal, closing(Files(source)) as files:
+        classes, others = journal.enter(source)
+        count, listed = journal.totals()
+        read = stored = 0
+        bad = {}
+        since = time.monotonic()
+        for item in journal.images(0, step=-(-count // _TRIALS)):
+            member, found = _read(files, options, item)
+            if isinstance(found, str):
+                bad[f"{member.category}/{member.name}"] = found
+            else:
+                read += member.size
+                stored += len(found[0].payload)
+        each = (time.monotonic() - since) / min(count, _TRIALS)
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    return Forecast(
+        images=count,
+        classes=len(classes),
+        left_out=others,
+        size=file_size(count, round(listed * (stored / read if read else 1))),
+        free=shutil.disk_usage(parent).free,
+        seconds=count * each / workers,
+        bad=bad,
     )

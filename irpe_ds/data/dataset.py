@@ -1,5 +1,7 @@
 """Opening a .beton file: is it there, is it whole, what is in it."""
 
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +11,15 @@ from numpy.typing import NDArray
 from irpe_ds.data.ffcv_api import (
     ALLOC_TABLE_TYPE,
     CURRENT_VERSION,
+    ENTRY_TYPE,
     FIELDS,
+    HEAD_BYTES,
     TYPE_ID_HANDLER,
     FieldDescType,
     HeaderType,
     Reader,
-    get_metadata_type,
 )
-from irpe_ds.data.manifest import read_manifest
+from irpe_ds.data.manifest import Manifest, read_hashes, read_manifest
 from irpe_ds.errors import ConfigError
 
 ENTRY = np.dtype(
@@ -35,16 +38,16 @@ ENTRY = np.dtype(
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What a .beton file holds."""
+    """What a set of images holds."""
 
     path: Path
-    """The file."""
+    """The file or folder."""
     num_samples: int
     """Images in it."""
     classes: tuple[str, ...] | None
     """Class names in label order. None: the file has no manifest, so they are unknown."""
-    sha256: str | None
-    """Hash of the file according to its manifest."""
+    manifest: Manifest | None = None
+    """What was recorded of it."""
 
     @property
     def num_classes(self) -> int | None:
@@ -62,10 +65,26 @@ class Beton:
     """Its contents."""
     entries: NDArray[np.void]
     """ENTRY of each sample."""
+    hashes: NDArray[np.uint64] | None
+    """First 64 bits of each sample's SHA-256, (num_samples,); None without a manifest."""
+    compared: NDArray[np.bool_]
+    """Samples that have been compared with their hash, (num_samples,)."""
+
+    def payload(self, sample: int) -> NDArray[np.uint8]:
+        """The stored bytes of a sample."""
+        entry = self.entries[sample]
+        return self.bytes[entry["start"] : entry["start"] + entry["bytes"]]
+
+    def is_whole(self, sample: int) -> bool:
+        """Whether these bytes are those that were converted, as far as that is known."""
+        if self.hashes is None:
+            return True
+        digest = hashlib.sha256(self.payload(sample).data).digest()
+        return int.from_bytes(digest[:8], "big") == int(self.hashes[sample])
 
 
 def open_dataset(path: Path, where: str) -> DatasetInfo:
-    """Check a .beton file and say what it holds; takes moments, since nothing is hashed.
+    """Check a .beton file and say what it holds; takes moments, since only its tables are hashed.
 
     A file that FFCV itself wrote, without our manifest, will do if its own tables agree with it.
 
@@ -82,23 +101,26 @@ def open_dataset(path: Path, where: str) -> DatasetInfo:
         if manifest is not None and manifest.size != size:
             expected = f"the {manifest.size} bytes that the manifest of {path} says"
             raise ConfigError(where, expected, f"{size} bytes")
+        if manifest is not None:
+            found = tables_sha256(path, manifest.num_samples)
+            if found != manifest.tables_sha256:
+                expected = f"the tables (labels, places, sizes) that the manifest of {path} says"
+                raise ConfigError(where, expected, "others: it is damaged or was changed")
         num_samples = _check_structure(path, size, where)
     except OSError as error:
-        raise ConfigError(where, "a .beton file", f"{path}: {error.strerror}") from None
-    if manifest is not None and manifest.num_samples != num_samples:
-        expected = f"the {manifest.num_samples} images that the manifest of {path} says"
-        raise ConfigError(where, expected, f"{num_samples} images")
-    return DatasetInfo(
-        path=path,
-        num_samples=num_samples,
-        classes=manifest.classes if manifest else None,
-        sha256=manifest.sha256 if manifest else None,
-    )
+        expected = "a .beton file (data_prep/convert.py makes one)"
+        raise ConfigError(where, expected, f"{path}: {error.strerror}") from None
+    classes = manifest.classes if manifest else None
+    return DatasetInfo(path=path, num_samples=num_samples, classes=classes, manifest=manifest)
 
 
 def read_beton(path: Path, where: str) -> Beton:
     """Open a .beton file for reading its samples; the arguments and errors of `open_dataset`."""
     info = open_dataset(path, where)
+    hashes = None
+    if info.manifest is not None:
+        prefixes = (int.from_bytes(h.sha256[:8], "big") for h in read_hashes(path, info.manifest))
+        hashes = np.fromiter(prefixes, np.uint64, info.num_samples)
     reader = Reader(path)
     images, table = reader.metadata["f0"], reader.alloc_table
     entries = np.zeros(info.num_samples, ENTRY)
@@ -111,6 +133,7 @@ def read_beton(path: Path, where: str) -> Beton:
     agrees = (
         np.array_equal(np.sort(samples), np.arange(info.num_samples))
         and np.array_equal(table["ptr"], images["data_ptr"][samples])
+        and max(table["ptr"].max(), table["size"].max()) <= path.stat().st_size  # no overflow
         and (table["ptr"] + table["size"] <= reader.header["alloc_table_ptr"]).all()
         and (entries["height"] > 0).all()
         and (entries["width"] > 0).all()
@@ -118,7 +141,17 @@ def read_beton(path: Path, where: str) -> Beton:
     if not agrees:
         raise ConfigError(where, "tables that agree with each other", f"{path}: damaged")
     entries["bytes"][samples] = table["size"]
-    return Beton(path=path, bytes=file, entries=entries)
+    compared = np.zeros(info.num_samples, np.bool_)
+    return Beton(path=path, bytes=file, entries=entries, hashes=hashes, compared=compared)
+
+
+def tables_sha256(path: Path, num_samples: int) -> str:
+    """Hash of the header, the metadata and the allocation table of a file with so many samples."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(HEAD_BYTES + num_samples * ENTRY_TYPE.itemsize))
+        file.seek(-num_samples * ALLOC_TABLE_TYPE.itemsize, os.SEEK_END)
+        digest.update(file.read())
+    return digest.hexdigest()
 
 
 def _check_structure(path: Path, size: int, where: str) -> int:
@@ -135,8 +168,7 @@ def _check_structure(path: Path, size: int, where: str) -> int:
         wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in FIELDS.items())
         raise ConfigError(where, f"a .beton file with the fields {wanted}", f"{path}: others")
     num_samples, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
-    entry_bytes = get_metadata_type([kind() for kind in FIELDS.values()]).itemsize
-    if num_samples == 0 or table < HeaderType.itemsize + fields.nbytes + num_samples * entry_bytes:
+    if num_samples == 0 or table < HEAD_BYTES + num_samples * ENTRY_TYPE.itemsize:
         raise ConfigError(where, "a .beton file with images in it", f"{path}: an unfinished file")
     wanted_size = table + num_samples * ALLOC_TABLE_TYPE.itemsize  # one allocation per image
     if size != wanted_size:

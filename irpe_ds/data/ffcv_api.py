@@ -33,11 +33,17 @@ RAW: int = IMAGE_MODES["raw"]
 
 FIELDS = {"image": RGBImageField, "label": IntField}
 """The fields of our files, in order; FFCV's users give them these names too."""
+ENTRY_TYPE = get_metadata_type([kind() for kind in FIELDS.values()])
+"""What the format keeps of one sample: f0 of the image, f1 the label."""
+HEAD_BYTES = HeaderType.itemsize + len(FIELDS) * FieldDescType.itemsize
+"""Where the entries begin."""
 
 __all__ = [
     "ALLOC_TABLE_TYPE",
     "CURRENT_VERSION",
+    "ENTRY_TYPE",
     "FIELDS",
+    "HEAD_BYTES",
     "JPG",
     "RAW",
     "TYPE_ID_HANDLER",
@@ -46,7 +52,6 @@ __all__ = [
     "HeaderType",
     "RGBImageField",
     "Reader",
-    "get_metadata_type",
     "imdecode",
     "resize_crop",
 ]

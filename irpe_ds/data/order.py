@@ -15,17 +15,25 @@ def train_order(
     world_size: int,
     seed: int,
     epoch: int,
+    repeats: int = 1,
 ) -> Samples:
-    """The samples of one rank in one training epoch, (passes * batch_size,), without remainder.
+    """The samples of one rank in one training epoch, and which repetition of its image each is.
 
     One permutation, a function of (seed, epoch) alone, is cut into updates first and only then
     among micro-steps and ranks: the images of an update are the same set for every number of
     ranks and every accumulation with the same product.
+
+    Repeated augmentation (Hoffer et al., CVPR 2020) shows an image `repeats` times in a row,
+    neighbours on different ranks, and as many images fewer: an epoch is as long as without. With
+    a global batch that 256 divides these are the images that DeiT's sampler takes.
+
+    Returns:
+        (2, passes * batch_size), without remainder.
     """
     permutation = np.random.default_rng([seed, epoch]).permutation(num_samples)
     updates = num_samples // (batch_size * accumulation * world_size)
-    used = permutation[: updates * accumulation * world_size * batch_size]
-    return used.reshape(updates * accumulation, world_size, batch_size)[:, rank].ravel()
+    mine = np.arange(rank, updates * accumulation * batch_size * world_size, world_size)
+    return np.stack([permutation[mine // repeats], mine % repeats])
 
 
 def eval_order(

@@ -5,60 +5,95 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from irpe_ds.data.dataset import Beton, DatasetInfo, open_dataset, read_beton
-from irpe_ds.data.ffcv_api import JPG
-from irpe_ds.data.images import Jpeg, decode_jpeg
-from irpe_ds.data.manifest import file_sha256, read_manifest
-from irpe_ds.data.parallel import map_in_order
+from irpe_ds.data.ffcv_api import ENTRY_TYPE, HEAD_BYTES, JPG
+from irpe_ds.data.images import check_jpeg
+from irpe_ds.data.manifest import (
+    MANIFEST,
+    Manifest,
+    beside,
+    file_sha256,
+    read_hashes,
+    read_manifest,
+)
+from irpe_ds.data.parallel import map_in_order, progress
 from irpe_ds.errors import ConfigError
 
 
-def verify(path: Path, *, workers: int) -> DatasetInfo:
-    """Decode every image of a file, and compare it with its manifest where it has one.
+def verify(path: Path, *, workers: int, needs_manifest: bool = True) -> DatasetInfo:
+    """Decode every image of a file, and compare it with its manifest.
+
+    Args:
+        needs_manifest: whether a file without one is an error, or decoded only.
 
     Raises:
-        ConfigError: the first damaged sample, or what the manifest says otherwise.
+        ConfigError: the first damaged sample by its name, or what the manifest says otherwise.
     """
+    manifest = read_manifest(path) if path.exists() else None
+    if manifest is not None:
+        _check_labels(path, manifest)
     info = open_dataset(path, str(path))
+    if manifest is None and needs_manifest:
+        expected = f"{beside(path, MANIFEST)}, its manifest (--no-manifest decodes only)"
+        raise ConfigError(path, expected, "none")
     beton = read_beton(path, str(path))
-    _check_counts(beton)
-    check = partial(_decodes, beton)
+    check = partial(_fault, beton)
     with (
         closing(map_in_order(check, range(info.num_samples), workers=workers)) as results,
-        tqdm(results, total=info.num_samples, unit="img", disable=None) as progress,
+        progress("verify", info.num_samples) as bar,
     ):
-        for sample, intact in enumerate(progress):
-            if not intact:
-                label = beton.entries["label"][sample]
-                name = info.classes[label] if info.classes else label
-                got = f"damage in sample {sample} (class {name})"
-                raise ConfigError(path, "images that decode", got)
-    if info.sha256 is not None and file_sha256(path) != info.sha256:
-        raise ConfigError(path, f"the SHA-256 of its manifest, {info.sha256}", "another")
+        for sample, fault in enumerate(results):
+            if fault:
+                raise ConfigError(
+                    path, "undamaged images", f"{_name(beton, info, sample)}: {fault}"
+                )
+            bar.update()
+    if manifest is not None and file_sha256(path, "hash") != manifest.sha256:
+        expected = f"the SHA-256 of its manifest, {manifest.sha256}"
+        raise ConfigError(path, expected, "another, though every sample is as it was")
     return info
 
 
-def _check_counts(beton: Beton) -> None:
-    manifest = read_manifest(beton.path)
-    if manifest is None:
-        return
-    found, counts = np.unique(beton.entries["label"], return_counts=True)
-    expected = {label: count for label, count in enumerate(manifest.class_counts) if count}
-    if dict(zip(found.tolist(), counts.tolist(), strict=True)) != expected:
-        raise ConfigError(beton.path, "as many images of each class as its manifest says", "others")
+def _check_labels(path: Path, manifest: Manifest) -> None:
+    """Compare every label with the class that the sample was converted from."""
+    if path.stat().st_size != manifest.size:
+        return  # open_dataset says it better
+    labels = np.fromfile(path, ENTRY_TYPE, manifest.num_samples, offset=HEAD_BYTES)["f1"]
+    for sample, (label, line) in enumerate(
+        zip(labels.tolist(), read_hashes(path, manifest), strict=True)
+    ):
+        known = 0 <= label < len(manifest.classes)
+        if not known or not line.name.startswith(manifest.classes[label] + "/"):
+            name = f" ({manifest.classes[label]})" if known else ""
+            got = f"label {label}{name} in sample {sample} ({line.name})"
+            raise ConfigError(path, "the label of each image's class", got)
+    counts = np.bincount(labels, minlength=len(manifest.classes))
+    if counts.tolist() != list(manifest.class_counts):
+        raise ConfigError(path, "as many images of each class as its manifest says", "others")
 
 
-def _decodes(beton: Beton, sample: int) -> bool:
-    """Whether the bytes of this sample are an image of the size that its entry says."""
+def _name(beton: Beton, info: DatasetInfo, sample: int) -> str:
+    """How to speak of a sample."""
+    if info.manifest is None:
+        return f"sample {sample} (label {beton.entries['label'][sample]})"
+    for number, line in enumerate(read_hashes(beton.path, info.manifest)):
+        if number == sample:
+            return f"sample {sample} ({line.name})"
+    raise AssertionError(sample)
+
+
+def _fault(beton: Beton, sample: int) -> str | None:
+    """What is wrong with the bytes of a sample, if anything."""
     entry = beton.entries[sample]
-    height, width = int(entry["height"]), int(entry["width"])
-    payload = beton.bytes[entry["start"] : entry["start"] + entry["bytes"]]
+    size = int(entry["height"]), int(entry["width"])
+    payload = beton.payload(sample)
+    if not beton.is_whole(sample):
+        return "other bytes than were converted"
     if entry["mode"] != JPG:
-        return payload.size == 3 * height * width > 0
+        return None if payload.size == 3 * size[0] * size[1] else "fewer or more bytes than pixels"
     try:
-        decode_jpeg(Jpeg(payload, height, width))
-    except ValueError:
-        return False
-    return True
+        found = check_jpeg(payload)
+    except ValueError as error:
+        return str(error)
+    return None if found == size else f"an image of {found}, its entry says {size}"

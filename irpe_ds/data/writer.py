@@ -1,4 +1,4 @@
-"""Writing FFCV's .beton format from one process, in order.
+"""Writing FFCV's .beton format, in order and so that it can go on after a kill.
 
 FFCV's own writer waits for ever when one of its processes fails or a sample exceeds the page,
 and lays the pages out as its processes happen to finish. This one leaves reading and encoding to
@@ -8,84 +8,101 @@ Layout: header, field descriptors, one metadata entry per sample, pages, allocat
 begin at multiples of the page size, and no payload crosses from one page into the next.
 """
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
+from numpy.typing import NDArray
 
 from irpe_ds.data.ffcv_api import (
     ALLOC_TABLE_TYPE,
     CURRENT_VERSION,
+    ENTRY_TYPE,
     FIELDS,
+    HEAD_BYTES,
     TYPE_ID_HANDLER,
     FieldDescType,
     HeaderType,
-    get_metadata_type,
 )
-from irpe_ds.data.images import StoredImage
 
 FIRST_PAGE_BYTES = 1 << 23  # FFCV's default; doubled whenever a payload needs more
 
 
+def first_payload(room: int) -> int:
+    """Where the payloads begin in a file whose tables have room for so many samples."""
+    return _round_up(HEAD_BYTES + room * ENTRY_TYPE.itemsize, FIRST_PAGE_BYTES)
+
+
+def file_size(num_samples: int, payloads: int) -> int:
+    """Bytes of a file with payloads of so many bytes, but for the gaps at the ends of its pages."""
+    end = _round_up(first_payload(num_samples) + payloads, FIRST_PAGE_BYTES)
+    return end + num_samples * ALLOC_TABLE_TYPE.itemsize
+
+
 class BetonWriter:
-    """Writes `num_samples` images with labels to a file; complete once left without exception."""
+    """Places payloads in a file, then its tables.
 
-    def __init__(self, path: Path, num_samples: int) -> None:
-        self._file = path.open("wb")
-        self._fields = _descriptors()
-        fields = [field() for field in FIELDS.values()]
-        self._entries = np.zeros(num_samples, get_metadata_type(fields))
-        self._table = np.zeros(num_samples, ALLOC_TABLE_TYPE)
+    Args:
+        path: the file; created, or gone on with.
+        room: samples that its tables have room for.
+        end: bytes of `path` to keep; 0 starts anew.
+        largest: bytes of the largest payload among them.
+    """
+
+    def __init__(self, path: Path, *, room: int, end: int = 0, largest: int = 0) -> None:
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         self._page_bytes = FIRST_PAGE_BYTES
-        start = HeaderType.itemsize + self._fields.nbytes + self._entries.nbytes
-        self._position = _round_up(start, self._page_bytes)
-        self._written = 0
+        self._grow(largest)
+        self._end = end or first_payload(room)
+        self._file.truncate(end)
 
-    def __enter__(self) -> "BetonWriter":
-        return self
+    def append(self, payload: bytes) -> int:
+        """Place the next payload; where it begins."""
+        self._grow(len(payload))
+        page_end = _round_up(self._end + 1, self._page_bytes)
+        if self._end + len(payload) > page_end:
+            self._end = page_end
+        start = self._end
+        self._file.seek(start)
+        self._file.write(payload)
+        self._end += len(payload)
+        return start
 
-    def append(self, image: StoredImage, label: int) -> None:
-        """Add the next sample."""
-        size = image.payload.nbytes
+    def _grow(self, size: int) -> None:
         while size > self._page_bytes:
             # Pages only ever double, so what lies within a small page lies within a large one.
             self._page_bytes *= 2
-        page_end = _round_up(self._position + 1, self._page_bytes)
-        if self._position + size > page_end:
-            self._position = page_end
-        self._file.seek(self._position)
-        self._file.write(image.payload.data)
-        entry = self._entries[self._written]
-        entry["f0"] = image.entry[0]
-        entry["f0"]["data_ptr"] = self._position
-        entry["f1"] = label
-        self._table[self._written] = (self._written, self._position, size)
-        self._position += size
-        self._written += 1
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        with self._file:
-            if error is None:
-                self._finish()
+    def sync(self) -> None:
+        """Return when all that was written is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
-    def _finish(self) -> None:
-        assert self._written == len(self._entries)
+    def finish(self, tables: Iterable[tuple[NDArray[np.void], NDArray[np.void]]]) -> None:
+        """Write the tables, given piece by piece: metadata entries and allocations of samples."""
+        written = 0
+        allocations = _round_up(self._end, self._page_bytes)
+        self._file.truncate(self._end)  # of an earlier attempt to finish
+        for entries, table in tables:
+            self._file.seek(HEAD_BYTES + written * ENTRY_TYPE.itemsize)
+            self._file.write(entries.tobytes())
+            self._file.seek(allocations + written * ALLOC_TABLE_TYPE.itemsize)
+            self._file.write(table.tobytes())
+            written += len(entries)
         header = np.zeros(1, HeaderType)
         header["version"] = CURRENT_VERSION
-        header["num_fields"] = len(self._fields)
+        header["num_fields"] = len(FIELDS)
         header["page_size"] = self._page_bytes
-        header["num_samples"] = self._written
-        header["alloc_table_ptr"] = _round_up(self._position, self._page_bytes)
-        self._file.seek(header["alloc_table_ptr"][0])
-        self._file.write(self._table.tobytes())
+        header["num_samples"] = written
+        header["alloc_table_ptr"] = allocations
         self._file.seek(0)
-        for part in (header, self._fields, self._entries):
-            self._file.write(part.tobytes())
+        self._file.write(header.tobytes() + _descriptors().tobytes())
+        self.sync()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 def _descriptors() -> np.ndarray:

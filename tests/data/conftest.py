@@ -9,6 +9,8 @@ from PIL import Image
 
 from irpe_ds.data.convert import convert
 from irpe_ds.data.images import StorageOptions
+from irpe_ds.data.manifest import HASHES, MANIFEST, beside
+from irpe_ds.data.sources import open_source
 
 NUM_CLASSES = 37  # one image each in `folder`: there a label identifies an image
 
@@ -44,13 +46,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pixels: Pixels) -> Path:
 def beton(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     """`folder`, converted; not to be changed."""
     path = tmp_path_factory.mktemp("beton") / "small.beton"
-    convert(folder, path, StorageOptions(), workers=2)
+    convert(open_source([folder]), path, StorageOptions(), workers=2)
     return path
 
 
 @pytest.fixture
 def own_beton(tmp_path: Path, beton: Path) -> Path:
     """A copy of `beton` and its manifest, to be damaged."""
-    for suffix in ("", ".json"):
-        (tmp_path / f"own.beton{suffix}").write_bytes(Path(f"{beton}{suffix}").read_bytes())
-    return tmp_path / "own.beton"
+    own = tmp_path / "own.beton"
+    for suffix in ("", MANIFEST, HASHES):
+        beside(own, suffix).write_bytes(beside(beton, suffix).read_bytes())
+    return own

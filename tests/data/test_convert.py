@@ -1,34 +1,46 @@
 """ImageFolder -> .beton: what is stored, that anyone can read it, and what is refused."""
 
-import io
 import json
 import runpy
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from irpe_ds.data import writer
-from irpe_ds.data.convert import convert
+from irpe_ds.data.convert import convert, forecast
 from irpe_ds.data.dataset import read_beton
 from irpe_ds.data.ffcv_api import JPG, RAW, Reader
-from irpe_ds.data.images import StorageOptions
+from irpe_ds.data.images import StorageOptions, store_image
+from irpe_ds.data.journal import Journal
 from irpe_ds.data.loaders import EvalLoader
-from irpe_ds.data.manifest import file_sha256, read_manifest
+from irpe_ds.data.manifest import (
+    MANIFEST,
+    SKIPPED,
+    Manifest,
+    beside,
+    file_sha256,
+    read_manifest,
+)
+from irpe_ds.data.sources import open_source
 from irpe_ds.data.verify import verify
 from irpe_ds.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
 
+def convert_folder(folder: Path, out: Path, options: StorageOptions, **how: Any) -> Manifest:
+    return convert(open_source([folder]), out, options, **how)
+
+
 def payload(path: Path, sample: int) -> np.ndarray:
     """The stored bytes of one sample."""
-    beton = read_beton(path, "test")
-    entry = beton.entries[sample]
-    return beton.bytes[entry["start"] : entry["start"] + entry["bytes"]]
+    return read_beton(path, "test").payload(sample)
 
 
 @pytest.fixture
@@ -52,22 +64,20 @@ def test_passthrough_stores_the_files_themselves(folder: Path, beton: Path) -> N
         assert payload(beton, sample).tobytes() == file.read_bytes()
 
 
-def test_passthrough_reencodes_what_no_decoder_of_ours_reads(mixed: Path) -> None:
+def test_passthrough_keeps_the_pixels_of_what_is_no_rgb_jpeg(mixed: Path) -> None:
     out = mixed.parent / "mixed.beton"
-    manifest = convert(mixed, out, StorageOptions(quality=95), workers=2)
-    assert (manifest.num_samples, manifest.reencoded, manifest.left_out) == (4, 2, 1)
+    manifest = convert_folder(mixed, out, StorageOptions(), workers=2)
+    assert (manifest.num_samples, manifest.changed, manifest.left_out) == (4, 2, 1)
     verify(out, workers=2)
+    assert read_beton(out, "test").entries["mode"].tolist() == [JPG, JPG, RAW, RAW]
     for sample, name in ((2, "c.png"), (3, "d.jpg")):
-        stored = payload(out, sample).tobytes()
-        assert stored.startswith(b"\xff\xd8")
-        expected = np.asarray(Image.open(mixed / "dog" / name).convert("RGB"), np.float32)
-        found = np.asarray(Image.open(io.BytesIO(stored)), np.float32)
-        assert np.abs(found - expected).mean() < 12
+        expected = np.asarray(Image.open(mixed / "dog" / name).convert("RGB"))
+        assert np.array_equal(payload(out, sample), expected.ravel())
 
 
 def test_manifest_says_what_is_in_the_file(mixed: Path) -> None:
     out = mixed.parent / "mixed.beton"
-    convert(mixed, out, StorageOptions(), workers=2, command="python data_prep/convert.py")
+    convert_folder(mixed, out, StorageOptions(), workers=2, command="python data_prep/convert.py")
     manifest = read_manifest(out)
     assert manifest is not None
     assert manifest.classes == ("cat", "dog")
@@ -76,7 +86,7 @@ def test_manifest_says_what_is_in_the_file(mixed: Path) -> None:
     assert manifest.sha256 == file_sha256(out)
     assert manifest.options["mode"] == "passthrough"
     assert manifest.command == "python data_prep/convert.py"
-    assert json.loads(Path(f"{out}.json").read_text())["format"] == 1
+    assert json.loads(Path(f"{out}.json").read_text())["format"] == 2
 
 
 def test_ffcv_loader_reads_the_file_as_we_do(beton: Path) -> None:
@@ -99,17 +109,16 @@ def test_ffcv_loader_reads_the_file_as_we_do(beton: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "modes"),
     [
-        (StorageOptions(mode="jpg"), [JPG, JPG, JPG, JPG]),
+        (StorageOptions(mode="reencode"), [JPG, JPG, JPG, JPG]),
         (StorageOptions(mode="raw"), [RAW, RAW, RAW, RAW]),
-        (StorageOptions(mode="smart", smart_threshold=5000), [RAW, JPG, RAW, RAW]),
         (StorageOptions(mode="proportion", proportion=0.0), [RAW, RAW, RAW, RAW]),
         (StorageOptions(mode="proportion", proportion=1.0), [JPG, JPG, JPG, JPG]),
     ],
 )
 def test_modes(mixed: Path, options: StorageOptions, modes: list[int]) -> None:
     out = mixed.parent / "mixed.beton"
-    manifest = convert(mixed, out, options, workers=2)
-    assert manifest.reencoded == 4
+    manifest = convert_folder(mixed, out, options, workers=2)
+    assert manifest.changed == 4
     assert read_beton(out, "test").entries["mode"].tolist() == modes
     verify(out, workers=2)
     if modes[2] == RAW:
@@ -117,17 +126,48 @@ def test_modes(mixed: Path, options: StorageOptions, modes: list[int]) -> None:
         assert np.array_equal(payload(out, 2), expected.ravel())
 
 
-def test_max_resolution_limits_the_longest_side(mixed: Path) -> None:
+@pytest.mark.parametrize(
+    ("side", "heights", "widths"),
+    [
+        ({"longest_side": 60}, [30, 60, 30, 30], [40, 45, 40, 40]),
+        ({"shortest_side": 20}, [20, 27, 20, 20], [27, 20, 27, 27]),
+        ({"longest_side": 1}, [1, 1, 1, 1], [1, 1, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize("mode", ["reencode", "raw"])
+def test_longer_sides_are_reduced(
+    mixed: Path, side: dict[str, int], heights: list[int], widths: list[int], mode: Any
+) -> None:
     out = mixed.parent / "mixed.beton"
-    convert(mixed, out, StorageOptions(mode="jpg", max_resolution=60), workers=1)
+    convert_folder(mixed, out, StorageOptions(mode=mode, **side), workers=1)
     entries = read_beton(out, "test").entries
-    assert entries["height"].tolist() == [30, 60, 30, 30]
-    assert entries["width"].tolist() == [40, 45, 40, 40]
+    assert entries["height"].tolist() == heights
+    assert entries["width"].tolist() == widths
+    verify(out, workers=1)
+
+
+def test_reduction_is_by_area(mixed: Path) -> None:
+    out = mixed.parent / "mixed.beton"
+    convert_folder(mixed, out, StorageOptions(mode="raw", shortest_side=10), workers=1)
+    original = np.asarray(Image.open(mixed / "dog" / "c.png"), float)  # 30 x 40
+    found = payload(out, 2).reshape(10, 13, 3)
+    assert found[:, 0].mean() == pytest.approx(original[:, :3].mean(), abs=1)
+
+
+def test_rotation_tags_are_left_alone(mixed: Path) -> None:
+    tags = Image.Exif()
+    tags[0x0112] = 6  # to be shown rotated by 90 degrees
+    with Image.open(mixed / "cat" / "a.jpg") as image:
+        image.save(mixed / "cat" / "a.jpg", quality=90, exif=tags)
+    out = mixed.parent / "mixed.beton"
+    for mode in ("passthrough", "raw"):
+        convert_folder(mixed, out, StorageOptions(mode=mode), workers=1, overwrite=True)
+        assert tuple(read_beton(out, "test").entries[0][["height", "width"]]) == (30, 40)
 
 
 def test_file_does_not_depend_on_the_number_of_workers(folder: Path, tmp_path: Path) -> None:
     options = StorageOptions(mode="proportion")
-    made = [convert(folder, tmp_path / f"{n}.beton", options, workers=n) for n in (1, 3)]
+    made = [convert_folder(folder, tmp_path / f"{n}.beton", options, workers=n) for n in (1, 3)]
     assert made[0].sha256 == made[1].sha256
     modes = read_beton(tmp_path / "1.beton", "test").entries["mode"]
     assert set(modes.tolist()) == {JPG, RAW}
@@ -138,7 +178,7 @@ def test_pages_grow_with_the_images_and_nothing_crosses_one(
 ) -> None:
     monkeypatch.setattr(writer, "FIRST_PAGE_BYTES", 4096)
     out = mixed.parent / "mixed.beton"
-    convert(mixed, out, StorageOptions(mode="raw"), workers=1)  # 3,600 to 32,400 bytes each
+    convert_folder(mixed, out, StorageOptions(mode="raw"), workers=1)  # 3,600 to 32,400 bytes each
     reader = Reader(out)
     assert reader.page_size == 32768
     first, last = reader.alloc_table["ptr"], reader.alloc_table["ptr"] + reader.alloc_table["size"]
@@ -154,28 +194,128 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.parametrize("mode", ["passthrough", "raw"])
-def test_damaged_image_is_named_and_leaves_nothing(mixed: Path, kind: str, mode: str) -> None:
+def damage(mixed: Path, kind: str) -> None:
     bad = mixed / "cat" / "deeper" / "b.JPEG"
     bad.write_bytes(DAMAGE[kind](bad.read_bytes()))
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("mode", ["passthrough", "raw"])
+def test_damaged_image_is_named(mixed: Path, kind: str, mode: Any) -> None:
+    damage(mixed, kind)
     out = mixed.parent / "out" / "mixed.beton"
-    with pytest.raises(ConfigError, match=r"b\.JPEG: expected an undamaged image"):
-        convert(mixed, out, StorageOptions(mode=mode), workers=2)
-    assert list(out.parent.iterdir()) == []
+    with pytest.raises(ConfigError, match=r"cat/deeper/b\.JPEG: expected an undamaged image"):
+        convert_folder(mixed, out, StorageOptions(mode=mode), workers=2)
+    assert not out.exists()
+    assert not beside(out, MANIFEST).exists()
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_image_is_left_out_and_listed(mixed: Path, kind: str) -> None:
+    damage(mixed, kind)
+    out = mixed.parent / "mixed.beton"
+    manifest = convert_folder(mixed, out, StorageOptions(), workers=2, on_bad="skip")
+    assert (manifest.num_samples, manifest.skipped) == (3, 1)
+    assert manifest.class_counts == (1, 2)
+    name, reason = beside(out, SKIPPED).read_text().splitlines()[0].split("\t")
+    assert name == "cat/deeper/b.JPEG"
+    assert reason in ("0 bytes", "no image that Pillow knows") or "cleanly" in reason
+    verify(out, workers=1)
+
+
+def test_header_check_leaves_damage_to_verify(mixed: Path) -> None:
+    damage(mixed, "overwritten")
+    out = mixed.parent / "mixed.beton"
+    convert_folder(mixed, out, StorageOptions(check="header"), workers=1)
+    with pytest.raises(ConfigError, match=r"sample 1 \(cat/deeper/b\.JPEG\): JPEG data that does"):
+        verify(out, workers=1)
+
+
+def test_a_correction_goes_on_from_what_is_done(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(mixed, "empty")
+    out = mixed.parent / "mixed.beton"
+    with pytest.raises(ConfigError, match="0 bytes"):
+        convert_folder(mixed, out, StorageOptions(), workers=1)
+    with pytest.raises(ConfigError, match=r"unfinished.*expected mode passthrough, got raw"):
+        convert_folder(mixed, out, StorageOptions(mode="raw"), workers=1)
+    (mixed / "cat" / "deeper" / "b.JPEG").unlink()
+    read = []
+    monkeypatch.setattr(
+        "irpe_ds.data.convert.store_image",
+        lambda data, *args: read.append(data) or store_image(data, *args),
+    )
+    convert_folder(mixed, out, StorageOptions(), workers=1)
+    assert len(read) == 2  # not the first image of the three
+    verify(out, workers=1)
+    other = mixed.parent / "other.beton"
+    convert_folder(mixed, other, StorageOptions(), workers=1)
+    assert other.read_bytes() == out.read_bytes()
+
+
+def test_what_was_left_out_is_not_forgiven_later(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(mixed, "empty")
+    out = mixed.parent / "mixed.beton"
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("irpe_ds.data.convert._publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert_folder(mixed, out, StorageOptions(), workers=1, on_bad="skip")
+    with pytest.raises(ConfigError, match="0 bytes"):
+        convert_folder(mixed, out, StorageOptions(), workers=1)
+    assert convert_folder(mixed, out, StorageOptions(), workers=1, on_bad="skip").skipped == 1
+    verify(out, workers=1)
+
+
+def test_changed_source_is_read_again(mixed: Path, pixels: Callable[..., np.ndarray]) -> None:
+    (mixed / "dog" / "d.jpg").write_bytes(b"")
+    out = mixed.parent / "mixed.beton"
+    with pytest.raises(ConfigError, match=r"d\.jpg"):
+        convert_folder(mixed, out, StorageOptions(), workers=1)
+    for name in ("cat/a.jpg", "dog/d.jpg"):
+        Image.fromarray(pixels(9, 30, 40)).save(mixed / name, quality=80)
+    manifest = convert_folder(mixed, out, StorageOptions(), workers=1)
+    assert payload(out, 0).tobytes() == (mixed / "cat" / "a.jpg").read_bytes()
+    assert manifest.duplicates == 1
+    verify(out, workers=1)
+
+
+def test_one_conversion_at_a_time(mixed: Path) -> None:
+    out = mixed.parent / "mixed.beton"
+    expected = pytest.raises(ConfigError, match=r"none at work, got database is locked")
+    with closing(Journal(beside(out, ".partial.db"), {})), expected:
+        convert_folder(mixed, out, StorageOptions(), workers=1)
+
+
+def test_forecast_is_near_what_comes(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.beton"
+    for options in (StorageOptions(), StorageOptions(mode="raw"), StorageOptions(mode="reencode")):
+        coming = forecast(open_source([folder]), out, options, workers=1)
+        assert list(tmp_path.iterdir()) == []
+        made = convert_folder(folder, out, options, workers=1)
+        assert coming.size == pytest.approx(made.size, rel=0.05)
+        assert (coming.images, coming.classes) == (37, 37)
+        for path in tmp_path.iterdir():
+            path.unlink()
 
 
 def test_failure_keeps_the_file_that_was_to_be_replaced(mixed: Path) -> None:
     out = mixed.parent / "mixed.beton"
-    before = convert(mixed, out, StorageOptions(), workers=1)
+    before = convert_folder(mixed, out, StorageOptions(), workers=1)
     with pytest.raises(ConfigError, match=r"--out: expected a new file, or --overwrite"):
-        convert(mixed, out, StorageOptions(), workers=1)
+        convert_folder(mixed, out, StorageOptions(), workers=1)
     (mixed / "dog" / "c.png").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"c\.png"):
-        convert(mixed, out, StorageOptions(), workers=1, overwrite=True)
+        convert_folder(mixed, out, StorageOptions(), workers=1, overwrite=True)
     verify(out, workers=1)
     (mixed / "dog" / "c.png").unlink()
-    after = convert(mixed, out, StorageOptions(), workers=1, overwrite=True)
+    after = convert_folder(mixed, out, StorageOptions(), workers=1, overwrite=True)
     assert (before.num_samples, after.num_samples) == (4, 3)
     assert read_manifest(out) == after
 
@@ -183,14 +323,14 @@ def test_failure_keeps_the_file_that_was_to_be_replaced(mixed: Path) -> None:
 def test_folders_without_images_are_refused(tmp_path: Path, folder: Path) -> None:
     out = tmp_path / "out.beton"
     with pytest.raises(ConfigError, match=r"--source.*absent"):
-        convert(tmp_path / "absent", out, StorageOptions(), workers=1)
+        convert_folder(tmp_path / "absent", out, StorageOptions(), workers=1)
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "image.jpg").write_bytes((folder / "001" / "image.jpg").read_bytes())
     with pytest.raises(ConfigError, match=r"--source.*one folder per class, got none"):
-        convert(tmp_path / "flat", out, StorageOptions(), workers=1)
+        convert_folder(tmp_path / "flat", out, StorageOptions(), workers=1)
     (tmp_path / "flat" / "cat").mkdir()
     with pytest.raises(ConfigError, match=r"--source.*images in every class folder.*cat"):
-        convert(tmp_path / "flat", out, StorageOptions(), workers=1)
+        convert_folder(tmp_path / "flat", out, StorageOptions(), workers=1)
     assert not out.exists()
 
 
@@ -198,12 +338,13 @@ def test_folders_without_images_are_refused(tmp_path: Path, folder: Path) -> Non
     ("options", "where"),
     [
         ({"mode": "png"}, "--mode"),
-        ({"max_resolution": 100}, "--mode"),
-        ({"mode": "smart"}, "--smart-threshold"),
-        ({"mode": "jpg", "smart_threshold": 1}, "--smart-threshold"),
+        ({"longest_side": 100}, "--mode"),
+        ({"mode": "raw", "longest_side": 9, "shortest_side": 9}, "--shortest-side"),
+        ({"mode": "raw", "check": "header"}, "--check"),
+        ({"check": "none"}, "--check"),
         ({"quality": 0}, "--quality"),
         ({"mode": "proportion", "proportion": 1.5}, "--proportion"),
-        ({"mode": "raw", "max_resolution": 0}, "--max-resolution"),
+        ({"mode": "raw", "longest_side": 0}, "--longest-side"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, object], where: str) -> None:

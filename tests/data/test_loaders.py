@@ -1,5 +1,6 @@
 """Batches: the same whatever decodes them, complete, and no thread left behind."""
 
+import resource
 import subprocess
 import sys
 import threading
@@ -15,10 +16,13 @@ from PIL import Image
 
 from irpe_ds.config import AugmentConfig
 from irpe_ds.data import batches
+from irpe_ds.data.augment import Augment, Erase
 from irpe_ds.data.convert import convert
 from irpe_ds.data.dataset import read_beton
 from irpe_ds.data.images import StorageOptions
 from irpe_ds.data.loaders import EvalLoader, TrainLoader
+from irpe_ds.data.manifest import MANIFEST, beside
+from irpe_ds.data.sources import open_source
 from irpe_ds.errors import ConfigError
 
 WHOLE = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
@@ -37,26 +41,34 @@ def train_loader(path: Path, **options: Any) -> TrainLoader:
     return TrainLoader(path, **defaults | options)
 
 
-def everything(iterator: Iterator[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.cat(parts) for parts in zip(*iterator, strict=True))
+def everything(iterator: Iterator[tuple[Any, ...]]) -> tuple[torch.Tensor, ...]:
+    """All images and labels of an iterator over batches."""
+    batches = [batch[:2] for batch in iterator]
+    return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
 
 
 def decoding_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "decode"]
 
 
+def at_work() -> int:
+    """Threads that are decoding for somebody."""
+    return len(decoding_threads()) - len(batches._threads._idle)
+
+
 @pytest.fixture(autouse=True)
-def _leaves_no_thread() -> Iterator[None]:
-    before = decoding_threads()  # a test that failed may hold one
+def _leaves_no_thread_at_work() -> Iterator[None]:
+    before = at_work()  # a test that failed may hold one
     yield
-    assert set(decoding_threads()) <= set(before)
+    assert at_work() <= before
 
 
 def test_batches_are_what_was_promised(beton: Path) -> None:
     loader = train_loader(beton, accumulation=2, img_size=(24, 40))
     found = list(loader.epoch(0))
     assert len(found) == len(loader) == 8  # 37 // (4 * 2) updates of two passes
-    for images, labels in found:
+    for images, labels, keys in found:
+        assert (keys.dtype, keys.shape) == (np.uint64, (4,))
         assert (images.dtype, images.shape) == (torch.uint8, (4, 3, 24, 40))
         assert (labels.dtype, labels.shape) == (torch.int64, (4,))
 
@@ -77,7 +89,7 @@ def test_epoch_is_bit_identical_for_any_number_of_threads(beton: Path) -> None:
 
 def test_augmentation_changes_with_the_epoch(beton: Path) -> None:
     loader = train_loader(beton, batch_size=37)
-    (images, labels), (others, other_labels) = (next(loader.epoch(e)) for e in (0, 1))
+    (images, labels, _), (others, other_labels, _) = (next(loader.epoch(e)) for e in (0, 1))
     same = (images[labels.argsort()] == others[other_labels.argsort()]).flatten(1).all(1)
     assert same.sum() <= 1
 
@@ -98,7 +110,7 @@ def test_update_has_the_same_pixels_for_every_layout(
         ).epoch(1)
         for rank in range(world_size)
     ]
-    for images, labels in whole:
+    for images, labels, _ in whole:
         parts = [next(rank) for _ in range(accumulation) for rank in ranks]
         their_images, their_labels = everything(iter(parts))
         order, their_order = labels.argsort(), their_labels.argsort()
@@ -117,16 +129,45 @@ def test_rest_of_an_epoch_is_its_tail(beton: Path) -> None:
     assert list(loader.epoch(2, first_pass=len(loader))) == []
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_rest_of_an_epoch_on_another_number_of_ranks(
+    beton: Path, world_size: int, accumulation: int
+) -> None:
+    """With all that is drawn per image: crops, repeats, augmentation, erasing."""
+    config = AugmentConfig(auto="rand-m9-mstd0.5-inc1", erase=0.5, repeats=3)
+    augment, erase = Augment(config, (0.5, 0.5, 0.5)), Erase(config.erase)
+
+    def updates(first: int, **layout: int) -> list[dict[int, torch.Tensor]]:
+        """Images by key of each update from the first on."""
+        passes = layout["accumulation"]
+        found: list[dict[int, torch.Tensor]] = [{} for _ in range(4 - first)]
+        for rank in range(layout["world_size"]):
+            loader = train_loader(beton, augment=config, rank=rank, **layout)
+            for number, batch in enumerate(loader.epoch(5, first_pass=first * passes)):
+                images = erase(augment(batch.images, batch.keys).float(), batch.keys)
+                found[number // passes] |= dict(zip(batch.keys.tolist(), images, strict=True))
+        return found
+
+    whole = updates(0, batch_size=8, world_size=1, accumulation=1)
+    batch_size = 8 // (world_size * accumulation)
+    rest = updates(1, batch_size=batch_size, world_size=world_size, accumulation=accumulation)
+    assert [len(images) for images in whole] == [8] * 4
+    for expected, images in zip(whole[1:], rest, strict=True):
+        assert expected.keys() == images.keys()
+        assert all(torch.equal(expected[key], images[key]) for key in images)
+
+
 def test_batches_may_be_kept(beton: Path) -> None:
     kept, copies = [], []
-    for images, _ in train_loader(beton).epoch(0):
+    for images, *_ in train_loader(beton).epoch(0):
         kept.append(images)
         copies.append(images.clone())
     assert torch.equal(torch.cat(kept), torch.cat(copies))
     assert len({images.data_ptr() for images in kept}) == len(kept)
 
 
-@pytest.mark.parametrize("mode", ["jpg", "raw"])
+@pytest.mark.parametrize("mode", ["reencode", "raw"])
 def test_pixels_are_those_of_the_image(
     tmp_path: Path, pixels: Callable[..., np.ndarray], mode: Any
 ) -> None:
@@ -136,7 +177,7 @@ def test_pixels_are_those_of_the_image(
         Image.fromarray(original).save(tmp_path / "folder" / str(number) / "image.png")
     path = tmp_path / "square.beton"
     options = StorageOptions(mode=mode, quality=98)
-    convert(tmp_path / "folder", path, options, workers=1)
+    convert(open_source([tmp_path / "folder"]), path, options, workers=1)
     mirrored = WHOLE.model_copy(update={"hflip": 1.0})
     plain, flipped = (
         next(train_loader(path, batch_size=6, img_size=32, augment=a).epoch(0))
@@ -144,9 +185,9 @@ def test_pixels_are_those_of_the_image(
     )
     assert torch.equal(plain[0].flip(3), flipped[0])
     luma = np.array([0.299, 0.587, 0.114])  # JPEG keeps colour at half the resolution
-    for image, label in zip(*plain, strict=True):
+    for image, label, _ in zip(*plain, strict=True):
         error = image.permute(1, 2, 0).numpy().astype(float) - originals[label]
-        if mode == "jpg":
+        if mode == "reencode":
             assert np.abs(error @ luma).mean() < 2
         else:
             assert not error.any()
@@ -172,12 +213,12 @@ def test_evaluation_is_the_same_each_time(beton: Path) -> None:
     assert all(map(torch.equal, everything(iter(loader)), everything(iter(loader))))
 
 
-def test_leaving_early_ends_the_thread(beton: Path) -> None:
+def test_leaving_early_frees_the_thread(beton: Path) -> None:
     loader = train_loader(beton, batch_size=1)
     for _ in loader.epoch(0):
-        assert len(decoding_threads()) == 1
+        assert at_work() == 1
         break
-    assert decoding_threads() == []
+    assert at_work() == 0
 
     def fail() -> None:
         for _ in loader.epoch(0):
@@ -185,11 +226,32 @@ def test_leaving_early_ends_the_thread(beton: Path) -> None:
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert decoding_threads() == []
+    assert at_work() == 0
     epoch = loader.epoch(0)
     next(epoch)
     epoch.close()
-    assert decoding_threads() == []
+    assert at_work() == 0
+
+
+def test_200_epochs_with_early_exits_leave_nothing(beton: Path) -> None:
+    def held() -> tuple[int, int, int]:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return (
+            len(list(Path("/proc/self/task").iterdir())),
+            len(list(Path("/proc/self/fd").iterdir())),
+            pages * resource.getpagesize(),
+        )
+
+    loader = train_loader(beton)
+    for epoch in range(220):
+        if epoch == 20:
+            threads, files, memory = held()
+        for number, _ in enumerate(loader.epoch(epoch)):
+            if number == epoch % 4:
+                break
+    now = held()
+    assert now[:2] == (threads, files)
+    assert now[2] - memory < 2 << 20
 
 
 def test_exception_of_the_thread_reaches_the_consumer(
@@ -210,12 +272,15 @@ def test_exception_of_the_thread_reaches_the_consumer(
         next(epoch)
 
 
-def test_damaged_image_stops_training_by_name(own_beton: Path) -> None:
+@pytest.mark.parametrize("manifest", [True, False])
+def test_damaged_image_stops_training_by_name(own_beton: Path, manifest: bool) -> None:
+    if not manifest:  # then the decoder has to find it
+        beside(own_beton, MANIFEST).unlink()
     entry = read_beton(own_beton, "test").entries[21]
     with own_beton.open("r+b") as file:
         file.seek(int(entry["start"] + entry["bytes"] // 2))
         file.write(bytes(30))
-    with pytest.raises(ConfigError, match=r"own\.beton: expected images .* sample 21$"):
+    with pytest.raises(ConfigError, match=r"own\.beton: expected undamaged .* sample 21$"):
         list(train_loader(own_beton, batch_size=37).epoch(0))
 
 

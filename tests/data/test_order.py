@@ -19,7 +19,7 @@ def updates(world_size: int, accumulation: int, batch_size: int, epoch: int = 0)
             world_size=world_size,
             seed=3,
             epoch=epoch,
-        ).reshape(-1, accumulation * batch_size)
+        )[0].reshape(-1, accumulation * batch_size)
         for rank in range(world_size)
     ]
     return np.concatenate(ranks, axis=1)
@@ -57,3 +57,46 @@ def test_validation_counts_every_image_once(world_size: int, num_samples: int) -
     assert sorted(counted) == list(range(num_samples))
     assert len(lengths) == 1  # the same number of batches on every rank
     assert lengths.pop() % 4 == 0  # all of them full
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+@pytest.mark.parametrize("global_batch", [256, 1024])
+def test_repeats_are_those_of_deits_sampler(world_size: int, global_batch: int) -> None:
+    num_samples, repeats, batch_size = 5000, 3, global_batch // world_size
+    permutation = np.random.default_rng([3, 0]).permutation(num_samples)
+    repeated = np.repeat(permutation, repeats)  # as its RASampler: every image three times,
+    kept = num_samples // 256 * 256 // world_size  # dealt out to the ranks, so many each,
+    for rank in range(world_size):
+        theirs = repeated[rank::world_size][:kept]
+        theirs = theirs[: len(theirs) // batch_size * batch_size]  # in whole batches
+        samples, numbers = train_order(
+            num_samples,
+            batch_size=batch_size,
+            accumulation=1,
+            rank=rank,
+            world_size=world_size,
+            seed=3,
+            epoch=0,
+            repeats=repeats,
+        )
+        assert np.array_equal(samples, theirs)
+        assert set(numbers.tolist()) == {0, 1, 2}
+
+
+def test_repetitions_of_an_image_are_told_apart() -> None:
+    ranks = [
+        train_order(
+            100,
+            batch_size=5,
+            accumulation=1,
+            rank=rank,
+            world_size=2,
+            seed=0,
+            epoch=0,
+            repeats=3,
+        )
+        for rank in range(2)
+    ]
+    pairs = np.concatenate(ranks, axis=1)
+    assert pairs.shape == (2, 100)
+    assert len(np.unique(pairs, axis=1).T) == 100

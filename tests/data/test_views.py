@@ -5,13 +5,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from irpe_ds.data.draws import image_keys
 from irpe_ds.data.views import Views, centre_views, random_views
 
 
 def draw(samples: np.ndarray, height: int = 400, width: int = 500, **options: Any) -> Views:
     heights, widths = np.full(len(samples), height), np.full(len(samples), width)
-    defaults = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "seed": 0, "epoch": 0}
-    return random_views(samples, heights, widths, **defaults | options)
+    keys = image_keys(samples, seed=options.pop("seed", 0), epoch=options.pop("epoch", 0))
+    defaults = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5}
+    return random_views(samples, heights, widths, keys, **defaults | options)
 
 
 @pytest.mark.parametrize(("height", "width"), [(400, 500), (32, 32), (1, 1), (3, 300), (300, 3)])

@@ -1,0 +1,1 @@
+"""Benchmarks of conversion and loading: `python -m irpe_ds.data.bench`."""

@@ -1,0 +1,275 @@
+"""Times conversion and loading side by side with what else there is, in one run.
+
+    python data_prep/synthetic.py --out data/synthetic
+    python -m irpe_ds.data.bench convert --data data/synthetic --workers 2
+    python -m irpe_ds.data.bench load --data data/synthetic --workers 1 2
+
+DIR/folder/train of --data is an ImageFolder without damaged files. Every round runs each
+candidate once, in rotated order. Prints medians over the rounds of images per second, and of the
+ratios within a round.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from irpe_ds.cli import run
+from irpe_ds.data.bench.loaders import LOADERS, Setting, started
+from irpe_ds.errors import ConfigError
+
+# Nothing that starts threads is imported above: candidates do so, each in a process of its own.
+
+ROOT = Path(__file__).parents[3]  # of the repository, which has the scripts
+PACKAGES = ("torch", "torchvision", "ffcv", "numba", "numpy", "pillow")
+WHOLE = "convert, whole process until the file is on the disk"
+INSIDE = "convert, without start-up, as each reports it"
+
+Result = TypeVar("Result")
+
+
+class Table(NamedTuple):
+    """Candidates side by side."""
+
+    title: str
+    rates: Mapping[str, list[float]]
+    """Images per second of each candidate, by round."""
+    references: Sequence[str]
+    """The candidates that the others are compared with."""
+
+
+LOAD_REFERENCES = ("ffcv", "decode only", "ours, normalised")
+
+
+def bench_load(args: argparse.Namespace) -> Iterator[Table]:
+    """Images per second of an epoch after a warm-up epoch, a table per number of workers."""
+    folder = args.data / "folder/train"
+    with tempfile.TemporaryDirectory(dir=args.data) as scratch:
+        beton = Path(scratch, "train.beton")
+        _run(_converter(folder, beton, max(args.workers)))
+        for workers in args.workers:
+            setting = Setting(
+                folder=folder, beton=beton, workers=workers, size=args.size, batch=args.batch
+            )
+            title = f"load, workers {workers}, {args.size} pixels, batches of {args.batch}"
+            with ExitStack() as stack:
+                calls = {
+                    name: stack.enter_context(started(name, prepare, setting))
+                    for name, prepare in LOADERS.items()
+                }
+                yield Table(title, _interleave(calls, args.rounds), LOAD_REFERENCES)
+
+
+def bench_convert(args: argparse.Namespace) -> Iterator[Table]:
+    """Images per second of a conversion, with and without what it takes to start."""
+    folder, (workers,) = args.data / "folder/train", args.workers
+    calls = {
+        "ours": lambda out: _conversion(_converter(folder, out, workers), out),
+        "ours, --check header": lambda out: _conversion(
+            [*_converter(folder, out, workers), "--check", "header"], out
+        ),
+        "ffcv-imagenet": lambda out: _conversion(_recipe(folder, out, workers), out),
+        "disk": lambda out: _copy(folder, out),
+    }
+
+    def rates(name: str) -> tuple[float, float]:
+        with tempfile.TemporaryDirectory(dir=args.data) as scratch:
+            start = time.perf_counter()
+            inside = calls[name](Path(scratch, "train.beton"))
+            whole = len(_files(folder)) / (time.perf_counter() - start)
+        return whole, inside or whole
+
+    rates("disk")  # so that the files are in memory, for everyone
+    results = _interleave({name: partial(rates, name) for name in calls}, args.rounds)
+    for part, title in enumerate((WHOLE, INSIDE)):
+        own = {name: [result[part] for result in rounds] for name, rounds in results.items()}
+        yield Table(f"{title}, workers {workers}", own, ("ffcv-imagenet", "disk"))
+
+
+def _converter(folder: Path, out: Path, workers: int) -> list[str]:
+    """Our command that converts."""
+    command = [
+        sys.executable,
+        os.fspath(ROOT / "data_prep/convert.py"),
+        "--source",
+        os.fspath(folder),
+    ]
+    return [*command, "--out", os.fspath(out), "--workers", str(workers)]
+
+
+def _recipe(folder: Path, out: Path, workers: int) -> list[str]:
+    """This script's command that converts as ffcv-imagenet does."""
+    command = [sys.executable, "-m", "irpe_ds.data.bench", "recipe", "--source"]
+    return [*command, os.fspath(folder), "--out", os.fspath(out), "--workers", str(workers)]
+
+
+def _conversion(command: Sequence[str], out: Path) -> float:
+    """Convert, bring the file to the disk and return the images per second that were printed."""
+    printed = re.findall(r"([\d.]+) img/s", _run(command))
+    _to_disk(out)
+    return float(printed[-1])
+
+
+def _copy(folder: Path, out: Path) -> None:
+    """Read every file, write its bytes to `out`, one after the other, and bring it to the disk."""
+    with out.open("wb") as file:
+        for path in _files(folder):
+            file.write(path.read_bytes())
+    _to_disk(out)
+
+
+def convert_as_the_recipe(args: argparse.Namespace) -> None:
+    """Write a .beton file as ffcv-imagenet does for its results: JPEGs of at most 500 pixels."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+    from torchvision.datasets import ImageFolder
+
+    image = RGBImageField(write_mode="jpg", max_resolution=500, jpeg_quality=90)
+    folder = ImageFolder(args.source)
+    fields = {"image": image, "label": IntField()}
+    writer = DatasetWriter(os.fspath(args.out), fields, num_workers=args.workers)
+    start = time.perf_counter()
+    writer.from_indexed_dataset(folder, chunksize=100)
+    print(f"{len(folder) / (time.perf_counter() - start):.1f} img/s")
+
+
+def _run(command: Sequence[str]) -> str:
+    """What a command prints; it must succeed."""
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"{shlex.join(command)}: {process.stderr}")
+    return process.stdout
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*/*") if path.is_file())
+
+
+def _interleave(calls: Mapping[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
+    """Results of each call by round; every round begins with another one."""
+    names = list(calls)
+    results: dict[str, list[Result]] = {name: [] for name in names}
+    for done in range(rounds):
+        first = done % len(names)
+        for name in names[first:] + names[:first]:
+            results[name].append(calls[name]())
+    return results
+
+
+def _summary(table: Table) -> dict[str, dict[str, Any]]:
+    """Medians and ratios of a table, as the report has them."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, own in table.rates.items():
+        ratios = {
+            other: statistics.median(a / b for a, b in zip(own, table.rates[other], strict=True))
+            for other in table.references
+        }
+        rows[name] = {"median": statistics.median(own), "rates": own, "ratios": ratios}
+    return rows
+
+
+def _print(title: str, references: Sequence[str], rows: Mapping[str, dict[str, Any]]) -> None:
+    print(f"\n{title}\n{'':24} {'img/s':>9}", *(f"{f'/ {name}':>18}" for name in references))
+    for name, row in rows.items():
+        ratios = (f"{ratio:18.3f}" for ratio in row["ratios"].values())
+        print(f"{name:24} {row['median']:9.0f}", *ratios, flush=True)
+
+
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """What a number needs beside it to be believed."""
+    files = _files(args.data / "folder/train")
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {
+        "command": shlex.join(["python", "-m", "irpe_ds.data.bench", *sys.argv[1:]]),
+        "commit": commit,
+        "device": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores",
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "rounds": args.rounds,
+        "images": len(files),
+        "bytes_per_image": round(statistics.mean(path.stat().st_size for path in files)),
+    }
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ConfigError for what would fail minutes later."""
+    folder, cores = args.data / "folder/train", len(os.sched_getaffinity(0))
+    images = len(_files(folder))
+    if not images:
+        raise ConfigError("--data", "a folder with folder/train, an ImageFolder", args.data)
+    if not all(1 <= workers <= cores for workers in args.workers):
+        raise ConfigError("--workers", f"1 to {cores}, the cores", args.workers)
+    if args.rounds < 1:
+        raise ConfigError("--rounds", "at least 1", args.rounds)
+    if args.part == "load" and not 1 <= args.batch <= images:
+        raise ConfigError("--batch", f"1 to {images}, the number of images", args.batch)
+    if args.out and not args.out.parent.is_dir():
+        raise ConfigError("--out", "a file in a folder that exists", args.out)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = parser.add_subparsers(dest="part", required=True)
+    for name, workers, text in (
+        ("convert", 1, "ImageFolder to .beton; limit: copying the bytes"),
+        ("load", "+", "training batches; limit: decoding the JPEGs"),
+    ):
+        part = parts.add_parser(name, help=text)
+        part.add_argument("--data", type=Path, required=True, help="folder with folder/train")
+        part.add_argument("--workers", type=int, nargs=workers, default=[1])
+        part.add_argument("--rounds", type=int, default=5)
+        part.add_argument("--out", type=Path, help="JSON file to write")
+    part.add_argument("--size", type=int, default=224, help="of the images, pixels")
+    part.add_argument("--batch", type=int, default=128, help="images")
+    part = parts.add_parser("recipe", help="only convert as ffcv-imagenet does")
+    part.add_argument("--source", type=Path, required=True, help="folder of class folders")
+    part.add_argument("--out", type=Path, required=True, help="the .beton file to write")
+    part.add_argument("--workers", type=int, default=1)
+    return parser
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    if args.part == "recipe":
+        convert_as_the_recipe(args)
+        return
+    check(args)
+    report = describe(args)
+    for name, value in report.items():
+        print(f"{name}: {value}")
+    report["tables"] = {}
+    for table in (bench_convert if args.part == "convert" else bench_load)(args):
+        rows = report["tables"][table.title] = _summary(table)
+        _print(table.title, table.references, rows)
+        if args.out:  # after every table: a run that is cut short keeps what it has
+            args.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

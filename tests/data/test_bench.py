@@ -1,0 +1,71 @@
+"""irpe_ds.data.bench: that it runs; its figures are for whoever runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep import synthetic
+
+ROOT = Path(__file__).parents[2]
+BENCH = [sys.executable, "-m", "irpe_ds.data.bench"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bench") / "data"
+    synthetic.write(out, images=24, classes=2, seed=0)
+    return out
+
+
+def bench(data: Path, out: Path, *options: str) -> dict[str, Any]:
+    """The report of one round, whose text must have every row of it."""
+    command = [*BENCH, options[0], "--data", str(data), "--rounds", "1"]
+    command += ["--out", str(out), *options[1:]]
+    before = sorted(data.iterdir())
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert sorted(data.iterdir()) == before
+    report = json.loads(out.read_text())
+    assert report["images"] == 24
+    assert report["command"].startswith("python ")
+    assert report["versions"].keys() >= {"torch", "ffcv"}
+    for title, rows in report["tables"].items():
+        assert title in process.stdout
+        for name, row in rows.items():
+            assert f"\n{name} " in process.stdout
+            assert row["median"] > 0
+            assert row["rates"] == [row["median"]]
+            for other, ratio in row["ratios"].items():
+                assert ratio == pytest.approx(row["median"] / rows[other]["median"])
+    return report["tables"]
+
+
+def test_convert(data: Path, tmp_path: Path) -> None:
+    tables = bench(data, tmp_path / "report.json", "convert")
+    assert len(tables) == 2
+    for rows in tables.values():
+        assert set(rows) == {"ours", "ours, --check header", "ffcv-imagenet", "disk"}
+
+
+def test_load(data: Path, tmp_path: Path) -> None:
+    tables = bench(data, tmp_path / "report.json", "load", "--batch", "8", "--size", "32")
+    assert list(tables) == ["load, workers 1, 32 pixels, batches of 8"]
+    (rows,) = tables.values()
+    loaders = {"ours", "ffcv", "torchvision", "decode only", "ours, normalised"}
+    assert set(rows) == loaders | {"ours, 3a, normalised"}
+
+
+@pytest.mark.parametrize("option", ["--data", "--workers", "--rounds", "--batch", "--out"])
+def test_refuses(data: Path, tmp_path: Path, option: str) -> None:
+    value = {"--data": str(tmp_path), "--out": str(tmp_path / "none/report.json")}.get(option, "0")
+    command = [*BENCH, "load", "--data", str(data), "--batch", "8"]
+    command += [option, value]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert f"error: {option}: expected" in process.stderr
