@@ -20,6 +20,12 @@ def main() -> None:
     source.add_argument("--config", type=Path, metavar="YAML", help="configuration, with --weights")
     parser.add_argument("--weights", type=Path, help=".pth or .safetensors instead of the run's")
     parser.add_argument("--batch-size", type=int, default=64, help="images per rank and pass")
+    parser.add_argument(
+        "--pipeline",
+        choices=("timm", "ffcv"),
+        default="timm",
+        help="timm: bicubic, as published (default); ffcv: by area, as in training, faster",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
@@ -27,14 +33,15 @@ def main() -> None:
     from irpe_ds.config import load_config
     from irpe_ds.training.evaluation import evaluate_weights
 
-    config = load_config(args.config or args.run / "config.yaml", args.overrides)
+    overrides = [f"data.pipeline={args.pipeline}", *args.overrides]
+    config = load_config(args.config or args.run / "config.yaml", overrides)
     weights = args.weights or newest_weights(args.run)
     scores = evaluate_weights(config, weights, args.batch_size)
     if scores is not None:
         print(
             f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, "
-            f"loss {scores['loss']:.4f} on {scores['images']:.0f} images of {config.data.val}: "
-            f"{weights}"
+            f"loss {scores['loss']:.4f} on {scores['images']:.0f} images of {config.data.val} "
+            f"(pipeline {args.pipeline}): {weights}"
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from irpe_ds.config import ModelConfig
 from irpe_ds.errors import ConfigError
-from irpe_ds.models.vision_transformer import equip
+from irpe_ds.models.vision_transformer import equip, set_resolution
 from irpe_ds.models.zoo import ZOO
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,11 @@ def build_model(config: ModelConfig) -> nn.Module:
             raise ConfigError(where, error.expected, error.got) from None
     elif config.impl != "auto" and config.name not in ZOO:
         raise ConfigError("model.impl", "auto for a model without relative position", config.impl)
+    for _, pixels in (*config.resolutions, (0, config.img_size)):  # the last one stays
+        try:
+            set_resolution(model, pixels)
+        except ConfigError as error:
+            raise ConfigError("model.resolutions", error.expected, error.got) from None
     if config.weights is not None:
         load_weights(model, config.weights, where="model.weights")
     return model
@@ -60,6 +65,8 @@ def _arguments(config: ModelConfig) -> dict[str, Any]:
     pretrained = timm.models.get_pretrained_cfg(name)
     if pretrained is None or pretrained.fixed_input_size:
         arguments["img_size"] = config.img_size
+        if config.resolutions:
+            arguments["dynamic_img_size"] = True
     if config.drop_path:
         arguments["drop_path_rate"] = config.drop_path
     if config.name in ZOO:

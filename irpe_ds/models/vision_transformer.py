@@ -18,7 +18,8 @@ def equip(model: nn.Module, rpe: RPEConfig, impl: str = "auto") -> VisionTransfo
 
     Works on any timm VisionTransformer whose blocks hold timm's `Attention`: DeiT, DINOv2 with
     its registers, CLIP, SigLIP, with or without class token. Logits are unchanged until training
-    moves the tables. `model.set_input_size` goes on working: the bucket maps follow the grid.
+    moves the tables. `model.set_input_size` goes on working: the bucket maps follow the grid. A
+    model of dynamic_img_size takes one size at a time: `set_resolution` says which.
 
     Args:
         impl: implementation of the op, as in `irpe_attention`.
@@ -38,6 +39,32 @@ def equip(model: nn.Module, rpe: RPEConfig, impl: str = "auto") -> VisionTransfo
     return vit
 
 
+def set_resolution(model: nn.Module, img_size: int | tuple[int, int]) -> None:
+    """Prepare a model of dynamic_img_size for another input size, without a new parameter.
+
+    The bucket maps of relative position tables become those of the new grid; timm interpolates
+    the position embedding at every forward pass. Other models are left as they are.
+
+    Raises:
+        ConfigError: the size is no multiple of the patch size.
+    """
+    if not isinstance(model, VisionTransformer) or not model.dynamic_img_size:
+        return
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    patch = model.patch_embed.patch_size
+    if size[0] % patch[0] or size[1] % patch[1]:
+        raise ConfigError("img_size", f"multiples of the patch size {patch}", size)
+    grid = size[0] // patch[0], size[1] // patch[1]
+    maps: dict[str, BucketMap] = {}  # all layers share one
+    for module in model.modules():
+        if isinstance(module, RPETable) and module.buckets.grid != grid:
+            old = module.buckets
+            if old.method not in maps:
+                new = BucketMap.build(old.method, *grid, old.skip, old.ratio)
+                maps[old.method] = new.to(old.ids.device)
+            module.buckets = maps[old.method]
+
+
 def _set_input_size(model: VisionTransformer, rpe: RPEConfig, *args: Any, **kwargs: Any) -> None:
     """timm's set_input_size, then every table reads the bucket maps of the new grid."""
     type(model).set_input_size(model, *args, **kwargs)
@@ -52,9 +79,6 @@ def _checked(model: nn.Module) -> VisionTransformer:
     name = type(model).__name__
     if not isinstance(model, VisionTransformer):
         raise ConfigError("equip", expected, name)
-    if model.dynamic_img_size:
-        one_size = "a model of one input size (change it with set_input_size)"
-        raise ConfigError("equip", one_size, "dynamic_img_size=True")
     if isinstance(model.patch_drop, PatchDropout):
         raise ConfigError("equip", "a model that keeps every patch", "patch_drop_rate > 0")
     for number, block in enumerate(model.blocks):

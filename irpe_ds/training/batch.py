@@ -6,6 +6,7 @@ from timm.data import Mixup
 from torch import Tensor
 
 from irpe_ds.config import DataConfig, RunConfig
+from irpe_ds.data.augment import Augment
 
 
 class Normalize:
@@ -20,6 +21,19 @@ class Normalize:
     def __call__(self, images: Tensor) -> Tensor:
         images = images.to(self.device, non_blocking=True)
         return torch.addcmul(self.shift, images.float(), self.factor)
+
+
+def build_augment(config: RunConfig) -> Augment:
+    """RandAugment, three-augment, colour jitter; nothing where timm has done it on the host.
+
+    Raises:
+        ConfigError: augmentation that there is none of.
+    """
+    augment = Augment(config.augment, config.data.mean)  # whoever does it: the names are checked
+    if config.data.pipeline == "timm":
+        nothing = config.augment.model_copy(update={"auto": None, "color_jitter": 0.0})
+        augment = Augment(nothing, config.data.mean)
+    return augment
 
 
 def build_mixup(config: RunConfig) -> Mixup | None:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from irpe_ds.config import RunConfig
-from irpe_ds.data.dataset import DatasetInfo, open_dataset, read_beton
+from irpe_ds.data.dataset import DatasetInfo, read_beton
+from irpe_ds.data.decoders import describe
 from irpe_ds.data.loaders import EvalLoader
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_model, load_weights
@@ -73,6 +74,7 @@ def evaluate_weights(config: RunConfig, weights: Path, batch_size: int) -> dict[
         crop=config.data.val_crop,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        pipeline=config.data.pipeline,
         workers=config.data.workers,
     )
     normalize = Normalize(config.data, ranks.device)
@@ -98,7 +100,7 @@ def check_data(config: RunConfig) -> DatasetInfo:
 def open_checked(config: RunConfig, part: str) -> DatasetInfo:
     """What data.train or data.val holds, if it is whole and of the model's classes."""
     path, num_classes = getattr(config.data, part), config.model.num_classes
-    info = open_dataset(path, f"data.{part}")
+    info = describe(path, f"data.{part}", config.data.pipeline)
     if info.num_classes not in (None, num_classes):
         expected = f"{info.num_classes}, the classes of {path}"
         raise ConfigError("model.num_classes", expected, num_classes)

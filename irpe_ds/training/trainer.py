@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from irpe_ds.config import RunConfig
-from irpe_ds.data.loaders import EvalLoader, TrainLoader
+from irpe_ds.data.augment import Erase
+from irpe_ds.data.loaders import Batch, EvalLoader, TrainLoader
+from irpe_ds.models.vision_transformer import set_resolution
 from irpe_ds.runlog import RunLog
 from irpe_ds.training import checkpoint
-from irpe_ds.training.batch import Normalize, build_mixup, seed_step
+from irpe_ds.training.batch import Normalize, build_augment, build_mixup, seed_step
 from irpe_ds.training.distributed import Ranks
 from irpe_ds.training.evaluation import evaluate
 from irpe_ds.training.optim import build_optimizer, build_schedule
@@ -46,6 +48,7 @@ class Trainer:
             "img_size": config.model.img_size,
             "rank": ranks.rank,
             "world_size": ranks.world_size,
+            "pipeline": config.data.pipeline,
             "workers": config.data.workers,
         }
         self.train_batches = TrainLoader(
@@ -53,6 +56,7 @@ class Trainer:
             augment=config.augment,
             seed=config.seed,
             accumulation=config.train.accumulation,
+            mean=config.data.mean,
             **shared,
         )
         self.val_batches = EvalLoader(config.data.val, crop=config.data.val_crop, **shared)
@@ -60,7 +64,9 @@ class Trainer:
             model=model, optimizer=build_optimizer(model, config), config=settings
         )
         self.schedule = build_schedule(self.engine.optimizer, config, plan.updates_per_epoch)
+        self.augment = build_augment(config)
         self.normalize = Normalize(config.data, ranks.device)
+        self.erase = Erase(config.augment.erase)
         self.mixup = build_mixup(config)
         self.update = 0
 
@@ -76,14 +82,16 @@ class Trainer:
         epoch, done = divmod(self.update, self.plan.updates_per_epoch)
         end = min(self.plan.last_update, (epoch + 1) * self.plan.updates_per_epoch)
         accumulation = self.config.train.accumulation
-        batches = self.train_batches.epoch(epoch, first_pass=done * accumulation)
+        size = self.config.model.size_at(epoch)
+        set_resolution(self.engine.module, size)
+        batches = self.train_batches.epoch(epoch, first_pass=done * accumulation, img_size=size)
         with closing(batches), self.progress_bar(epoch, done) as bar:
             meter = Meter(batches, self.ranks)
             while self.update < end:
                 self.schedule.step_update(self.update)
                 for micro_step in range(accumulation):
-                    images, labels = next(meter)
-                    meter.add(self.step(images, labels, micro_step), len(images))
+                    batch = next(meter)
+                    meter.add(self.step(batch, micro_step), len(batch.images))
                 self.update += 1
                 bar.update()
                 if self.update % self.config.train.log_every == 0 or self.update == end:
@@ -110,11 +118,13 @@ class Trainer:
             leave=sys.stderr.isatty(),
         )
 
-    def step(self, images: Tensor, labels: Tensor, micro_step: int) -> Tensor:
+    def step(self, batch: Batch, micro_step: int) -> Tensor:
         """One forward and backward pass, the last of an update with the update; the loss."""
         number = self.update * self.config.train.accumulation + micro_step
         seed_step(self.config.seed, number, self.ranks.rank)
-        images, targets = self.normalize(images), labels.to(self.ranks.device)
+        images = batch.images.to(self.ranks.device, non_blocking=True)
+        images = self.erase(self.normalize(self.augment(images, batch.keys)), batch.keys)
+        targets = batch.labels.to(self.ranks.device, non_blocking=True)
         smoothing = self.config.augment.label_smoothing
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)  # smoothed by mixup
@@ -141,6 +151,7 @@ class Trainer:
     def validate(self, log: RunLog) -> None:
         """Evaluate the present weights on the whole validation set."""
         dtype = DTYPES[self.config.train.precision]
+        set_resolution(self.engine.module, self.config.model.img_size)
         scores = evaluate(
             self.engine, self.val_batches, lambda x: self.normalize(x).to(dtype), self.ranks
         )
@@ -164,13 +175,13 @@ class Trainer:
         self.update = checkpoint.resume(self.engine, path)
 
 
-class Meter(Iterator[tuple[Tensor, Tensor]]):
+class Meter(Iterator[Batch]):
     """Passes batches on and keeps the loss, the speed and the share of time spent waiting.
 
     The loss is summed on the device; only `read` waits for it.
     """
 
-    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks) -> None:
+    def __init__(self, batches: Iterable[Batch], ranks: Ranks) -> None:
         self.batches, self.ranks = iter(batches), ranks
         self.reset()
 
@@ -179,7 +190,7 @@ class Meter(Iterator[tuple[Tensor, Tensor]]):
         self.passes = self.images = 0
         self.waited, self.since = 0.0, time.perf_counter()
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
+    def __next__(self) -> Batch:
         started = time.perf_counter()
         batch = next(self.batches)
         self.waited += time.perf_counter() - started

@@ -21,6 +21,12 @@ UPDATES = 20
 STOP = 8  # in the middle of the first epoch
 # Stage 3 last: it patches torch.nn.functional.linear for the rest of the process.
 CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+RECIPE = (  # DeiT's, and progressive resolution
+    *("augment.auto=rand-m9-mstd0.5-inc1", "augment.erase=0.25", "augment.repeats=3"),
+    *("augment.mixup=0.8", "augment.cutmix=1.0", "augment.label_smoothing=0.1"),
+    *("augment.hflip=0.5", "model.resolutions=[[0, 16], [1, 24]]"),
+)
+PIPELINES = ("ffcv", "timm")
 every_case = pytest.mark.parametrize(("stage", "precision"), CASES)
 
 
@@ -64,6 +70,13 @@ def runs(run: Any, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         ],
     )
     kinds = {"whole": UPDATES, "resumed": STOP}
+    steps = [("whole", UPDATES, "never"), ("resumed", STOP, "never"), ("resumed", UPDATES, "auto")]
+    recipe = [
+        ((*overrides(k, 1, "bf16", u), *RECIPE, f"name={k}-{p}", f"data.pipeline={p}"), resume)
+        for p in PIPELINES
+        for k, u, resume in steps
+    ]
+    launch("recipe", recipe)
     launch("first", [(overrides(k, *c, kinds[k]), "never") for c in CASES for k in kinds])
     launch("second", [(overrides("resumed", *case, UPDATES), "auto") for case in CASES])
     return output
@@ -117,15 +130,25 @@ def test_clipping_is_applied(runs: Path) -> None:
     assert not torch.equal(losses(runs / "plain"), losses(runs / "clipped"))
 
 
-@every_case
-def test_resuming_is_bitwise_the_uninterrupted_run(runs: Path, stage: int, precision: str) -> None:
-    whole, resumed = (runs / f"{kind}-{stage}-{precision}" for kind in ("whole", "resumed"))
+def check_resumed(runs: Path, case: str) -> None:
+    whole, resumed = (runs / f"{kind}-{case}" for kind in ("whole", "resumed"))
     assert "going on from" in (resumed / "log.txt").read_text()
     assert torch.equal(losses(resumed), losses(whole))
     assert rows(resumed, "eval")[-1] == rows(whole, "eval")[-1]
     expected, got = weights(whole), weights(resumed)
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+@every_case
+def test_resuming_is_bitwise_the_uninterrupted_run(runs: Path, stage: int, precision: str) -> None:
+    check_resumed(runs, f"{stage}-{precision}")
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_so_it_is_with_deits_recipe(runs: Path, pipeline: str) -> None:
+    check_resumed(runs, pipeline)
+    assert not torch.equal(losses(runs / f"whole-{pipeline}"), losses(runs / "whole-1-bf16"))
 
 
 @every_case
@@ -155,10 +178,21 @@ def test_run_folder_keeps_what_is_needed_to_repeat_it(runs: Path) -> None:
 
 def test_evaluate_scores_the_checkpoint_on_disk(runs: Path, run: Any) -> None:
     folder = runs / "whole-0-fp32"
-    done = run(sys.executable, "launch/evaluate.py", "--run", folder)
+    done = run(sys.executable, "launch/evaluate.py", "--run", folder, "--pipeline", "ffcv")
     assert done.returncode == 0, done.stderr
     assert f"top-1 {rows(folder, 'eval')[-1]['top1']:.2f} %" in done.stdout
     assert "on 359 images" in done.stdout
+
+
+def test_evaluate_reads_the_folder_itself(runs: Path, run: Any, digits: Path) -> None:
+    scores = []
+    for source in (f"{digits}/val.beton", f"{digits}/val"):
+        folder = runs / "whole-0-fp32"
+        done = run(sys.executable, "launch/evaluate.py", "--run", folder, f"data.val={source}")
+        assert done.returncode == 0, done.stderr
+        assert "(pipeline timm)" in done.stdout
+        scores.append(done.stdout.split(" images of ")[0])
+    assert scores[0] == scores[1]
 
 
 def test_fused_attention_under_zero_3(

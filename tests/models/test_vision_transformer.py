@@ -10,12 +10,17 @@ import pytest
 import timm
 import torch
 from timm.layers import Attention
-from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer import (
+    ParallelScalingBlock,
+    VisionTransformer,
+    checkpoint_filter_fn,
+)
 from torch import Tensor
 
 from irpe_ds import equip
 from irpe_ds.errors import ConfigError
 from irpe_ds.models import RPEAttention
+from irpe_ds.models.vision_transformer import set_resolution
 from irpe_ds.rpe import BucketMap, RPEConfig
 
 NARROW = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -240,7 +245,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"attn_layer": "diff"},
         "DiffAttention in blocks.0",
     ),
-    "any input size": ("deit_tiny_patch16_224", {"dynamic_img_size": True}, "dynamic_img_size"),
     "patches dropped": ("deit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "patch_drop_rate"),
     "encoded already": (
         "deit_tiny_patch16_224_ctx_product_50_shared_k",
@@ -248,6 +252,38 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "VisionTransformer with it",
     ),
 }
+
+
+class TestResolution:
+    @pytest.mark.parametrize("method", ["product", "cross"])
+    def test_is_that_of_a_model_made_for_the_size(self, method: Any) -> None:
+        def create(img_size: int, **options: Any) -> VisionTransformer:
+            model = timm.create_model(
+                "deit_tiny_patch16_224", img_size=img_size, depth=2, num_classes=7, **options
+            )
+            return equip(model, RPEConfig(method=method, on="qkv"))
+
+        dynamic = create(64, dynamic_img_size=True).eval()
+        for parameter in dynamic.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        parameters = dict(dynamic.named_parameters())
+        for img_size in (96, 64):
+            fixed = create(img_size).eval()
+            state = checkpoint_filter_fn(dynamic.state_dict(), fixed)
+            fixed.load_state_dict(state)
+            set_resolution(dynamic, img_size)
+            images = torch.randn(2, 3, img_size, img_size)
+            with torch.no_grad():
+                torch.testing.assert_close(dynamic(images), fixed(images))
+        assert all(one is parameters[name] for name, one in dynamic.named_parameters())
+        with pytest.raises(ConfigError, match=r"multiples of the patch size \(16, 16\)"):
+            set_resolution(dynamic, 100)
+
+    def test_input_of_another_size_is_refused(self) -> None:
+        model = timm.create_model("deit_tiny_patch16_224", img_size=64, dynamic_img_size=True)
+        equip(model, RPEConfig())
+        with pytest.raises(ConfigError, match=r"expected 17 tokens"):
+            model(torch.randn(1, 3, 96, 96))
 
 
 class TestRefused:
