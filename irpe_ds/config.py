@@ -78,6 +78,8 @@ class ModelConfig(Section):
     """Stochastic depth rate of the last block."""
     weights: Path | None = None
     """Checkpoint to start from (.pth or .safetensors). None: random initialisation."""
+    grad_checkpointing: StrictBool = False
+    """Compute activations again in the backward pass instead of keeping them."""
     options: dict[str, Any] = {}
     """Further keyword arguments for `timm.create_model`, such as patch_size or depth."""
 
@@ -160,16 +162,28 @@ class TrainConfig(Section):
     """Images per update, over all ranks and accumulation steps."""
     accumulation: Count = 1
     """Forward and backward passes per update."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Arithmetic of the model; master weights stay in fp32."""
+    precision: Literal["fp32", "bf16", "fp16", "autocast"] = "bf16"
+    """Arithmetic of the model; master weights stay in fp32. `bf16` and `fp16` cast the model,
+    `autocast` leaves it in fp32 and lets PyTorch choose bf16 operator by operator."""
+    tf32: StrictBool = True
+    """On NVIDIA GPUs products of fp32 matrices have 10 bits of mantissa, and are several times
+    faster; as PyTorch had it when DeiT was trained."""
+    compile: StrictBool = False
+    """Compile the model with torch.compile; the first update takes minutes longer."""
+    ema_decay: Decay | None = None
+    """Keep a moving average of the weights with this decay per update, in fp32. None: none."""
     deepspeed: Path = Path("ds_configs/zero1.json")
     """DeepSpeed JSON with ZeRO and communication settings only."""
     max_updates: Count | None = None
     """Stop after so many updates, for short experiments; the schedule is not shortened."""
     log_every: Count = 50
     """Updates between two rows of the training log."""
+    save_every: Count | None = None
+    """Updates between checkpoints within an epoch. None: one after every epoch."""
     keep_checkpoints: Count = 3
-    """Newest checkpoints kept; one is written after every epoch and at the end."""
+    """Newest checkpoints kept, beside the best."""
+    max_skips: Natural = 10
+    """Updates in a row that are left out when a gradient is not finite; one more stops the run."""
 
 
 class WandbConfig(Section):
