@@ -9,7 +9,7 @@ import pydantic
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StrictBool
 
-from irpe_ds import yaml12
+from irpe_ds.config_file import read_values
 from irpe_ds.errors import ConfigError
 from irpe_ds.rpe.config import RPEConfig
 
@@ -78,6 +78,8 @@ class ModelConfig(Section):
     """Stochastic depth rate of the last block."""
     weights: Path | None = None
     """Checkpoint to start from (.pth or .safetensors). None: random initialisation."""
+    new_head: StrictBool = False
+    """Leave the classifier of `weights` out and start with a new one, for other classes."""
     grad_checkpointing: StrictBool = False
     """Compute activations again in the backward pass instead of keeping them."""
     options: dict[str, Any] = {}
@@ -147,6 +149,8 @@ class OptimConfig(Section):
     """Length of the linear warm-up, epochs."""
     weight_decay: NonNegative = 0.05
     """Decoupled weight decay; tensors of one dimension and timm's exempt names have none."""
+    layer_decay: Share = 1.0
+    """Learning rate of a block, as a share of that of the block after it; 1: all learn alike."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of AdamW's moments."""
     eps: Positive = 1e-8
@@ -186,6 +190,25 @@ class TrainConfig(Section):
     """Updates in a row that are left out when a gradient is not finite; one more stops the run."""
 
 
+class DistillConfig(Section):
+    kind: Literal["none", "soft", "hard"] = "none"
+    """How the distillation head learns from a teacher: from its probabilities or its decisions."""
+    teacher: str = "regnety_160"
+    """Any timm model name, or one of ours."""
+    weights: Path | None = None
+    """The teacher's weights (.pth or .safetensors), required with a teacher."""
+    alpha: Probability = 0.5
+    """Weight of the teacher's part of the loss; the labels' part has the rest."""
+    tau: Positive = 1.0
+    """Temperature of soft distillation."""
+
+    @pydantic.model_validator(mode="after")
+    def _teacher_is_there(self) -> "DistillConfig":
+        if self.kind != "none" and self.weights is None:
+            raise ConfigError("weights", f"the weights of {self.teacher}", "nothing")
+        return self
+
+
 class WandbConfig(Section):
     mode: Literal["online", "offline", "disabled"] = "disabled"
     """Where Weights & Biases sends the run."""
@@ -217,6 +240,7 @@ class RunConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    distill: DistillConfig = DistillConfig()
     log: LogConfig = LogConfig()
 
     @pydantic.model_validator(mode="after")
@@ -237,48 +261,16 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML, apply overrides such as `train.epochs=3` in order, and validate.
+    """Read a YAML on its bases, apply overrides such as `train.epochs=3` in order, and validate.
 
     Raises:
-        ConfigError: the file cannot be read, or a key is unknown, missing or of the wrong type.
+        ConfigError: a file cannot be read, or a key is unknown, missing or of the wrong type.
     """
-    values = _read_yaml(Path(path))
-    for override in overrides:
-        _apply(values, override)
+    values = read_values(Path(path), overrides)
     try:
         return RunConfig.model_validate(values)
     except pydantic.ValidationError as error:
         raise _explain(error) from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml12.load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(path, "a readable YAML file", error.strerror) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(path, "valid YAML", " ".join(str(error).split())) from None
-    if not isinstance(values, dict):
-        raise ConfigError(path, "a mapping of sections", type(values).__name__)
-    return values
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    *sections, last = key.split(".")
-    if not equals or not all((*sections, last)):
-        raise ConfigError(
-            key or override, "an override of the form section.key=value", repr(override)
-        )
-    try:
-        value = yaml12.load(text)
-    except yaml.YAMLError:
-        raise ConfigError(key, "a YAML value", repr(text)) from None
-    for section in sections:
-        if not isinstance(values.get(section), dict):
-            values[section] = {}
-        values = values[section]
-    values[last] = value
 
 
 def _explain(error: pydantic.ValidationError) -> ConfigError:

@@ -1,5 +1,6 @@
 """The run configuration: what it reads, what it refuses, and in which words."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,117 @@ class TestOverrides:
         assert (config.model.name, config.model.num_classes) == ("deit_tiny_patch16_224", 10)
 
 
+class TestBases:
+    @pytest.fixture
+    def write(self, tmp_path: Path) -> Callable[[str, str], Path]:
+        def write(name: str, text: str) -> Path:
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+            return path
+
+        return write
+
+    def test_the_file_wins_over_its_base_and_the_command_line_over_both(
+        self, write: Callable[[str, str], Path]
+    ) -> None:
+        write("base.yaml", MINIMAL + "train: {epochs: 7, global_batch: 8, log_every: 9}")
+        path = write("run.yaml", "base: base.yaml\nname: mine\ntrain: {epochs: 3, log_every: 4}")
+        config = load_config(path, ["train.log_every=1"])
+        assert (config.name, config.model.name) == ("mine", "deit_tiny_patch16_224")
+        train = config.train
+        assert (train.global_batch, train.epochs, train.log_every) == (8, 3, 1)
+
+    def test_mappings_merge_deeply_and_the_rest_is_replaced(
+        self, write: Callable[[str, str], Path]
+    ) -> None:
+        write("base.yaml", MINIMAL)
+        write(
+            "middle.yaml",
+            "base: base.yaml\n"
+            "model: {rpe: {method: cross, on: qk}, options: {depth: 2}, resolutions: [[0, 64]]}\n"
+            "log: {wandb: {project: theirs, tags: [a, b]}}",
+        )
+        text = "base: middle.yaml\nmodel: {options: {patch_size: 8}, rpe: {on: v}}\n"
+        path = write("run.yaml", text + "log: {wandb: {tags: [c]}}")
+        config = load_config(path)
+        assert config.model.name == "deit_tiny_patch16_224"
+        assert config.model.rpe == RPEConfig(method="cross", on="v")
+        assert config.model.options == {"depth": 2, "patch_size": 8}
+        assert config.model.resolutions == ((0, 64),)
+        assert (config.log.wandb.project, config.log.wandb.tags) == ("theirs", ("c",))
+
+    @pytest.mark.parametrize(
+        ("below", "above", "expected"),
+        [
+            ("{method: cross}", "null", None),
+            ("null", "{method: cross}", RPEConfig(method="cross")),
+            ("{method: cross}", "{}", RPEConfig(method="cross")),
+        ],
+    )
+    def test_null_takes_a_section_away(
+        self, below: str, above: str, expected: object, write: Callable[[str, str], Path]
+    ) -> None:
+        write("base.yaml", MINIMAL.replace("224}", f"224, rpe: {below}}}"))
+        path = write("run.yaml", f"base: base.yaml\nmodel: {{rpe: {above}}}")
+        assert load_config(path).model.rpe == expected
+
+    def test_of_several_the_last_wins_and_paths_are_relative_to_the_file(
+        self, write: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write("base.yaml", MINIMAL + "seed: 1")
+        write("parts/one.yaml", "base: ../base.yaml\nseed: 2\ntrain: {epochs: 5}")
+        write("parts/two.yaml", "base: ../base.yaml\ntrain: {global_batch: 4}")
+        path = write("parts/run.yaml", "base: [one.yaml, two.yaml]")
+        monkeypatch.chdir("/")
+        config = load_config(path)
+        assert (config.seed, config.train.epochs, config.train.global_batch) == (1, 5, 4)
+
+    def test_the_resolved_configuration_has_none(
+        self, write: Callable[[str, str], Path], tmp_path: Path
+    ) -> None:
+        write("base.yaml", MINIMAL)
+        config = load_config(write("run.yaml", "base: base.yaml"))
+        (tmp_path / "base.yaml").unlink()
+        assert load_config(write("resolved.yaml", config.dump())) == config
+
+    def test_a_circle(self, write: Callable[[str, str], Path]) -> None:
+        write("parts/a.yaml", "base: ../b.yaml")
+        path = write("b.yaml", "base: parts/a.yaml")
+        with pytest.raises(ConfigError, match=r"parts/a\.yaml: base: .* -> .* -> ") as caught:
+            load_config(path)
+        assert str(caught.value.got).endswith("parts/../b.yaml")
+
+    @pytest.mark.parametrize(
+        ("text", "where", "expected", "got"),
+        [
+            ("base: no.yaml", "run.yaml: base", "a readable YAML file", "no.yaml: No such file"),
+            ("base: [base.yaml, .]", "run.yaml: base", "a readable YAML file", "Is a directory"),
+            ("base: broken.yaml", "broken.yaml", "valid YAML", "line 1"),
+            ("base: run.yaml", "run.yaml: base", "not based on this", "run.yaml -> "),
+            ("base: 3", "run.yaml: base", "the path of a YAML file", "3"),
+            ("base: [base.yaml, 3]", "run.yaml: base", "or a list", "3"),
+            ("base: ''", "run.yaml: base", "the path of a YAML file", "''"),
+            ("base:", "run.yaml: base", "the path of a YAML file", "None"),
+        ],
+    )
+    def test_mistakes(
+        self, text: str, where: str, expected: str, got: str, write: Callable[[str, str], Path]
+    ) -> None:
+        write("base.yaml", MINIMAL)
+        write("broken.yaml", "a: [")
+        with pytest.raises(ConfigError) as caught:
+            load_config(write("run.yaml", text))
+        assert str(caught.value.where).endswith(where)
+        assert expected in caught.value.expected
+        assert got in str(caught.value.got)
+        assert "\n" not in str(caught.value)
+
+    def test_not_on_the_command_line(self, file: Path) -> None:
+        with pytest.raises(ConfigError, match=r"^base: expected one of the keys"):
+            load_config(file, ["base=other.yaml"])
+
+
 class TestFrozen:
     @pytest.mark.parametrize("key", ["name", "train.epochs", "log.wandb.mode"])
     def test_no_field_can_be_set(self, key: str, file: Path) -> None:
@@ -157,6 +269,12 @@ MISTAKES = {
     "a number is no boolean": ("log.tensorboard=1", "log.tensorboard", "boolean", "1"),
     "infinite": ("optim.lr=1e999", "optim.lr", "a finite number", "inf"),
     "a size below one": ("model.img_size=0", "model.img_size", "a positive integer", "0"),
+    "distillation without a teacher": (
+        "distill.kind=hard",
+        "distill.weights",
+        "the weights of regnety_160",
+        "nothing",
+    ),
     "a size of three": (
         "model.img_size=[1, 1, 1]",
         "model.img_size",

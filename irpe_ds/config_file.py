@@ -1,0 +1,88 @@
+"""The values of a configuration, before they are checked: YAML files in layers, and overrides.
+
+A file may stand on others: `base: deit.yaml`, or a list of paths of which a later one wins, relative
+to the file. What the file says wins over its bases, and the command line over both.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from irpe_ds import yaml12
+from irpe_ds.errors import ConfigError
+
+Values = dict[str, Any]
+
+
+def read_values(path: Path, overrides: Sequence[str] = ()) -> Values:
+    """What a YAML says on top of its bases, with overrides such as `train.epochs=3` on top of it.
+
+    Mappings of a file are merged with those below key by key, everything else replaces what is
+    below, as an override replaces what it names.
+
+    Raises:
+        ConfigError: a file cannot be read, bases lead in a circle, or an override is none.
+    """
+    values = _read(path, above=())
+    for override in overrides:
+        _apply(values, override)
+    return values
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> Values:
+    """A file on its bases; `above` are the files that led to it."""
+    where = f"{above[-1]}: base" if above else path
+    if path.resolve() in (other.resolve() for other in above):
+        circle = " -> ".join(str(file) for file in (*above, path))
+        raise ConfigError(where, "a file that is not based on this one", circle)
+    values = _parse(path, where)
+    bases = values.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(base and isinstance(base, str) for base in bases):
+        expected = "the path of a YAML file, or a list of them"
+        raise ConfigError(f"{path}: base", expected, repr(bases))
+    below: Values = {}
+    for base in bases:
+        below = _merge(below, _read(path.parent / base, (*above, path)))
+    return _merge(below, values)
+
+
+def _parse(path: Path, where: object) -> Values:
+    named = "" if where == path else f"{path}: "
+    try:
+        values = yaml12.load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(where, "a readable YAML file", f"{named}{error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(path, "valid YAML", " ".join(str(error).split())) from None
+    if not isinstance(values, dict):
+        raise ConfigError(path, "a mapping of sections", type(values).__name__)
+    return values
+
+
+def _merge(below: Values, above: Values) -> Values:
+    merged = below | above
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _merge(below[key], above[key])
+    return merged
+
+
+def _apply(values: Values, override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, last = key.split(".")
+    if not equals or not all((*sections, last)):
+        raise ConfigError(
+            key or override, "an override of the form section.key=value", repr(override)
+        )
+    try:
+        value = yaml12.load(text)
+    except yaml.YAMLError:
+        raise ConfigError(key, "a YAML value", repr(text)) from None
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    values[last] = value
