@@ -90,6 +90,11 @@ class RunLog:
         if self._files is not None:
             self._say(text, sys.stdout)
 
+    def sync(self) -> None:
+        """Return when the rows are on the disk."""
+        if self._files is not None:
+            self._files.sync()
+
     def close(self, failed: bool = False) -> None:
         """Finish every sink; `failed` gives the W&B run exit code 1. Again: nothing."""
         for label, sink in list(self._copies.items()):
@@ -161,6 +166,9 @@ class FileSink:
                 csv.DictWriter(file, columns, extrasaction="ignore").writerow(row)
         else:
             self._tabulate(kind, read_rows(self._path))
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
 
     def close(self, failed: bool) -> None:
         self._file.close()
