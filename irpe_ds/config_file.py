@@ -1,7 +1,7 @@
 """The values of a configuration, before they are checked: YAML files in layers, and overrides.
 
-A file may stand on others: `base: deit.yaml`, or a list of paths of which a later one wins, relative
-to the file. What the file says wins over its bases, and the command line over both.
+A file may stand on others: `base: deit.yaml`, or a list of paths of which a later one wins,
+relative to the file. What the file says wins over its bases, and the command line over both.
 """
 
 from collections.abc import Sequence
