@@ -85,6 +85,12 @@ class ModelConfig(Section):
     options: dict[str, Any] = {}
     """Further keyword arguments for `timm.create_model`, such as patch_size or depth."""
 
+    @pydantic.model_validator(mode="after")
+    def _new_head_of_what(self) -> "ModelConfig":
+        if self.new_head and self.weights is None:
+            raise ConfigError("new_head", "false without model.weights: all starts anew", "true")
+        return self
+
     def size_at(self, epoch: int) -> int | tuple[int, int]:
         """Input size of a training epoch, pixels."""
         sizes = [pixels for first, pixels in self.resolutions if first <= epoch]

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,15 @@ def build_model(config: ModelConfig) -> nn.Module:
         except ConfigError as error:
             raise ConfigError("model.resolutions", error.expected, error.got) from None
     if config.weights is not None:
-        load_weights(model, config.weights, where="model.weights")
+        renewed = _classifier(model) if config.new_head else ()
+        hint = "model.new_head=true starts with a new classifier"
+        load_weights(model, config.weights, where="model.weights", renewed=renewed, hint=hint)
+    if config.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError):  # how timm's models say that they cannot
+            expected = f"false: {config.name} cannot compute activations again"
+            raise ConfigError("model.grad_checkpointing", expected, "true") from None
     return model
 
 
@@ -74,7 +83,16 @@ def _arguments(config: ModelConfig) -> dict[str, Any]:
     return arguments
 
 
-def load_weights(model: nn.Module, path: Path, where: str) -> None:
+def _classifier(model: Any) -> tuple[str, ...]:
+    """The tensors of the layer, or layers, that the number of classes belongs to."""
+    names = model.pretrained_cfg["classifier"]
+    names = (names,) if isinstance(names, str) else tuple(names)
+    return tuple(key for key in model.state_dict() if key.rpartition(".")[0] in names)
+
+
+def load_weights(
+    model: nn.Module, path: Path, where: str, renewed: Collection[str] = (), hint: str = ""
+) -> None:
     """Load a checkpoint: .safetensors, or .pth such as the released `{"model": ..., "args": ...}`.
 
     Position embeddings are interpolated to the model's grid; relative position tables belong to
@@ -82,12 +100,17 @@ def load_weights(model: nn.Module, path: Path, where: str) -> None:
     DeiT's, leaves them at zero, which is logged. Of a timm training checkpoint the EMA weights
     are taken when it has some. Pickles are read with weights_only=True.
 
+    Args:
+        renewed: tensors that keep the values they have, whatever the file says.
+        hint: what the user may do about a file for other classes.
+
     Raises:
         ConfigError: the file cannot be read, or holds the weights of another model.
     """
     expected = model.state_dict()
     try:
         state = load_state_dict(str(path))
+        state |= {key: expected[key] for key in renewed}
         if isinstance(model, VisionTransformer) and _first_difference(expected, state):
             state = checkpoint_filter_fn(state, model)
     except FileNotFoundError:
@@ -100,22 +123,28 @@ def load_weights(model: nn.Module, path: Path, where: str) -> None:
         if tables:
             logger.warning("%s has no relative position tables: they start at zero", path)
         state = state | tables
+    if renewed:
+        logger.warning("%s: left out for new ones: %s", path, ", ".join(renewed))
     difference = _first_difference(expected, state)
     if difference:
-        got = f"{path} with {difference}"
+        key, what = difference
+        got = f"{path} with {what}"
+        if hint and key in _classifier(model):
+            got = f"{got} ({hint})"
         raise ConfigError(where, f"the weights of this {type(model).__name__}", got)
     model.load_state_dict(state)
 
 
-def _first_difference(expected: dict[str, Tensor], got: dict[str, Any]) -> str | None:
+def _first_difference(expected: dict[str, Tensor], got: dict[str, Any]) -> tuple[str, str] | None:
+    """The first key by which a state is another model's, and how."""
     for key in (*expected, *(key for key in got if key not in expected)):
         if key not in got:
-            return f"no tensor {key}"
+            return key, f"no tensor {key}"
         if key not in expected:
-            return f"an extra tensor {key}"
+            return key, f"an extra tensor {key}"
         shape = getattr(got[key], "shape", None)
         if shape != expected[key].shape:
-            return f"{key} of shape {tuple(shape or ())}, not {tuple(expected[key].shape)}"
+            return key, f"{key} of shape {tuple(shape or ())}, not {tuple(expected[key].shape)}"
     return None
 
 

@@ -80,6 +80,27 @@ class TestBuild:
         assert got in str(caught.value.got)
 
     @pytest.mark.parametrize("name", [ZOO_K, DEIT])
+    def test_activations_computed_again_give_the_same_gradients(self, name: str) -> None:
+        options = NARROW | {"attn_drop_rate": 0.1}
+        images = torch.randn(2, 3, 64, 64)
+        gradients = []
+        for again in (False, True):
+            torch.manual_seed(1)
+            model = build_model(
+                config(name, drop_path=0.5, options=options, grad_checkpointing=again)
+            )
+            calls = []
+            model.blocks[1].attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            model.train()(images).square().sum().backward()
+            assert len(calls) == 1 + again
+            gradients.append({key: p.grad for key, p in model.named_parameters()})
+        torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+    def test_a_model_that_cannot_compute_them_again(self) -> None:
+        with pytest.raises(ConfigError, match=r"^model\.grad_checkpointing: expected false: dla34"):
+            build_model(ModelConfig(name="dla34", grad_checkpointing=True))
+
+    @pytest.mark.parametrize("name", [ZOO_K, DEIT])
     def test_an_implementation_that_cannot_run_is_an_error(self, name: str) -> None:
         with pytest.raises(ConfigError, match=r"^model\.impl: expected .*, got "):
             build_model(config(name, impl="fast"))
@@ -171,6 +192,48 @@ class TestLoad:
             ConfigError, match=rf"^model\.weights: expected the weights.*, got .* with {got}"
         ):
             build_model(config(weights=path))
+
+    def test_another_number_of_classes_is_told_what_to_do(self, save: Callable) -> None:
+        path = save(build_model(config(num_classes=7)).state_dict())
+        with pytest.raises(ConfigError, match=r"not \(10, 48\) \(model\.new_head=true starts"):
+            build_model(config(weights=path))
+
+    @pytest.mark.parametrize(
+        ("name", "heads"),
+        [
+            (ZOO_K, ("head",)),
+            ("deit_tiny_distilled_patch16_224", ("head", "head_dist")),
+            ("resnet18", ("fc",)),
+        ],
+    )
+    @pytest.mark.parametrize("classes", [7, 10])
+    def test_a_new_head(
+        self,
+        name: str,
+        heads: tuple[str, ...],
+        classes: int,
+        save: Callable,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """Also in place of one for as many classes."""
+        options = {} if name == "resnet18" else NARROW
+        values = {"img_size": 64, "options": options}
+        source = randomised(build_model(ModelConfig(name=name, num_classes=classes, **values)))
+        path = save(source.state_dict())
+        torch.manual_seed(3)
+        fresh = build_model(ModelConfig(name=name, num_classes=10, **values)).state_dict()
+        torch.manual_seed(3)
+        model = build_model(
+            ModelConfig(name=name, num_classes=10, weights=path, new_head=True, **values)
+        )
+        for key, weight in model.state_dict().items():
+            expected = fresh if key.split(".")[0] in heads else source.state_dict()
+            assert torch.equal(weight, expected[key]), key
+        assert all(f"{head}.weight" in caplog.text for head in heads)
+
+    def test_a_new_head_needs_a_body(self) -> None:
+        with pytest.raises(ValueError, match=r"without model\.weights"):
+            config(new_head=True)
 
     def test_weights_with_other_prefix_tokens(self, save: Callable) -> None:
         distilled = config("deit_tiny_distilled_patch16_224", img_size=96)
