@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -107,13 +108,17 @@ def _convert(
     if not in_place or begin != first_payload(room):
         journal.forget()
         end, largest = 0, 0
-    with closing(BetonWriter(unfinished, room=room, end=end, largest=largest)) as writer:
-        _store(journal, writer, Files(source), options, workers, on_bad)
-        if not journal.counts()["num_samples"]:
+    with (
+        closing(BetonWriter(unfinished, room=room, end=end, largest=largest)) as writer,
+        _Commits(journal, writer) as commits,
+    ):
+        _store(journal, writer, commits, Files(source), options, workers, on_bad)
+        counts = journal.counts()
+        if not counts["num_samples"]:
             raise ConfigError("--source", "an image that can be stored", "none")
         _write_lists(journal, out)
         writer.finish(_tables(journal))
-    counts = journal.counts()
+        sha256 = file_sha256(unfinished, "hash")
     return Manifest(
         source=[os.fspath(path) for path in source.paths],
         kind=source.kind,
@@ -122,7 +127,7 @@ def _convert(
         classes=classes,
         class_counts=journal.class_counts(len(classes)),
         size=unfinished.stat().st_size,
-        sha256=file_sha256(unfinished, "hash"),
+        sha256=sha256,
         tables_sha256=tables_sha256(unfinished, counts["num_samples"]),
         hashes_sha256=file_sha256(beside(out, HASHES + ".partial")),
         ffcv=VERSION,
@@ -134,6 +139,7 @@ def _convert(
 def _store(
     journal: Journal,
     writer: BetonWriter,
+    commits: "_Commits",
     files: Files,
     options: StorageOptions,
     workers: int,
@@ -143,27 +149,64 @@ def _store(
     first, total = journal.written()[0], journal.totals()[0]
     work = map_in_order(partial(_read, files, options), journal.images(first), workers=workers)
     with closing(files), closing(work), progress("convert", total, first) as bar:
-        committed = time.monotonic()
-        try:
-            for position, (member, found) in enumerate(work, first):
-                if isinstance(found, str):
-                    if on_bad == "error":
-                        raise ConfigError(member, "an undamaged image, or --on-bad skip", found)
-                    journal.add(Stored.left_out(position, found))
-                else:
-                    image, sha256 = found
-                    start = writer.append(image.payload)
-                    size = image.height, image.width
-                    place = start, len(image.payload), image.mode, *size, image.original
-                    journal.add(Stored(position, *place, sha256, None))
-                bar.update()
-                if time.monotonic() - committed > _COMMIT_SECONDS:
-                    writer.sync()
-                    journal.commit()
-                    committed = time.monotonic()
-        finally:
-            writer.sync()
-            journal.commit()
+        for position, (member, found) in enumerate(work, first):
+            if isinstance(found, str):
+                if on_bad == "error":
+                    raise ConfigError(member, "an undamaged image, or --on-bad skip", found)
+                journal.add(Stored.left_out(position, found))
+            else:
+                image, sha256 = found
+                start = writer.append(image.payload)
+                size = image.height, image.width
+                place = start, len(image.payload), image.mode, *size, image.original
+                journal.add(Stored(position, *place, sha256, None))
+            bar.update()
+            commits.advance()
+    commits.begin()
+
+
+class _Commits:
+    """Commits of what is done, each once a thread has brought it to the disk.
+
+    Meanwhile the conversion goes on. Leaving the context commits the rest, unless the disk failed:
+    after a failed fsync another one succeeds, whatever was lost.
+    """
+
+    def __init__(self, journal: Journal, writer: BetonWriter) -> None:
+        self._journal, self._writer = journal, writer
+        self._thread = ThreadPoolExecutor(1)
+        self._sync: Future[None] | None = None
+        self._last = time.monotonic()
+
+    def advance(self) -> None:
+        """Begin a commit when the last one is long ago, and end it when it can be."""
+        if self._sync is None:
+            if time.monotonic() - self._last > _COMMIT_SECONDS:
+                self.begin()
+        elif self._sync.done():
+            self._end()
+
+    def begin(self) -> None:
+        """Commit what was entered so far, when it is on the disk."""
+        if self._sync is not None:
+            self._end()
+        self._journal.stage()
+        self._sync = self._thread.submit(self._writer.sync)
+
+    def _end(self) -> None:
+        if self._sync is not None:
+            self._sync.result()
+            self._journal.commit()
+            self._sync, self._last = None, time.monotonic()
+
+    def __enter__(self) -> "_Commits":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._thread:
+            if kind is None or not issubclass(kind, (OSError, sqlite3.Error)):
+                self.begin()
+                self._end()
 
 
 Found = tuple[StoredImage, bytes] | str
@@ -216,10 +259,21 @@ def _publish(out: Path) -> None:
     for suffix in ("", HASHES, SKIPPED, MANIFEST):
         unfinished = beside(out, suffix + ".partial")
         if unfinished.exists():
+            _to_disk(unfinished)
             os.replace(unfinished, beside(out, suffix))
     skipped = beside(out, SKIPPED)
     if skipped.exists() and not skipped.stat().st_size:
         skipped.unlink()
+    _to_disk(out.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Return when a file's contents, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)

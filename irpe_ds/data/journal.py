@@ -115,10 +115,13 @@ class Journal:
         """Close the database; what was not committed is lost."""
         self._db.close()
 
-    def commit(self) -> None:
-        """Make what was entered last; the payloads must be on the disk before."""
+    def stage(self) -> None:
+        """Make what was added part of the next commit, and of what is asked."""
         self._db.executemany("INSERT INTO done VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", self._added)
         self._added.clear()
+
+    def commit(self) -> None:
+        """Make last what was staged; the payloads must be on the disk before."""
         self._db.execute("COMMIT")
         self._db.execute("BEGIN")
 
@@ -180,7 +183,7 @@ class Journal:
             yield label, _member(member)
 
     def add(self, stored: Stored) -> None:
-        """Enter an image as done, with the next commit."""
+        """Enter an image as done, when it is staged."""
         self._added.append(stored)
 
     def kept(self) -> Iterator[tuple[int, str, str, Stored]]:

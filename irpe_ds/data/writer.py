@@ -51,11 +51,11 @@ class BetonWriter:
     """
 
     def __init__(self, path: Path, *, room: int, end: int = 0, largest: int = 0) -> None:
-        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self._page_bytes = FIRST_PAGE_BYTES
         self._grow(largest)
         self._end = end or first_payload(room)
-        self._file.truncate(end)
+        os.ftruncate(self._file, end)
 
     def append(self, payload: bytes) -> int:
         """Place the next payload; where it begins."""
@@ -64,10 +64,14 @@ class BetonWriter:
         if self._end + len(payload) > page_end:
             self._end = page_end
         start = self._end
-        self._file.seek(start)
-        self._file.write(payload)
+        self._write(payload, start)
         self._end += len(payload)
         return start
+
+    def _write(self, data: bytes, offset: int) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.pwrite(self._file, rest, offset + len(data) - len(rest)) :]
 
     def _grow(self, size: int) -> None:
         while size > self._page_bytes:
@@ -75,20 +79,20 @@ class BetonWriter:
             self._page_bytes *= 2
 
     def sync(self) -> None:
-        """Return when all that was written is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Return when all that was written is on the disk; another thread may go on writing."""
+        os.fsync(self._file)
 
     def finish(self, tables: Iterable[tuple[NDArray[np.void], NDArray[np.void]]]) -> None:
-        """Write the tables, given piece by piece: metadata entries and allocations of samples."""
+        """Write the tables, given piece by piece: metadata entries and allocations of samples.
+
+        `sync` brings them to the disk.
+        """
         written = 0
         allocations = _round_up(self._end, self._page_bytes)
-        self._file.truncate(self._end)  # of an earlier attempt to finish
+        os.ftruncate(self._file, self._end)  # of an earlier attempt to finish
         for entries, table in tables:
-            self._file.seek(HEAD_BYTES + written * ENTRY_TYPE.itemsize)
-            self._file.write(entries.tobytes())
-            self._file.seek(allocations + written * ALLOC_TABLE_TYPE.itemsize)
-            self._file.write(table.tobytes())
+            self._write(entries.tobytes(), HEAD_BYTES + written * ENTRY_TYPE.itemsize)
+            self._write(table.tobytes(), allocations + written * ALLOC_TABLE_TYPE.itemsize)
             written += len(entries)
         header = np.zeros(1, HeaderType)
         header["version"] = CURRENT_VERSION
@@ -96,13 +100,11 @@ class BetonWriter:
         header["page_size"] = self._page_bytes
         header["num_samples"] = written
         header["alloc_table_ptr"] = allocations
-        self._file.seek(0)
-        self._file.write(header.tobytes() + _descriptors().tobytes())
-        self.sync()
+        self._write(header.tobytes() + _descriptors().tobytes(), 0)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        os.close(self._file)
 
 
 def _descriptors() -> np.ndarray:

@@ -51,6 +51,20 @@ def beton(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
 
 
 @pytest.fixture
+def mixed(tmp_path: Path, pixels: Pixels) -> Path:
+    """Two classes; a small JPEG, a large one, a PNG and a CMYK JPEG; and a text file."""
+    root = tmp_path / "mixed"
+    for name in ("cat", "dog"):
+        (root / name / "deeper").mkdir(parents=True)
+    Image.fromarray(pixels(0, 30, 40)).save(root / "cat" / "a.jpg", quality=90)
+    Image.fromarray(pixels(1, 120, 90)).save(root / "cat" / "deeper" / "b.JPEG", quality=90)
+    Image.fromarray(pixels(2, 30, 40)).save(root / "dog" / "c.png")
+    Image.fromarray(pixels(3, 30, 40)).convert("CMYK").save(root / "dog" / "d.jpg", quality=95)
+    (root / "dog" / "notes.txt").write_text("not an image")
+    return root
+
+
+@pytest.fixture
 def own_beton(tmp_path: Path, beton: Path) -> Path:
     """A copy of `beton` and its manifest, to be damaged."""
     own = tmp_path / "own.beton"

@@ -4,7 +4,6 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from irpe_ds.data import writer
 from irpe_ds.data.convert import convert, forecast
 from irpe_ds.data.dataset import read_beton
 from irpe_ds.data.ffcv_api import JPG, RAW, Reader
-from irpe_ds.data.images import StorageOptions, store_image
-from irpe_ds.data.journal import Journal
+from irpe_ds.data.images import StorageOptions
 from irpe_ds.data.loaders import EvalLoader
 from irpe_ds.data.manifest import (
     MANIFEST,
@@ -41,20 +39,6 @@ def convert_folder(folder: Path, out: Path, options: StorageOptions, **how: Any)
 def payload(path: Path, sample: int) -> np.ndarray:
     """The stored bytes of one sample."""
     return read_beton(path, "test").payload(sample)
-
-
-@pytest.fixture
-def mixed(tmp_path: Path, pixels: Callable[..., np.ndarray]) -> Path:
-    """Two classes; a small JPEG, a large one, a PNG and a CMYK JPEG; and a text file."""
-    root = tmp_path / "mixed"
-    for name in ("cat", "dog"):
-        (root / name / "deeper").mkdir(parents=True)
-    Image.fromarray(pixels(0, 30, 40)).save(root / "cat" / "a.jpg", quality=90)
-    Image.fromarray(pixels(1, 120, 90)).save(root / "cat" / "deeper" / "b.JPEG", quality=90)
-    Image.fromarray(pixels(2, 30, 40)).save(root / "dog" / "c.png")
-    Image.fromarray(pixels(3, 30, 40)).convert("CMYK").save(root / "dog" / "d.jpg", quality=95)
-    (root / "dog" / "notes.txt").write_text("not an image")
-    return root
 
 
 def test_passthrough_stores_the_files_themselves(folder: Path, beton: Path) -> None:
@@ -229,68 +213,6 @@ def test_header_check_leaves_damage_to_verify(mixed: Path) -> None:
     convert_folder(mixed, out, StorageOptions(check="header"), workers=1)
     with pytest.raises(ConfigError, match=r"sample 1 \(cat/deeper/b\.JPEG\): JPEG data that does"):
         verify(out, workers=1)
-
-
-def test_a_correction_goes_on_from_what_is_done(
-    mixed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    damage(mixed, "empty")
-    out = mixed.parent / "mixed.beton"
-    with pytest.raises(ConfigError, match="0 bytes"):
-        convert_folder(mixed, out, StorageOptions(), workers=1)
-    with pytest.raises(ConfigError, match=r"unfinished.*expected mode passthrough, got raw"):
-        convert_folder(mixed, out, StorageOptions(mode="raw"), workers=1)
-    (mixed / "cat" / "deeper" / "b.JPEG").unlink()
-    read = []
-    monkeypatch.setattr(
-        "irpe_ds.data.convert.store_image",
-        lambda data, *args: read.append(data) or store_image(data, *args),
-    )
-    convert_folder(mixed, out, StorageOptions(), workers=1)
-    assert len(read) == 2  # not the first image of the three
-    verify(out, workers=1)
-    other = mixed.parent / "other.beton"
-    convert_folder(mixed, other, StorageOptions(), workers=1)
-    assert other.read_bytes() == out.read_bytes()
-
-
-def test_what_was_left_out_is_not_forgiven_later(
-    mixed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    damage(mixed, "empty")
-    out = mixed.parent / "mixed.beton"
-
-    def killed(path: Path) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("irpe_ds.data.convert._publish", killed)
-        with pytest.raises(KeyboardInterrupt):
-            convert_folder(mixed, out, StorageOptions(), workers=1, on_bad="skip")
-    with pytest.raises(ConfigError, match="0 bytes"):
-        convert_folder(mixed, out, StorageOptions(), workers=1)
-    assert convert_folder(mixed, out, StorageOptions(), workers=1, on_bad="skip").skipped == 1
-    verify(out, workers=1)
-
-
-def test_changed_source_is_read_again(mixed: Path, pixels: Callable[..., np.ndarray]) -> None:
-    (mixed / "dog" / "d.jpg").write_bytes(b"")
-    out = mixed.parent / "mixed.beton"
-    with pytest.raises(ConfigError, match=r"d\.jpg"):
-        convert_folder(mixed, out, StorageOptions(), workers=1)
-    for name in ("cat/a.jpg", "dog/d.jpg"):
-        Image.fromarray(pixels(9, 30, 40)).save(mixed / name, quality=80)
-    manifest = convert_folder(mixed, out, StorageOptions(), workers=1)
-    assert payload(out, 0).tobytes() == (mixed / "cat" / "a.jpg").read_bytes()
-    assert manifest.duplicates == 1
-    verify(out, workers=1)
-
-
-def test_one_conversion_at_a_time(mixed: Path) -> None:
-    out = mixed.parent / "mixed.beton"
-    expected = pytest.raises(ConfigError, match=r"none at work, got database is locked")
-    with closing(Journal(beside(out, ".partial.db"), {})), expected:
-        convert_folder(mixed, out, StorageOptions(), workers=1)
 
 
 def test_forecast_is_near_what_comes(folder: Path, tmp_path: Path) -> None:
