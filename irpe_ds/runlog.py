@@ -1,30 +1,33 @@
 """The log of a run: JSONL and CSV always, Weights & Biases and TensorBoard when configured."""
 
-import contextlib
 import csv
+import importlib
 import io
 import json
 import math
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock, Thread
 from types import TracebackType
 from typing import Any, Literal, Protocol, TextIO
 
 from irpe_ds.errors import ConfigError
 
 METRICS = "metrics.jsonl"
-LOGIN_SECONDS = 60  # for the key prompt of W&B: the other ranks are waiting meanwhile
-FINISH_SECONDS = 300  # for the last upload: without a limit, a dead network holds the machines
+FINISH_SECONDS = 10  # for the last upload: a preempted run has some 30 to save and to end
+QUEUE_ROWS = 10_000  # that a copy may lie behind; some 20 MB
 
 Row = dict[str, Any]
 
 
 class Sink(Protocol):
-    """Where rows go."""
+    """Where copies of the rows go."""
 
     def write(self, kind: str, update: int, values: Mapping[str, float]) -> None: ...
 
@@ -35,7 +38,9 @@ class RunLog:
     """Keeps what a run reports in its folder; for rank 0, inactive on every other rank.
 
     The files are the record: an error in writing them is the run's. W&B and TensorBoard are
-    copies: the first error of one is told on stderr and in log.txt, and that one is switched off.
+    copies, each written by a thread of its own, so that none delays training: the first error of
+    one is told on stderr and in log.txt, and that one is switched off; one that hangs loses rows,
+    which is told too.
 
     Args:
         wandb: mode, project, entity and tags, as in `WandbConfig`.
@@ -57,23 +62,22 @@ class RunLog:
         tensorboard: bool = False,
         resume_update: int | None = None,
     ) -> None:
-        self._copies: dict[str, Sink] = {}
+        self._copies: list[Copy] = []
         self._files: FileSink | None = None
+        self._lock = Lock()  # of the text
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._files = FileSink(folder, resume_update)
         self._text = (folder / "log.txt").open("a", buffering=1, encoding="utf-8")
 
-        copies: dict[str, Callable[[], Sink]] = {}
+        resumed = resume_update is not None
         if wandb["mode"] != "disabled":
-            resumed = resume_update is not None
-            copies["W&B"] = lambda: WandbSink(folder, name, config, resumed, **wandb)
+            self._start("W&B", "wandb", lambda: WandbSink(folder, name, config, resumed, **wandb))
         if tensorboard:
-            copies["TensorBoard"] = lambda: TensorBoardSink(folder / "tensorboard", resume_update)
-        for label, open_sink in copies.items():
-            with self._guard(label):
-                self._copies[label] = open_sink()
+            events = folder / "tensorboard"
+            module = "torch.utils.tensorboard"
+            self._start("TensorBoard", module, lambda: TensorBoardSink(events, resume_update))
 
     def log(self, kind: str, update: int, values: Mapping[str, float]) -> None:
         """Write one row of numbers; `kind`, an identifier, names its table: train, eval."""
@@ -81,9 +85,8 @@ class RunLog:
             return
         values = {key: float(value) for key, value in values.items()}
         self._files.write(kind, update, values)
-        for label, sink in list(self._copies.items()):
-            with self._guard(label):
-                sink.write(kind, update, values)
+        for copy in self._copies:
+            copy.write(kind, update, values)
 
     def note(self, text: str) -> None:
         """Write a line to stdout and, with the time, to log.txt."""
@@ -96,14 +99,20 @@ class RunLog:
             self._files.sync()
 
     def close(self, failed: bool = False) -> None:
-        """Finish every sink; `failed` gives the W&B run exit code 1. Again: nothing."""
-        for label, sink in list(self._copies.items()):
-            with self._guard(label):
-                sink.close(failed)
+        """Finish every sink; `failed` gives the W&B run exit code 1. Again: nothing.
+
+        Copies that have not finished after FINISH_SECONDS are given up, which is told.
+        """
+        deadline = time.monotonic() + FINISH_SECONDS
+        for copy in self._copies:
+            copy.end(failed)
+        for copy in self._copies:
+            copy.wait(deadline - time.monotonic())
         self._copies.clear()
         if self._files is not None:
-            self._files.close(failed)
-            self._text.close()
+            self._files.close()
+            with self._lock:
+                self._text.close()
             self._files = None
 
     def __enter__(self) -> "RunLog":
@@ -117,25 +126,83 @@ class RunLog:
     ) -> None:
         self.close(failed=kind is not None)
 
-    @contextlib.contextmanager
-    def _guard(self, label: str) -> Iterator[None]:
+    def _start(self, label: str, module: str, open_sink: Callable[[], Sink]) -> None:
+        """Start a copy. Its module is imported here: loaders fork, and locks of imports stay."""
         try:
-            yield
-        except Exception as error:  # whatever a copy raises, training goes on
-            self._copies.pop(label, None)
-            reason = f"{type(error).__name__}: {error}"
-            self._say(f"{label} logging is switched off: {reason}", sys.stderr)
+            importlib.import_module(module)
+        except Exception as error:  # a broken installation raises any kind
+            self._warn(_switched_off(label, error))
+        else:
+            self._copies.append(Copy(label, open_sink, self._warn))
+
+    def _warn(self, text: str) -> None:
+        self._say(text, sys.stderr)
 
     def _say(self, text: str, stream: TextIO) -> None:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        self._text.write(f"{now} {text}\n")
-        if "tqdm" in sys.modules:  # only then can there be a progress bar to keep whole
-            from tqdm import tqdm
+        with self._lock:
+            if self._text.closed:  # a copy that was given up speaks too late
+                return
+            self._text.write(f"{now} {text}\n")
+            if "tqdm" in sys.modules:  # only then can there be a progress bar to keep whole
+                from tqdm import tqdm
 
-            tqdm.write(text, file=stream)
-        else:
-            print(text, file=stream)
-        stream.flush()
+                tqdm.write(text, file=stream)
+            else:
+                print(text, file=stream)
+            stream.flush()
+
+
+class Copy:
+    """A sink behind a thread: whatever it does, raises or hangs in, no method but `wait` waits.
+
+    A daemon thread, so that the process can end while the sink hangs.
+
+    Args:
+        warn: told when the sink fails, and when rows are lost; called from either thread.
+    """
+
+    def __init__(
+        self, label: str, open_sink: Callable[[], Sink], warn: Callable[[str], None]
+    ) -> None:
+        self._label, self._warn = label, warn
+        self._queue: SimpleQueue[tuple[str, int, Mapping[str, float]] | bool] = SimpleQueue()
+        self._full = False
+        self._thread = Thread(target=self._work, args=(open_sink,), name=label, daemon=True)
+        self._thread.start()
+
+    def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
+        """Leave a row to the thread; it is lost when QUEUE_ROWS wait already."""
+        if self._queue.qsize() < QUEUE_ROWS:
+            self._queue.put((kind, update, values))
+        elif not self._full and self._thread.is_alive():
+            self._full = True
+            waiting = f"{QUEUE_ROWS} rows wait, further ones are lost"
+            self._warn(f"{self._label} logging hangs: {waiting}")
+
+    def end(self, failed: bool) -> None:
+        """Have the sink closed once it has every row."""
+        self._queue.put(failed)
+
+    def wait(self, seconds: float) -> None:
+        """Return when the sink is closed, or give it up after so long."""
+        self._thread.join(max(seconds, 0))
+        if self._thread.is_alive():
+            text = f"{self._label} logging is given up: not finished within {FINISH_SECONDS} s"
+            self._warn(text)
+
+    def _work(self, open_sink: Callable[[], Sink]) -> None:
+        try:
+            sink = open_sink()
+            while not isinstance(item := self._queue.get(), bool):
+                sink.write(*item)
+            sink.close(failed=item)
+        except Exception as error:  # whatever a copy raises, training goes on
+            self._warn(_switched_off(self._label, error))
+
+
+def _switched_off(label: str, error: Exception) -> str:
+    return f"{label} logging is switched off: {type(error).__name__}: {error}"
 
 
 class FileSink:
@@ -170,7 +237,7 @@ class FileSink:
     def sync(self) -> None:
         os.fsync(self._file.fileno())
 
-    def close(self, failed: bool) -> None:
+    def close(self) -> None:
         self._file.close()
 
     def _rewind(self, update: int) -> None:
@@ -219,7 +286,7 @@ class WandbSink:
     ) -> None:
         import wandb
 
-        if mode == "online" and not wandb.login(timeout=LOGIN_SECONDS):
+        if mode == "online" and not wandb.login(prompt=False):
             raise RuntimeError("no API key; run `wandb login` or set log.wandb.mode=offline")
         id_file = folder / "wandb_id.txt"
         if not (resumed and id_file.exists()):
@@ -236,7 +303,11 @@ class WandbSink:
             project=project,
             entity=entity,
             tags=list(tags),
-            settings=wandb.Settings(finish_timeout=FINISH_SECONDS),
+            settings=wandb.Settings(
+                console="off",  # printing would wait for W&B
+                finish_timeout=FINISH_SECONDS - 1,
+                finish_timeout_raises=True,
+            ),
         )
         self._run.define_metric("update")
         self._run.define_metric("*", step_metric="update")

@@ -3,8 +3,13 @@
 import csv
 import json
 import math
+import os
+import subprocess
 import sys
+import textwrap
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,12 +17,14 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from irpe_ds import runlog
 from irpe_ds.config import WandbConfig
 from irpe_ds.errors import ConfigError
-from irpe_ds.runlog import RunLog, read_rows
+from irpe_ds.runlog import RunLog, TensorBoardSink, read_rows
 
 DISABLED = WandbConfig().model_dump()
 OFFLINE = WandbConfig(mode="offline", tags=("test",)).model_dump()
+ONLINE = {**OFFLINE, "mode": "online"}
 
 
 def open_log(folder: Path, **options: Any) -> RunLog:
@@ -50,38 +57,58 @@ def assert_holds(path: Path, content: bytes) -> None:
         time.sleep(0.02)
 
 
-class FakeRun:
-    """A W&B run that remembers, and raises in the named methods."""
+class FakeWandb(ModuleType):
+    """A wandb that remembers its one run, and raises or hangs in the named function."""
 
-    def __init__(self, raises: str) -> None:
-        self.raises, self.rows, self.exit_code = raises, [], None
+    Settings = dict
+
+    def __init__(self, raises: str, hangs: str) -> None:
+        super().__init__("wandb")
+        self.raises, self.hangs, self.released = raises, hangs, threading.Event()
+        self.rows: list[dict[str, float]] = []
+        self.exit_code: int | None = None
+
+    def reach(self, function: str) -> None:
+        if self.raises == function:
+            raise ConnectionError("no network")
+        if self.hangs == function:
+            self.released.wait()
+
+    def login(self, prompt: bool) -> bool:
+        self.reach("login")
+        return not prompt and self.raises != "key"
+
+    def init(self, **options: Any) -> "FakeWandb":
+        self.reach("init")
+        return self
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None: ...
 
     def log(self, row: dict[str, float]) -> None:
-        if self.raises == "log":
-            raise ConnectionError("no network")
+        self.reach("log")
         self.rows.append(row)
 
     def finish(self, exit_code: int) -> None:
-        if self.raises == "finish":
-            raise ConnectionError("no network")
+        self.reach("finish")
         self.exit_code = exit_code
 
 
-def fake_wandb(monkeypatch: pytest.MonkeyPatch, raises: str = "") -> FakeRun:
-    run = FakeRun(raises)
+FakeWandbOf = Callable[..., FakeWandb]
 
-    def init(**options: Any) -> FakeRun:
-        if raises == "init":
-            raise ConnectionError("no network")
-        return run
 
-    module = ModuleType("wandb")
-    module.init, module.Settings = init, dict  # type: ignore[attr-defined]
-    module.login = lambda timeout: raises != "login"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    return run
+@pytest.fixture
+def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandbOf]:
+    """Puts a FakeWandb in the place of wandb; what hangs in it goes on after the test."""
+    made = []
+
+    def install(raises: str = "", hangs: str = "") -> FakeWandb:
+        made.append(FakeWandb(raises, hangs))
+        monkeypatch.setitem(sys.modules, "wandb", made[-1])
+        return made[-1]
+
+    yield install
+    for module in made:
+        module.released.set()
 
 
 def test_rows_are_on_disk_at_once_and_exact(tmp_path: Path) -> None:
@@ -184,6 +211,7 @@ def test_inactive_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with open_log(tmp_path / "run", active=False, **options) as log:
         log.log("train", 1, {"loss": 1.0})
         log.note("hello")
+        log.sync()
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr() == ("", "")
 
@@ -216,44 +244,165 @@ def test_wandb_offline_run_is_written_and_resumed_under_its_id(tmp_path: Path) -
     assert not (tmp_path / "log.txt").read_text()
 
 
-def test_fresh_run_has_an_id_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_wandb(monkeypatch)
+def test_fresh_run_has_an_id_of_its_own(tmp_path: Path, fake_wandb: FakeWandbOf) -> None:
+    fake_wandb()
     (tmp_path / "wandb_id.txt").write_text("leftover\n")
     open_log(tmp_path, wandb=OFFLINE).close()
     assert (tmp_path / "wandb_id.txt").read_text().strip() != "leftover"
 
 
-def test_wandb_gets_named_rows_and_the_exit_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_wandb_gets_named_rows_in_order_and_the_exit_code(
+    tmp_path: Path, fake_wandb: FakeWandbOf
 ) -> None:
-    run = fake_wandb(monkeypatch)
+    wandb = fake_wandb()
     log = open_log(tmp_path, wandb=OFFLINE)
-    log.log("eval", 4, {"top1": 71.5})
+    for update in range(1, 501):
+        log.log("eval", update, {"top1": update / 10})
     with pytest.raises(KeyboardInterrupt), log:
         raise KeyboardInterrupt
-    assert run.rows == [{"update": 4, "eval/top1": 71.5}]
-    assert run.exit_code == 1
+    assert wandb.rows == [{"update": u, "eval/top1": u / 10} for u in range(1, 501)]
+    assert wandb.exit_code == 1
 
 
-@pytest.mark.parametrize("raises", ["import", "login", "init", "log", "finish"])
+@pytest.mark.parametrize("raises", ["import", "login", "key", "init", "log", "finish"])
 def test_wandb_that_fails_is_told_once_and_switched_off(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    fake_wandb: FakeWandbOf,
     capsys: pytest.CaptureFixture[str],
     raises: str,
 ) -> None:
-    fake_wandb(monkeypatch, raises)
+    fake_wandb(raises)
     if raises == "import":
         monkeypatch.setitem(sys.modules, "wandb", None)
-    with open_log(tmp_path, wandb={**OFFLINE, "mode": "online"}) as log:
+    with open_log(tmp_path, wandb=ONLINE) as log:
         for update in (1, 2, 3):
             log.log("train", update, {"loss": 1.0})
     assert updates(tmp_path, "train") == [1, 2, 3]
     (told,) = capsys.readouterr().err.splitlines()
     assert told.startswith("W&B logging is switched off: ")
     assert told in (tmp_path / "log.txt").read_text()
-    reasons = {"import": "wandb", "login": "wandb login"}
+    reasons = {"import": "wandb", "key": "wandb login"}
     assert reasons.get(raises, "ConnectionError: no network") in told
+
+
+@pytest.mark.parametrize("hangs", ["login", "init", "log", "finish"])
+def test_wandb_that_hangs_delays_no_row_and_the_end_by_a_bound(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fake_wandb: FakeWandbOf,
+    capsys: pytest.CaptureFixture[str],
+    hangs: str,
+) -> None:
+    monkeypatch.setattr(runlog, "FINISH_SECONDS", 0.5)
+    wandb = fake_wandb(hangs=hangs)
+    longest = 0.0
+    log = open_log(tmp_path, wandb=ONLINE)
+    for update in range(1, 101):
+        start = time.monotonic()
+        log.log("train", update, {"loss": 1.0})
+        longest = max(longest, time.monotonic() - start)
+    start = time.monotonic()
+    log.close()
+    assert time.monotonic() - start < 1.5
+    assert longest < 0.5
+    assert updates(tmp_path, "train") == list(range(1, 101))
+    told = "W&B logging is given up: not finished within 0.5 s"
+    assert capsys.readouterr().err.splitlines() == [told]
+    assert told in (tmp_path / "log.txt").read_text()
+    assert wandb.exit_code is None
+
+
+def test_wandb_that_lies_too_far_behind_loses_rows_and_that_is_told_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fake_wandb: FakeWandbOf,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(runlog, "QUEUE_ROWS", 10)
+    wandb = fake_wandb(hangs="init")
+    with open_log(tmp_path, wandb=OFFLINE) as log:
+        for update in range(1, 31):
+            log.log("train", update, {"loss": 1.0})
+        wandb.released.set()
+    assert updates(tmp_path, "train") == list(range(1, 31))
+    assert [row["update"] for row in wandb.rows] == list(range(1, 11))
+    assert capsys.readouterr().err.splitlines() == [
+        "W&B logging hangs: 10 rows wait, further ones are lost"
+    ]
+
+
+def test_what_a_copy_says_after_it_was_given_up_is_left_out(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fake_wandb: FakeWandbOf,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(runlog, "FINISH_SECONDS", 0.1)
+    wandb = fake_wandb(hangs="init")
+    with open_log(tmp_path, wandb=OFFLINE):
+        pass
+    wandb.define_metric = None  # type: ignore[assignment] # so that the thread raises
+    wandb.released.set()
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "W&B")
+    thread.join(10)
+    assert not thread.is_alive()
+    assert "switched off" not in capsys.readouterr().err
+
+
+def test_a_process_ends_while_wandb_hangs(tmp_path: Path) -> None:
+    (tmp_path / "wandb.py").write_text(
+        "import time\nSettings = dict\ninit = lambda **_: time.sleep(600)\n"
+    )
+    code = f"""
+        from pathlib import Path
+        from irpe_ds import runlog
+        runlog.FINISH_SECONDS = 0.5
+        wandb = {OFFLINE!r}
+        with runlog.RunLog(Path("run"), name="run", config={{}}, wandb=wandb) as log:
+            log.log("train", 1, {{"loss": 1.0}})
+        """
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.endswith("W&B logging is given up: not finished within 0.5 s\n")
+
+
+def test_notes_of_several_threads_stay_whole(tmp_path: Path) -> None:
+    text = "x" * 5000
+    with open_log(tmp_path) as log:
+        notes = [lambda: [log.note(text) for _ in range(50)] for _ in range(4)]
+        threads = [threading.Thread(target=note) for note in notes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line.split(" ", 1)[1] for line in lines] == [text] * 200
+
+
+def test_sync_returns_when_the_rows_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((path.name, path.read_text()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with open_log(tmp_path) as log:
+        log.log("train", 1, {"loss": 1.0})
+        synced.clear()
+        log.sync()
+    assert synced == [("metrics.jsonl", (tmp_path / "metrics.jsonl").read_text())]
 
 
 def test_tensorboard_events_and_what_a_resume_hides(tmp_path: Path) -> None:
@@ -268,15 +417,22 @@ def test_tensorboard_events_and_what_a_resume_hides(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboard_on_a_full_disk_is_switched_off(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with open_log(tmp_path, tensorboard=True) as log:
-        events = log._copies["TensorBoard"]._writer.file_writer.event_writer  # type: ignore
-        with Path("/dev/full").open("wb", buffering=0) as full:
-            events._async_writer._writer._writer = full
+    writers = []
+
+    class FullSink(TensorBoardSink):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            writers.append(self._writer.file_writer.event_writer._async_writer)
+            writers[0]._writer._writer = full
+
+    monkeypatch.setattr(runlog, "TensorBoardSink", FullSink)
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        with open_log(tmp_path, tensorboard=True) as log:
             for update in (1, 2, 3):
                 log.log("train", update, {"loss": 1.0})
-        events._async_writer._worker.join()
+        writers[0]._worker.join()
     assert updates(tmp_path, "train") == [1, 2, 3]
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "switched off" in line]
     assert told.startswith("TensorBoard logging is switched off: OSError")
