@@ -30,6 +30,7 @@ def build_model(config: ModelConfig) -> nn.Module:
         close = difflib.get_close_matches(config.name, timm.list_models(), n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise ConfigError("model.name", "a timm model name", f"{config.name!r}{hint}")
+    model: Any
     try:
         model = timm.create_model(config.name, **_arguments(config))
     except ConfigError as error:

@@ -34,6 +34,11 @@ ALLOWED = {
 }
 """Keys of DeepSpeed's that the JSON may set."""
 
+OFFLOAD = {"device", "pin_memory"}
+"""Keys that the sections offload_optimizer and offload_param of ZeRO may have."""
+
+OFFLOAD_REASON = "checkpoints and the moving average read the state from memory, not from NVMe"
+
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration for this run on so many ranks.
@@ -44,6 +49,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """
     train = config.train
     settings = _read_json(config)
+    _check_zero(config, settings["zero_optimization"], world_size)
     _check_precision(config, settings["zero_optimization"]["stage"])
     settings |= {
         "train_batch_size": train.global_batch,
@@ -51,8 +57,11 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": config.optim.clip_grad or 0.0,
         "steps_per_print": 2**31,  # the run log prints
+        "zero_allow_untested_optimizer": True,  # AdamW that keeps an average; it is tested here
     }
-    if train.precision != "fp32":
+    if train.precision == "autocast":
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif train.precision != "fp32":
         settings[train.precision] = {"enabled": True}
     return settings
 
@@ -83,15 +92,14 @@ def _check_precision(config: RunConfig, stage: int) -> None:
         # DeepSpeed 0.19 unscales the gradients there, but does not scale the loss.
         expected = "bf16 or fp32 without ZeRO, or fp16 with stage 1 or more"
         raise ConfigError("train.precision", expected, "fp16 with stage 0")
-    runs = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
+    bf16, fp16 = accelerator.is_bf16_supported, accelerator.is_fp16_supported
+    runs = {"bf16": bf16, "autocast": bf16, "fp16": fp16}
     if precision in runs and not runs[precision]():
         expected = f"a precision that {accelerator.device_name()} supports"
         raise ConfigError("train.precision", expected, precision)
 
 
 def _read_json(config: RunConfig) -> dict[str, Any]:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
     path = config.train.deepspeed
     try:
         settings = json.loads(path.read_text())
@@ -111,13 +119,39 @@ def _read_json(config: RunConfig) -> dict[str, Any]:
         if key not in ALLOWED:
             expected = f"only ZeRO and communication settings ({', '.join(sorted(ALLOWED))})"
             raise ConfigError(path, expected, got)
+    return settings
+
+
+def _check_zero(config: RunConfig, zero: dict[str, Any], world_size: int) -> None:
+    """Raise ConfigError for what DeepSpeed does not know, or could not do in this run."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    path, stage = config.train.deepspeed, zero["stage"]
     try:
-        DeepSpeedZeroConfig(**zero)
+        parsed = DeepSpeedZeroConfig(**zero)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, ("zero_optimization", *first["loc"])))
         raise ConfigError(f"{path}: {where}", first["msg"], repr(first["input"])) from None
-    if zero.get("offload_optimizer"):
-        expected = "no offload_optimizer: it needs DeepSpeed's own AdamW, runs use PyTorch's"
-        raise ConfigError(path, expected, json.dumps(zero["offload_optimizer"]))
-    return settings
+    for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+        offload = zero.get(key)
+        if offload is None:
+            continue
+        where = f"{path}: zero_optimization.{key}"
+        if stage < lowest:
+            raise ConfigError(where, f"stage {lowest} or more for it", f"stage {stage}")
+        if offload.get("device") != "cpu" or not offload.keys() <= OFFLOAD:
+            expected = "device cpu, beside it at most pin_memory"
+            raise ConfigError(where, f"{expected} ({OFFLOAD_REASON})", json.dumps(offload))
+    quantised = [key for key in zero if key.startswith("zero_quantized") and zero[key]]
+    device = get_accelerator().device_name()
+    if quantised and device != "cuda":
+        expected = "no quantised communication without NVIDIA GPUs: it is done by CUDA kernels"
+        raise ConfigError(
+            f"{path}: zero_optimization.{quantised[0]}", expected, f"true on {device}"
+        )
+    if world_size % parsed.zero_hpz_partition_size:
+        where = f"{path}: zero_optimization.zero_hpz_partition_size"
+        expected = f"the GPUs of a node, which divide the {world_size} ranks"
+        raise ConfigError(where, expected, parsed.zero_hpz_partition_size)

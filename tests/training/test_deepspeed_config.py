@@ -1,9 +1,11 @@
 """Who owns which number of DeepSpeed's configuration."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 
 from irpe_ds.config import RunConfig
 from irpe_ds.errors import ConfigError
@@ -31,7 +33,50 @@ def test_every_stage_gets_the_yaml_numbers(stage: int) -> None:
     assert settings["train_micro_batch_size_per_gpu"] == 8
     assert settings["gradient_accumulation_steps"] == 3
     assert settings["bf16"] == {"enabled": True}
+    assert settings["zero_allow_untested_optimizer"] is True
     assert "fp16" not in settings
+    assert "torch_autocast" not in settings
+
+
+def test_autocast_is_pytorchs() -> None:
+    config = run_config(deepspeed=DS_CONFIGS / "zero0.json", precision="autocast")
+    settings = deepspeed_config(config, world_size=1)
+    assert settings["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert not {"bf16", "fp16", "autocast"} & settings.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "offloaded"),
+    [
+        ("zero1_offload", 1, {"offload_optimizer"}),
+        ("zero2_offload", 2, {"offload_optimizer"}),
+        ("zero3_offload", 3, {"offload_optimizer", "offload_param"}),
+    ],
+)
+def test_offloading(name: str, stage: int, offloaded: set[str]) -> None:
+    config = run_config(deepspeed=DS_CONFIGS / f"{name}.json")
+    zero = deepspeed_config(config, world_size=1)["zero_optimization"]
+    assert zero["stage"] == stage
+    found = {key: zero[key] for key in zero if key.startswith("offload_")}
+    assert found == {key: {"device": "cpu"} for key in offloaded}
+
+
+class TestQuantisedCommunication:
+    def test_is_refused_on_the_cpu(self) -> None:
+        config = run_config(deepspeed=DS_CONFIGS / "zeropp.json")
+        with pytest.raises(ConfigError, match=r"zeropp\.json: .*zero_quantized_weights: .* GPUs"):
+            deepspeed_config(config, world_size=8)
+
+    @pytest.mark.parametrize(("ranks", "runs"), [(8, True), (16, True), (4, False), (12, False)])
+    def test_runs_on_whole_nodes_of_gpus(
+        self, ranks: int, runs: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        accelerator = get_accelerator()
+        monkeypatch.setattr(type(accelerator), "device_name", lambda self: "cuda")
+        config = run_config(deepspeed=DS_CONFIGS / "zeropp.json", global_batch=192)
+        with nullcontext() if runs else pytest.raises(ConfigError, match="hpz_partition_size"):
+            settings = deepspeed_config(config, world_size=ranks)
+            assert settings["zero_optimization"]["zero_quantized_gradients"] is True
 
 
 @pytest.mark.parametrize("key", OWNED_BY_YAML)
@@ -64,8 +109,45 @@ def test_json_without_a_stage_is_refused(text: str, tmp_path: Path) -> None:
             ("zero_optimization.overlap_com",),
         ),
         (
-            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
-            ("offload_optimizer", "AdamW"),
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            ("offload_optimizer", "stage 1 or more", "got stage 0"),
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            ("offload_param", "stage 3 or more", "got stage 2"),
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            ("offload_param", "device cpu", "the moving average", "nvme"),
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}},
+            ("offload_optimizer", "device cpu", "the moving average", "nvme"),
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"pin_memory": True}}},
+            ("offload_optimizer", "device cpu", '{"pin_memory": true}'),
+        ),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "cpu", "ratio": 0.5},
+                }
+            },
+            ("offload_optimizer", "at most pin_memory", '"ratio": 0.5'),
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+            ("zero_quantized_weights", "without NVIDIA GPUs", "true on cpu"),
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+            ("zero_quantized_gradients", "without NVIDIA GPUs", "true on cpu"),
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}},
+            ("zero_hpz_partition_size", "divide the 4 ranks", "3"),
         ),
     ],
 )
@@ -75,7 +157,7 @@ def test_what_deepspeed_would_not_take(
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(settings))
     with pytest.raises(ConfigError) as error:
-        deepspeed_config(run_config(deepspeed=path), world_size=1)
+        deepspeed_config(run_config(deepspeed=path), world_size=4)
     for part in (str(path), *parts):
         assert part in str(error.value)
 
