@@ -1,0 +1,123 @@
+"""The loss of a forward pass: what the labels say, and what a teacher says of the same images."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from irpe_ds.config import DistillConfig, ModelConfig, RunConfig
+from irpe_ds.errors import ConfigError
+from irpe_ds.models.build import build_model, load_weights
+from irpe_ds.models.vision_transformer import set_resolution
+from irpe_ds.training.precision import PRODUCTS
+
+
+class Loss(nn.Module):
+    """Cross entropy with label smoothing, computed in float32."""
+
+    def __init__(self, smoothing: float) -> None:
+        super().__init__()
+        self.smoothing = smoothing
+
+    def prepare(self, model: nn.Module) -> None:
+        """Make the model give in training what the loss takes; before DeepSpeed wraps it."""
+
+    def forward(self, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean over the batch.
+
+        Args:
+            images: (B, 3, H, W), as the model has seen them.
+            outputs: (B, C), what the model has made of them.
+            targets: labels (B,), or probabilities (B, C).
+        """
+        return F.cross_entropy(outputs.float(), targets, label_smoothing=self.smoothing)
+
+
+class DistillationLoss(Loss):
+    """(1 - alpha) of the labels' loss and alpha of a teacher's, as in DeiT.
+
+    The student has two heads: the labels teach one, the teacher the other.
+
+    Args:
+        teacher: the model to learn from; it is not trained, and computes in `dtype`.
+    """
+
+    def __init__(
+        self, smoothing: float, distill: DistillConfig, teacher: nn.Module, dtype: torch.dtype
+    ) -> None:
+        super().__init__(smoothing)
+        self.distill, self.dtype = distill, dtype
+        self.teacher = teacher.eval().requires_grad_(False)
+
+    def prepare(self, model: Any) -> None:
+        """Make the student return both of its heads' logits in training.
+
+        Raises:
+            ConfigError: it has no head for the teacher.
+        """
+        if not hasattr(model, "set_distilled_training"):
+            with_head = "a model with a distillation head, such as deit_small_distilled_patch16_224"
+            expected = f"{with_head}, for distill.kind {self.distill.kind}"
+            raise ConfigError("model.name", expected, f"a {type(model).__name__} without one")
+        model.set_distilled_training(True)
+
+    def forward(self, images: Tensor, outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:  # type: ignore[override]
+        """The mean over the batch; `outputs` are the logits of both heads, (B, C) each."""
+        logits, distilled = outputs
+        loss = super().forward(images, logits, targets)
+        teaching = self._from_teacher(distilled.float(), self._ask(images))
+        return torch.lerp(loss, teaching, self.distill.alpha)
+
+    def _from_teacher(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.distill.kind == "hard":
+            return F.cross_entropy(student, teacher.argmax(dim=1))
+        tau = self.distill.tau
+        divergence = F.kl_div(
+            F.log_softmax(student / tau, dim=1),
+            F.log_softmax(teacher / tau, dim=1),
+            reduction="sum",
+            log_target=True,
+        )
+        return divergence * tau**2 / student.numel()  # DeiT divides by the classes too
+
+    @torch.no_grad()
+    def _ask(self, images: Tensor) -> Tensor:
+        """The teacher's logits, (B, C) in float32."""
+        height, width = images.shape[-2:]
+        set_resolution(self.teacher, (height, width))
+        mixed = self.dtype != torch.float32
+        with torch.autocast(images.device.type, self.dtype, enabled=mixed):
+            return self.teacher(images.float()).float()
+
+
+def build_loss(config: RunConfig, device: torch.device) -> Loss:
+    """The loss of a run, with its teacher's weights read from their file if it has one.
+
+    Raises:
+        ConfigError: no such teacher, or the file does not hold its weights for these classes.
+    """
+    augment, distill = config.augment, config.distill
+    mixed = augment.mixup > 0 or augment.cutmix > 0
+    smoothing = 0.0 if mixed else augment.label_smoothing  # mixing has smoothed the targets
+    if distill.kind == "none":
+        return Loss(smoothing)
+    dtype = PRODUCTS[config.train.precision]
+    return DistillationLoss(smoothing, distill, _build_teacher(config).to(device), dtype)
+
+
+def _build_teacher(config: RunConfig) -> nn.Module:
+    distill, student = config.distill, config.model
+    assert distill.weights is not None  # DistillConfig has made sure
+    model = ModelConfig(
+        name=distill.teacher,
+        num_classes=student.num_classes,
+        img_size=student.img_size,
+        resolutions=student.resolutions,
+    )
+    try:
+        teacher = build_model(model)
+    except ConfigError as error:
+        raise ConfigError("distill.teacher", error.expected, error.got) from None
+    load_weights(teacher, distill.weights, where="distill.weights")
+    return teacher
