@@ -38,7 +38,7 @@ OnBad = Literal["error", "skip"]
 
 _COMMIT_SECONDS = 2.0  # a kill loses at most so much work
 _PIECE = 1 << 12  # rows of the tables in memory at a time
-_TRIALS = 100  # images that a dry run converts
+_TRIALS = 100  # images that a dry run converts at most
 
 
 def convert(
@@ -66,18 +66,24 @@ def convert(
     Raises:
         ConfigError: the source has no images or a damaged one, `out` exists or cannot be written.
     """
-    journal_path = beside(out, ".partial.db")
+    journal_path, unfinished = beside(out, ".partial.db"), beside(out, ".partial")
     settings = {"source": [os.fspath(path) for path in source.paths], "kind": source.kind}
     settings |= asdict(options) | {"ffcv": VERSION}
-    published = out.exists() and journal_path.exists() and not beside(out, ".partial").exists()
-    if out.exists() and not overwrite and not published:
-        raise ConfigError("--out", "a new file, or --overwrite", f"{out}, which exists")
+    exists = ConfigError("--out", "a new file, or --overwrite", f"{out}, which exists")
+    if out.exists() and not overwrite and not journal_path.exists():
+        raise exists
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with closing(Journal(journal_path, settings, anew=overwrite)) as journal:
-            if journal.is_new or not published:
+            renamed = journal.finished and out.exists() and not unfinished.exists()
+            if out.exists() and not overwrite and not renamed:
+                raise exists
+            if not renamed:
                 manifest = _convert(source, out, options, journal, workers, on_bad, command)
                 manifest.write(beside(out, MANIFEST + ".partial"))
+                for suffix in (HASHES, SKIPPED):
+                    _to_disk(beside(out, suffix + ".partial"))
+                journal.finish()
             _publish(out)
         journal_path.unlink()
         return Manifest.read(beside(out, MANIFEST))
@@ -259,7 +265,6 @@ def _publish(out: Path) -> None:
     for suffix in ("", HASHES, SKIPPED, MANIFEST):
         unfinished = beside(out, suffix + ".partial")
         if unfinished.exists():
-            _to_disk(unfinished)
             os.replace(unfinished, beside(out, suffix))
     skipped = beside(out, SKIPPED)
     if skipped.exists() and not skipped.stat().st_size:
@@ -305,17 +310,18 @@ def forecast(source: Source, out: Path, options: StorageOptions, *, workers: int
     with closing(Journal(None, {})) as journal, closing(Files(source)) as files:
         classes, others = journal.enter(source)
         count, listed = journal.totals()
+        trials = list(journal.images(0, step=-(-count // _TRIALS)))
         read = stored = 0
         bad = {}
         since = time.monotonic()
-        for item in journal.images(0, step=-(-count // _TRIALS)):
+        for item in trials:
             member, found = _read(files, options, item)
             if isinstance(found, str):
                 bad[f"{member.category}/{member.name}"] = found
             else:
                 read += member.size
                 stored += len(found[0].payload)
-        each = (time.monotonic() - since) / min(count, _TRIALS)
+        each = (time.monotonic() - since) / len(trials)
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     return Forecast(
         images=count,

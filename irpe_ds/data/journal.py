@@ -100,9 +100,7 @@ class Journal:
             got = ", ".join(str(settings[name]) for name in names)
             raise ConfigError(where, expected, got)
         self._added: list[Stored] = []
-        self.is_new = there != text
-        """Whether nothing of this conversion was there."""
-        if self.is_new:
+        if there != text:
             self.forget()
             self._db.execute("DELETE FROM settings")
             self._db.execute("INSERT INTO settings VALUES (?)", (text,))
@@ -110,6 +108,7 @@ class Journal:
     def forget(self, first: int = 0) -> None:
         """Take the images from this position on for not done."""
         self._db.execute("DELETE FROM done WHERE position >= ?", (first,))
+        self._db.execute("PRAGMA user_version = 0")  # not finished
 
     def close(self) -> None:
         """Close the database; what was not committed is lost."""
@@ -124,6 +123,16 @@ class Journal:
         """Make last what was staged; the payloads must be on the disk before."""
         self._db.execute("COMMIT")
         self._db.execute("BEGIN")
+
+    @property
+    def finished(self) -> bool:
+        """Whether all files of this conversion are complete and on the disk."""
+        return self._row("PRAGMA user_version") == (1,)
+
+    def finish(self) -> None:
+        """Remember that they are."""
+        self._db.execute("PRAGMA user_version = 1")
+        self.commit()
 
     def enter(self, source: Source) -> tuple[tuple[str, ...], int]:
         """Enter the images of a source; class names, and how many other files it has.

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from irpe_ds.data.dataset import Beton, DatasetInfo, open_dataset, read_beton
-from irpe_ds.data.ffcv_api import ENTRY_TYPE, HEAD_BYTES, JPG
+from irpe_ds.data.ffcv_api import ENTRY_TYPE, HEAD_BYTES, JPG, HeaderType
 from irpe_ds.data.images import check_jpeg
 from irpe_ds.data.manifest import (
     MANIFEST,
@@ -57,7 +57,8 @@ def verify(path: Path, *, workers: int, needs_manifest: bool = True) -> DatasetI
 
 def _check_labels(path: Path, manifest: Manifest) -> None:
     """Compare every label with the class that the sample was converted from."""
-    if path.stat().st_size != manifest.size:
+    header = np.fromfile(path, HeaderType, 1)
+    if path.stat().st_size != manifest.size or header["num_samples"] != manifest.num_samples:
         return  # open_dataset says it better
     labels = np.fromfile(path, ENTRY_TYPE, manifest.num_samples, offset=HEAD_BYTES)["f1"]
     for sample, (label, line) in enumerate(

@@ -227,6 +227,16 @@ def test_forecast_is_near_what_comes(folder: Path, tmp_path: Path) -> None:
             path.unlink()
 
 
+def test_forecast_of_the_time_counts_the_images_tried(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("irpe_ds.data.convert.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("irpe_ds.data.convert._TRIALS", 25)  # of 37 images every second: 19
+    coming = forecast(open_source([folder]), tmp_path / "out.beton", StorageOptions(), workers=2)
+    assert coming.seconds == pytest.approx(37 * 10 / 19 / 2)
+
+
 def test_failure_keeps_the_file_that_was_to_be_replaced(mixed: Path) -> None:
     out = mixed.parent / "mixed.beton"
     before = convert_folder(mixed, out, StorageOptions(), workers=1)

@@ -145,6 +145,15 @@ def test_class_counts_are_compared(own_beton: Path) -> None:
         verify(own_beton, workers=1)
 
 
+@pytest.mark.parametrize("count", [0, 36, 38, 10**9])
+def test_number_of_samples_is_compared(own_beton: Path, count: int) -> None:
+    path = beside(own_beton, MANIFEST)
+    path.write_text(path.read_text().replace('"num_samples": 37', f'"num_samples": {count}'))
+    for check in (lambda: verify(own_beton, workers=1), lambda: read_beton(own_beton, "test")):
+        with pytest.raises(ConfigError, match=r"own\.beton"):
+            check()
+
+
 def test_swapped_labels_are_named(own_beton: Path) -> None:
     label = ENTRY_TYPE.fields["f1"][1]
     for sample, other in ((5, 9), (9, 5)):

@@ -1,6 +1,7 @@
 """Conversions that were stopped and called again: what is done stays done, and only that."""
 
 import errno
+import os
 import sqlite3
 import time
 from collections.abc import Callable
@@ -140,3 +141,51 @@ def test_one_conversion_at_a_time(mixed: Path) -> None:
     expected = pytest.raises(ConfigError, match=r"none at work, got database is locked")
     with closing(Journal(beside(out, ".partial.db"), {})), expected:
         convert_folder(mixed, out, StorageOptions(), workers=1)
+
+
+def test_killed_before_the_first_image_it_does_not_take_the_old_file_for_its_own(
+    mixed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = mixed.parent / "mixed.beton"
+    convert_folder(mixed, out, StorageOptions(), workers=1)
+
+    def killed(*_: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("irpe_ds.data.convert.BetonWriter", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert_folder(folder, out, StorageOptions(), workers=1, overwrite=True)
+    with pytest.raises(ConfigError, match=r"--out: expected a new file, or --overwrite"):
+        convert_folder(folder, out, StorageOptions(), workers=1)
+    assert convert_folder(folder, out, StorageOptions(), workers=1, overwrite=True).num_samples > 9
+    verify(out, workers=1)
+
+
+def test_killed_while_names_are_given_it_goes_on(
+    mixed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every rename, on top of an older file."""
+    out = mixed.parent / "out" / "mixed.beton"
+    expected = convert_folder(folder, out, StorageOptions(), workers=1)
+    for renames in range(4):
+        convert_folder(mixed, out, StorageOptions(), workers=1, overwrite=True)
+        renamed = []
+
+        def replace(old: Path, new: Path, limit: int = renames, renamed: list = renamed) -> None:
+            if old.suffix == ".partial":
+                if len(renamed) == limit:
+                    raise KeyboardInterrupt
+                renamed.append(old)
+            old.rename(new)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            with pytest.raises(KeyboardInterrupt):
+                convert_folder(folder, out, StorageOptions(), workers=1, overwrite=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("irpe_ds.data.convert.store_image", None)  # nothing is read again
+            made = convert_folder(folder, out, StorageOptions(), workers=1, overwrite=not renamed)
+        assert made == expected
+        verify(out, workers=1)
+        assert len(list(out.parent.iterdir())) == 3
