@@ -4,16 +4,19 @@ import os
 import sys
 from collections.abc import Callable
 
-from irpe_ds.errors import ConfigError
+from irpe_ds.errors import ConfigError, TrainingError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call main; a ConfigError becomes one message on stderr and exit code 2, no traceback."""
+    """Call main; errors meant for the user become one message on stderr, without a traceback.
+
+    The exit code is 2 for a ConfigError, 1 for a TrainingError.
+    """
     try:
         main()
-    except ConfigError as error:
+    except (ConfigError, TrainingError) as error:
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
         rank = f"[rank {os.environ['RANK']}] " if several else ""
         sys.stderr.write(f"{rank}error: {error}\n")
         sys.stderr.flush()
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -1,4 +1,4 @@
-"""The one error that stands for a mistake in what the user gave."""
+"""The errors that a user gets to read as one message."""
 
 
 class ConfigError(ValueError):
@@ -13,3 +13,7 @@ class ConfigError(ValueError):
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), (self.where, self.expected, self.got)  # to cross between processes
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, and starting it again would not help; one message, exit code 1."""

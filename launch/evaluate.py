@@ -19,6 +19,8 @@ def main() -> None:
     source.add_argument("--run", type=Path, help="run folder; its newest checkpoint is evaluated")
     source.add_argument("--config", type=Path, metavar="YAML", help="configuration, with --weights")
     parser.add_argument("--weights", type=Path, help=".pth or .safetensors instead of the run's")
+    parser.add_argument("--ema", action="store_true", help="the average of the run's weights")
+    parser.add_argument("--best", action="store_true", help="its best checkpoint, not its last")
     parser.add_argument("--batch-size", type=int, default=64, help="images per rank and pass")
     parser.add_argument(
         "--pipeline",
@@ -31,11 +33,14 @@ def main() -> None:
     args = parser.parse_intermixed_args()
 
     from irpe_ds.config import load_config
+    from irpe_ds.training import checkpoint
     from irpe_ds.training.evaluation import evaluate_weights
 
     overrides = [f"data.pipeline={args.pipeline}", *args.overrides]
     config = load_config(args.config or args.run / "config.yaml", overrides)
-    weights = args.weights or newest_weights(args.run)
+    if args.run is None and args.weights is None:
+        raise ConfigError("--weights", "a file, when --config names no run", "nothing")
+    weights = args.weights or checkpoint.weights_of(args.run, best=args.best, ema=args.ema)
     scores = evaluate_weights(config, weights, args.batch_size)
     if scores is not None:
         print(
@@ -43,18 +48,6 @@ def main() -> None:
             f"loss {scores['loss']:.4f} on {scores['images']:.0f} images of {config.data.val} "
             f"(pipeline {args.pipeline}): {weights}"
         )
-
-
-def newest_weights(folder: Path | None) -> Path:
-    """The weights of a run's newest checkpoint."""
-    from irpe_ds.training import checkpoint
-
-    if folder is None:
-        raise ConfigError("--weights", "a file, when --config names no run", "nothing")
-    found = checkpoint.complete(folder / checkpoint.FOLDER)
-    if not found:
-        raise ConfigError("--run", "a run folder with a checkpoint", folder)
-    return found[-1] / checkpoint.WEIGHTS
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Train a run: `deepspeed launch/train.py --config x.yaml [section.key=value ...]`.
 
-Starts alone too: `python launch/train.py ...` is a run of one rank.
+Starts alone too: `python launch/train.py ...` is a run of one rank. SIGTERM, SIGUSR1 and Ctrl-C
+save and end it with exit code 75; --resume auto goes on.
 """
 
 import argparse
+import sys
 
 from irpe_ds.cli import run
 
@@ -27,9 +29,12 @@ def main() -> None:
 
     from irpe_ds.training.distributed import leave
     from irpe_ds.training.run import train
+    from irpe_ds.training.stop import REQUEUE
 
-    train(config, args.resume)
+    finished = train(config, args.resume)
     leave()
+    if not finished:
+        sys.exit(REQUEUE)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,17 @@
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from irpe_ds.errors import ConfigError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +22,8 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    hosts: Any
+    """Process group of the processors: what it carries waits for no GPU."""
 
     @property
     def is_first(self) -> bool:
@@ -29,12 +35,24 @@ class Ranks:
         dist.all_reduce(values)
         return values
 
-    def range(self, value: int) -> tuple[int, int]:
-        """The smallest and the largest value of a rank."""
-        both = torch.tensor([-value, value], device=self.device)
-        dist.all_reduce(both, dist.ReduceOp.MAX)
-        negative, largest = both.tolist()
-        return -negative, largest
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on one of the ranks."""
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.hosts)
+        return bool(found)
+
+    def from_first(self, function: Callable[[], Result]) -> Result:
+        """Call a function on the first rank alone; its result, or its ConfigError, on all."""
+        box: list[Any] = [None]
+        if self.is_first:
+            try:
+                box[0] = function()
+            except ConfigError as error:
+                box[0] = error
+        dist.broadcast_object_list(box, src=0, group=self.hosts)
+        if isinstance(box[0], ConfigError):
+            raise box[0]
+        return box[0]
 
 
 LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -85,7 +103,8 @@ def join() -> Ranks:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
-    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+    hosts = dist.new_group(backend="gloo")
+    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device, hosts=hosts)
 
 
 def leave() -> None:

@@ -16,13 +16,14 @@ from irpe_ds.models.build import build_model, load_weights
 from irpe_ds.training.batch import Normalize
 from irpe_ds.training.distributed import Ranks, join, leave, set_environment
 
-Batch = tuple[Tensor, Tensor, Tensor]
+EvalBatch = tuple[Tensor, Tensor, Tensor]
+"""Images, labels and which of them count."""
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[EvalBatch],
     prepare: Callable[[Tensor], Tensor],
     ranks: Ranks,
 ) -> dict[str, float]:

@@ -1,24 +1,55 @@
 """AdamW and the cosine schedule, as DeiT's recipe has them."""
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from irpe_ds.config import RunConfig
+from irpe_ds.training.adamw import AdamW, host_adamw
 
 
-def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW in two groups: tensors of one dimension and the model's exempt names do not decay.
+def build_optimizer(
+    model: nn.Module, config: RunConfig, settings: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """AdamW with the moving average that the run keeps, on the host where `settings` offload it."""
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-    Relative position tables have two dimensions or more and decay, as in the released recipe.
+    optim, zero = config.optim, settings["zero_optimization"]
+    arguments: dict[str, Any] = {
+        "lr": peak_lr(config),
+        "betas": optim.betas,
+        "eps": optim.eps,
+        "ema_decay": config.train.ema_decay,
+        # ZeRO looks at all gradients before it calls the optimizer, as does half precision.
+        "skips_non_finite": zero["stage"] == 0 and config.train.precision in ("fp32", "autocast"),
+    }
+    groups = parameter_groups(model, config)
+    if zero.get("offload_optimizer"):
+        optimizer = host_adamw()(groups, **arguments)
+    else:
+        optimizer = AdamW(groups, fused=True, **arguments)
+    ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # or it warns of what our tests test
+    return optimizer
+
+
+def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    """Which tensors decay, and with optim.layer_decay how fast each layer learns.
+
+    Tensors of one dimension and the model's exempt names do not decay. Relative position tables
+    have two dimensions or more and do, as in the released recipe; they learn with their block. The
+    schedule multiplies a group's learning rate with its `lr_scale`, 1 for the head.
     """
     exempt: Collection[str] = getattr(model, "no_weight_decay", tuple)()
     optim = config.optim
-    groups = param_groups_weight_decay(model, optim.weight_decay, no_weight_decay_list=exempt)
-    return torch.optim.AdamW(groups, lr=peak_lr(config), betas=optim.betas, eps=optim.eps)
+    if optim.layer_decay == 1:
+        return param_groups_weight_decay(model, optim.weight_decay, no_weight_decay_list=exempt)
+    return param_groups_layer_decay(
+        model, optim.weight_decay, no_weight_decay_list=exempt, layer_decay=optim.layer_decay
+    )
 
 
 def peak_lr(config: RunConfig) -> float:

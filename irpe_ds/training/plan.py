@@ -10,6 +10,8 @@ from irpe_ds.errors import ConfigError
 class Plan:
     """Length of a run, in updates."""
 
+    num_samples: int
+    """Images in the training set."""
     updates_per_epoch: int
     """Whole global batches in the training set."""
     last_update: int
@@ -29,6 +31,7 @@ def make_plan(config: RunConfig, num_samples: int) -> Plan:
         raise ConfigError("train.global_batch", expected, train.global_batch)
     last_update = train.epochs * updates_per_epoch
     return Plan(
+        num_samples=num_samples,
         updates_per_epoch=updates_per_epoch,
         last_update=min(last_update, train.max_updates or last_update),
     )

@@ -18,7 +18,7 @@ from irpe_ds.errors import ConfigError
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.ops.dispatch import Choice, FallbackWarning, select
 from irpe_ds.training.distributed import Ranks
-from irpe_ds.training.trainer import DTYPES
+from irpe_ds.training.precision import PRODUCTS
 
 CONFIG = "config.yaml"
 QUIET: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
@@ -36,7 +36,7 @@ def attention_op(config: RunConfig, model: nn.Module, device_type: str) -> Choic
         return Choice("timm's own", "the model has no relative position")
     warnings.simplefilter("ignore", FallbackWarning)  # the run's log says it, once
     try:
-        return select(config.model.impl, layer.case(device_type, DTYPES[config.train.precision]))
+        return select(config.model.impl, layer.case(device_type, PRODUCTS[config.train.precision]))
     except ConfigError as error:
         raise ConfigError(f"model.{error.where}", error.expected, error.got) from None
 

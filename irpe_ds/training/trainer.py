@@ -1,48 +1,71 @@
 """The training loop."""
 
-import math
+import copy
+import json
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from irpe_ds.config import RunConfig
 from irpe_ds.data.augment import Erase
 from irpe_ds.data.loaders import Batch, EvalLoader, TrainLoader
+from irpe_ds.data.order import train_order
+from irpe_ds.errors import TrainingError
 from irpe_ds.models.vision_transformer import set_resolution
 from irpe_ds.runlog import RunLog
-from irpe_ds.training import checkpoint
+from irpe_ds.training import checkpoint, precision, throughput
 from irpe_ds.training.batch import Normalize, build_augment, build_mixup, seed_step
 from irpe_ds.training.distributed import Ranks
-from irpe_ds.training.evaluation import evaluate
+from irpe_ds.training.evaluation import EvalBatch, evaluate
+from irpe_ds.training.loss import build_loss
+from irpe_ds.training.meter import Meter
 from irpe_ds.training.optim import build_optimizer, build_schedule
 from irpe_ds.training.plan import Plan
+from irpe_ds.training.start import Start
+from irpe_ds.training.state import EMA, WEIGHTS, EngineState
+from irpe_ds.training.stop import StopSignals
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SKIPPED = "skipped.jsonl"
+"""File of the run folder: the updates that were left out, and the samples of each."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop."""
 
 
 class Trainer:
-    """One model under DeepSpeed with its data: trains epochs, evaluates, saves, resumes."""
+    """One model under DeepSpeed with its data: trains epochs, evaluates, saves, goes on.
+
+    Args:
+        manifest: what checkpoints of this run say of it.
+        start: where training begins.
+        model: where it starts anew, with its first weights.
+        settings: DeepSpeed's configuration.
+        stop: told after every update and every batch of an evaluation.
+    """
 
     def __init__(
         self,
         config: RunConfig,
         plan: Plan,
         manifest: checkpoint.Manifest,
+        start: Start,
         model: nn.Module,
         settings: dict[str, Any],
         ranks: Ranks,
+        stop: StopSignals,
     ) -> None:
         import deepspeed
 
-        self.config, self.plan, self.manifest, self.ranks = config, plan, manifest, ranks
+        self.config, self.plan, self.ranks, self.stop = config, plan, ranks, stop
+        self.manifest, self.folder = manifest, config.folder / checkpoint.FOLDER
+        self.dtype = precision.MODEL[config.train.precision]
         shared: dict[str, Any] = {
             "batch_size": settings["train_micro_batch_size_per_gpu"],
             "img_size": config.model.img_size,
@@ -60,51 +83,93 @@ class Trainer:
             **shared,
         )
         self.val_batches = EvalLoader(config.data.val, crop=config.data.val_crop, **shared)
+        self.loss = build_loss(config, ranks.device)
+        self.loss.prepare(model)
+        if start.path is not None:
+            model.load_state_dict(checkpoint.load(start.path, WEIGHTS))
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.ema_model = None
+        if config.train.ema_decay is not None:
+            self.ema_model = copy.deepcopy(model).to(ranks.device, self.dtype).eval()
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=build_optimizer(model, config), config=settings
+            model=model, optimizer=build_optimizer(model, config, settings), config=settings
         )
+        self.state = EngineState(self.engine, ema=self.ema_model is not None)
+        self.state.start(weights, step=start.saved.steps)
+        if start.path is not None:
+            self.state.write(checkpoint.load_state(start.path))
+            self.state.set_loss_scaler(start.saved.loss_scaler)
+        if config.train.compile:
+            self.engine.compile()
         self.schedule = build_schedule(self.engine.optimizer, config, plan.updates_per_epoch)
         self.augment = build_augment(config)
         self.normalize = Normalize(config.data, ranks.device)
         self.erase = Erase(config.augment.erase)
         self.mixup = build_mixup(config)
-        self.update = 0
+        own = start.path is not None and start.path.resolve().parent == self.folder.resolve()
+        self.saved = start.saved if own else manifest
+        """Manifest of this run's newest checkpoint."""
+        self.update = start.saved.update
+        self.skips = 0
+        """Updates in a row that were left out until now."""
+        self.meter = Meter(ranks, start.saved.meter)
+        self.flops = throughput.TRAINING * throughput.forward_flops(config.model)
 
-    def fit(self, log: RunLog) -> None:
-        """Train to the last update, with evaluation and a checkpoint after every epoch."""
-        while self.update < self.plan.last_update:
-            self.train_epoch(log)
-            self.validate(log)
-            self.save()
+    def fit(self, log: RunLog) -> bool:
+        """Train to the last update, or until a signal comes; whether it is the last update."""
+        try:
+            while True:
+                if self.is_at_end_of_epoch() and not self.is_scored():
+                    self.save(log, self.validate(log))
+                if self.update == self.plan.last_update:
+                    return True
+                self.train_epoch(log)
+        except Stopped:
+            if self.saved.update != self.update:
+                self.save(log)
+            self.stop.finished = True
+            asked = self.stop.received or "a signal to another rank"
+            log.note(f"stopped by {asked} after update {self.update}; --resume auto goes on")
+            return False
+
+    def is_at_end_of_epoch(self) -> bool:
+        """Whether the present weights are to be evaluated."""
+        ends = self.update % self.plan.updates_per_epoch == 0
+        return self.update > 0 and (ends or self.update == self.plan.last_update)
+
+    def is_scored(self) -> bool:
+        """Whether they have been, and are saved."""
+        return self.saved.update == self.update and bool(self.saved.scores)
+
+    def raise_if_stopped(self) -> None:
+        """Raise Stopped on all ranks when a signal has come to one of them."""
+        if self.ranks.any(self.stop.received is not None):
+            raise Stopped
 
     def train_epoch(self, log: RunLog) -> None:
         """Train from the present update to the end of its epoch, or to the last update."""
+        train = self.config.train
         epoch, done = divmod(self.update, self.plan.updates_per_epoch)
         end = min(self.plan.last_update, (epoch + 1) * self.plan.updates_per_epoch)
-        accumulation = self.config.train.accumulation
         size = self.config.model.size_at(epoch)
         set_resolution(self.engine.module, size)
-        batches = self.train_batches.epoch(epoch, first_pass=done * accumulation, img_size=size)
+        first_pass = done * train.accumulation
+        batches = self.train_batches.epoch(epoch, first_pass=first_pass, img_size=size)
         with closing(batches), self.progress_bar(epoch, done) as bar:
-            meter = Meter(batches, self.ranks)
+            self.meter.start_clock()
             while self.update < end:
-                self.schedule.step_update(self.update)
-                for micro_step in range(accumulation):
-                    batch = next(meter)
-                    meter.add(self.step(batch, micro_step), len(batch.images))
-                self.update += 1
+                self.train_update(batches, log)
                 bar.update()
-                if self.update % self.config.train.log_every == 0 or self.update == end:
-                    row = self.report(meter.read())
+                if self.update % train.log_every == 0 or self.update == end:
+                    row = self.report(self.meter.read())
                     log.log("train", self.update, row)
-                    if not math.isfinite(row["loss"]):
-                        raise FloatingPointError(
-                            f"the loss of update {self.update} is {row['loss']}"
-                        )
                     bar.set_postfix_str(
                         f"loss {row['loss']:.3f}, lr {row['lr']:.1e}, "
                         f"{row['images_per_s']:.0f} img/s"
                     )
+                if train.save_every and self.update % train.save_every == 0 and self.update < end:
+                    self.save(log)
+                self.raise_if_stopped()
 
     def progress_bar(self, epoch: int, done: int) -> tqdm:
         """Updates of this epoch, on rank 0; a redirected log gets a line now and then."""
@@ -118,6 +183,19 @@ class Trainer:
             leave=sys.stderr.isatty(),
         )
 
+    def train_update(self, batches: Iterator[Batch], log: RunLog) -> None:
+        """All forward and backward passes of one update, and the update."""
+        self.schedule.step_update(self.update)
+        for micro_step in range(self.config.train.accumulation):
+            batch = self.meter.wait(batches)
+            self.meter.add(self.step(batch, micro_step), len(batch.images))
+        self.update += 1
+        self.meter.updates += 1
+        if self.engine.was_step_applied():
+            self.skips = 0
+        elif not self.state.loss_scale_can_sink():
+            self.count_skip(log)
+
     def step(self, batch: Batch, micro_step: int) -> Tensor:
         """One forward and backward pass, the last of an update with the update; the loss."""
         number = self.update * self.config.train.accumulation + micro_step
@@ -125,18 +203,53 @@ class Trainer:
         images = batch.images.to(self.ranks.device, non_blocking=True)
         images = self.erase(self.normalize(self.augment(images, batch.keys)), batch.keys)
         targets = batch.labels.to(self.ranks.device, non_blocking=True)
-        smoothing = self.config.augment.label_smoothing
         if self.mixup is not None:
-            images, targets = self.mixup(images, targets)  # smoothed by mixup
-            smoothing = 0.0
-        logits = self.engine(images.to(DTYPES[self.config.train.precision]))
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+            images, targets = self.mixup(images, targets)
+        images = images.to(self.dtype)
+        loss = self.loss(images, self.engine(images), targets)
         self.engine.backward(loss)
         self.engine.step()
         return loss.detach()
 
+    def count_skip(self, log: RunLog) -> None:
+        """Write down the samples of an update that was left out; stop after too many in a row.
+
+        Raises:
+            TrainingError: on all ranks, since a gradient that is not finite is so on all.
+        """
+        self.skips += 1
+        limit = self.config.train.max_skips
+        path = self.config.folder / SKIPPED
+        if self.ranks.is_first:
+            with path.open("a", encoding="utf-8") as file:
+                row = {"update": self.update, "samples": self.samples_of(self.update)}
+                file.write(json.dumps(row) + "\n")
+            log.note(f"update {self.update} is left out: a gradient is not finite; see {path}")
+        if self.skips > limit:
+            raise TrainingError(
+                f"{self.skips} updates in a row, the last {self.update}, had gradients that are "
+                f"not finite (train.max_skips is {limit}); their samples are in {path}, and the "
+                f"last checkpoint is of update {self.saved.update}"
+            )
+
+    def samples_of(self, update: int) -> list[int]:
+        """The samples that all ranks see in an update, counted from 1."""
+        epoch, done = divmod(update - 1, self.plan.updates_per_epoch)
+        images = self.config.train.global_batch
+        samples, _ = train_order(
+            self.plan.num_samples,
+            batch_size=images,
+            accumulation=1,
+            rank=0,
+            world_size=1,
+            seed=self.config.seed,
+            epoch=epoch,
+            repeats=self.config.augment.repeats,
+        )
+        return samples[done * images : (done + 1) * images].tolist()
+
     def report(self, row: dict[str, float]) -> dict[str, float]:
-        """The meter's row with what the engine knows."""
+        """The meter's row with what the engine and the model's arithmetic tell."""
         row["lr"] = self.engine.optimizer.param_groups[0]["lr"]
         row["epoch"] = self.update / self.plan.updates_per_epoch
         norm = self.engine.get_global_grad_norm()
@@ -144,71 +257,64 @@ class Trainer:
             row["grad_norm"] = float(norm)
         if self.config.train.precision == "fp16":
             row["loss_scale"] = self.engine.optimizer.cur_scale
-        if self.ranks.device.type == "cuda":
-            row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        flops = self.flops * row["images_per_s"] / self.ranks.world_size
+        row["tflops"] = flops / 1e12
+        peak = throughput.peak_flops(self.ranks.device)
+        if peak is not None:
+            row["mfu"] = flops / peak
         return row
 
-    def validate(self, log: RunLog) -> None:
-        """Evaluate the present weights on the whole validation set."""
-        dtype = DTYPES[self.config.train.precision]
+    def validate(self, log: RunLog) -> dict[str, float]:
+        """Scores of the present weights, and of their average, on the whole validation set."""
         set_resolution(self.engine.module, self.config.model.img_size)
-        scores = evaluate(
-            self.engine, self.val_batches, lambda x: self.normalize(x).to(dtype), self.ranks
-        )
+        scores = self.evaluate(self.engine)
+        said = ""
+        if self.ema_model is not None:
+            average = self.state.read_kind(EMA, keep=True) | self.state.constants()
+            self.ema_model.load_state_dict(average)
+            with precision.autocast(self.config.train.precision, self.ranks.device):
+                average_scores = self.evaluate(self.ema_model)
+            scores |= {f"ema_{key}": average_scores[key] for key in ("top1", "top5", "loss")}
+            said = f"; their average: top-1 {scores['ema_top1']:.2f} %"
         epoch = self.update / self.plan.updates_per_epoch
         log.log("eval", self.update, {"epoch": epoch, **scores})
         log.note(
             f"epoch {epoch:g}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, "
-            f"loss {scores['loss']:.4f} on {scores['images']:.0f} images"
+            f"loss {scores['loss']:.4f} on {scores['images']:.0f} images{said}"
         )
+        return scores
 
-    def save(self) -> None:
-        """Write a checkpoint of the present update."""
-        folder = self.config.folder / checkpoint.FOLDER
-        manifest = self.manifest.at(self.update)
-        checkpoint.save(
-            self.engine, folder, manifest, self.ranks, keep=self.config.train.keep_checkpoints
-        )
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Scores of one model; raises Stopped between batches."""
 
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint."""
-        self.update = checkpoint.resume(self.engine, path)
+        def batches() -> Iterator[EvalBatch]:
+            for batch in self.val_batches:
+                self.raise_if_stopped()
+                yield batch
 
+        return evaluate(model, batches(), lambda x: self.normalize(x).to(self.dtype), self.ranks)
 
-class Meter(Iterator[Batch]):
-    """Passes batches on and keeps the loss, the speed and the share of time spent waiting.
-
-    The loss is summed on the device; only `read` waits for it.
-    """
-
-    def __init__(self, batches: Iterable[Batch], ranks: Ranks) -> None:
-        self.batches, self.ranks = iter(batches), ranks
-        self.reset()
-
-    def reset(self) -> None:
-        self.loss = torch.zeros((), device=self.ranks.device)
-        self.passes = self.images = 0
-        self.waited, self.since = 0.0, time.perf_counter()
-
-    def __next__(self) -> Batch:
-        started = time.perf_counter()
-        batch = next(self.batches)
-        self.waited += time.perf_counter() - started
-        return batch
-
-    def add(self, loss: Tensor, images: int) -> None:
-        self.loss += loss
-        self.passes += 1
-        self.images += images
-
-    def read(self) -> dict[str, float]:
-        """Means since the last reading, over all ranks; starts anew."""
-        loss = self.ranks.sum(self.loss).item() / (self.passes * self.ranks.world_size)
-        seconds = time.perf_counter() - self.since
-        row = {
-            "loss": loss,
-            "images_per_s": self.images * self.ranks.world_size / seconds,
-            "data_wait": self.waited / seconds,
-        }
-        self.reset()
-        return row
+    def save(self, log: RunLog, scores: dict[str, float] | None = None) -> None:
+        """Write a checkpoint of the present update; all ranks call it."""
+        log.sync()  # rows of a checkpoint are on the disk before it
+        keep = self.config.train.keep_checkpoints
+        if self.saved.update == self.update > 0:
+            manifest = replace(self.saved, scores=scores or {})
+            write = partial(checkpoint.add_scores, self.folder, manifest, keep)
+        else:
+            manifest = self.manifest.at(
+                self.update,
+                steps=self.state.steps(),
+                loss_scaler=self.state.loss_scaler(),
+                meter=self.meter.save(),
+                scores=scores or {},
+            )
+            write = partial(
+                checkpoint.save,
+                self.folder,
+                manifest,
+                self.state.read(keep=self.ranks.is_first),
+                constants=self.state.constants(),
+                keep=keep,
+            )
+        self.saved = self.ranks.from_first(write)

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from irpe_ds.training import checkpoint
+from irpe_ds.training.distributed import leave
+from tests.launch.ranks import free_port
+
 CONFIG = "launch/configs/quickstart.yaml"
 
 
@@ -25,10 +29,10 @@ def mistakes(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     (folder / "short.beton.json").write_bytes((digits / "train.beton.json").read_bytes())
     (folder / "headless.beton").write_bytes(whole[: len(whole) // 2])
     torch.save({"model": {"head.weight": torch.zeros(10, 96)}}, folder / "other.pth")
-    (folder / "update-00000007").mkdir()
-    saved = {"update": 7, "world_size": 1, "zero_stage": 1, "precision": "bf16", "seed": 0}
-    saved |= {"global_batch": 64, "accumulation": 1, "updates_per_epoch": 22}
-    (folder / "update-00000007/checkpoint.json").write_text(json.dumps(saved | {"shapes": {}}))
+    saved: dict[str, Any] = {"update": 7, "world_size": 1, "zero_stage": 1, "seed": 0, "op": {}}
+    saved |= {"global_batch": 64, "updates_per_epoch": 22, "config": {}, "shapes": {}}
+    empty = {kind: {} for kind in ("weights", "exp_avg", "exp_avg_sq")}
+    checkpoint.save(folder, checkpoint.Manifest(**saved), empty, constants={}, keep=1)
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -69,6 +73,7 @@ def check(stderr: str, *parts: str) -> None:
 def train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
     """Run launch/train.py in this process, which has paid for the imports; code and stderr."""
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for key, value in (ranks | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}).items():
         monkeypatch.setenv(key, value)
 
@@ -76,6 +81,7 @@ def train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "argv", ["launch/train.py", *arguments])
         with pytest.raises(SystemExit) as stopped:
             runpy.run_path("launch/train.py", run_name="__main__")
+        leave()
         return stopped.value.code, capfd.readouterr().err
 
     return train

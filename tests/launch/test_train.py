@@ -1,7 +1,6 @@
 """Training through the `deepspeed` command with two processes: stages, precisions, resuming."""
 
 import json
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils.cpp_extension import get_default_build_root
 from irpe_ds.config import load_config
 from irpe_ds.models.build import build_model
 from irpe_ds.ops.builder import IRPEBuilder
+from tests.launch.ranks import free_port
 from tests.ops.kernels.host import build_attention
 
 pytestmark = pytest.mark.dist
@@ -80,12 +80,6 @@ def runs(run: Any, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     launch("first", [(overrides(k, *c, kinds[k]), "never") for c in CASES for k in kinds])
     launch("second", [(overrides("resumed", *case, UPDATES), "auto") for case in CASES])
     return output
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def rows(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -1,14 +1,19 @@
 """AdamW's groups and the schedule."""
 
 import math
+from typing import Any
 
 import pytest
 import timm
 import torch
 
-import irpe_ds  # noqa: F401  (registers the zoo)
+from irpe_ds import RPEConfig, equip
 from irpe_ds.config import RunConfig
-from irpe_ds.training.optim import build_optimizer, build_schedule
+from irpe_ds.training.optim import build_schedule, parameter_groups, peak_lr
+
+ZOO_K = "deit_tiny_patch16_224_ctx_product_50_shared_k"
+
+ZERO1 = {"zero_optimization": {"stage": 1}}
 
 
 @pytest.fixture
@@ -23,21 +28,67 @@ def config() -> RunConfig:
     return RunConfig.model_validate(values)
 
 
+def with_layer_decay(config: RunConfig, decay: float) -> RunConfig:
+    optim = config.optim.model_copy(update={"layer_decay": decay})
+    return config.model_copy(update={"optim": optim})
+
+
+def of_each(groups: list[dict[str, Any]], key: str) -> dict[int, float]:
+    """What the group of each parameter says, by the parameter's id; none is in two groups."""
+    found = [(id(p), group[key]) for group in groups for p in group["params"]]
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
 def test_tables_decay_and_exempt_names_do_not(config: RunConfig) -> None:
-    model = timm.create_model("deit_tiny_patch16_224_ctx_product_50_shared_k", depth=2)
-    decays = {
-        id(p): group["weight_decay"]
-        for group in build_optimizer(model, config).param_groups
-        for p in group["params"]
-    }
+    model = timm.create_model(ZOO_K, depth=2)
+    decays = of_each(parameter_groups(model, config), "weight_decay")
     for name, parameter in model.named_parameters():
         exempt = name in ("pos_embed", "cls_token") or parameter.ndim < 2
         assert decays.pop(id(parameter)) == (0.0 if exempt else 0.05), name
     assert not decays
 
 
+@pytest.mark.parametrize("name", [ZOO_K, "deit_tiny_distilled_patch16_224"])
+def test_layers_learn_slower_the_deeper_they_lie(name: str, config: RunConfig) -> None:
+    model = timm.create_model(name, depth=2)
+    if name != ZOO_K:
+        equip(model, RPEConfig(on="qkv"))
+    groups = parameter_groups(model, with_layer_decay(config, 0.5))
+    scales, decays = of_each(groups, "lr_scale"), of_each(groups, "weight_decay")
+    # In timm's grouping the final norm belongs to the last block.
+    expected = {"head": 1.0, "norm": 0.5, "blocks.1": 0.5, "blocks.0": 0.25}
+    exempt = ("pos_embed", "cls_token", "dist_token")
+    for key, parameter in model.named_parameters():
+        layer = ".".join(key.split(".")[: 2 if key.startswith("blocks.") else 1])
+        scale = expected.get(layer.removesuffix("_dist"), 0.125)
+        assert scales.pop(id(parameter)) == pytest.approx(scale), key
+        decay = 0.0 if key in exempt or parameter.ndim < 2 else 0.05
+        assert decays.pop(id(parameter)) == decay, key
+    assert not scales
+    tables = [key for key, _ in model.named_parameters() if "rpe_" in key]
+    assert len(tables) == (2 if name == ZOO_K else 6)
+
+
+def test_the_schedule_goes_by_layer(config: RunConfig) -> None:
+    model = timm.create_model(ZOO_K, depth=2)
+    groups = parameter_groups(model, with_layer_decay(config, 0.5))
+    optimizer = torch.optim.AdamW(groups, lr=peak_lr(config))
+    plain = torch.optim.AdamW([model.head.weight], lr=peak_lr(config))
+    schedule, reference = (
+        build_schedule(x, config, updates_per_epoch=10) for x in (optimizer, plain)
+    )
+    for update in (0, 7, 20, 60, 99):
+        schedule.step_update(update)
+        reference.step_update(update)
+        lr = plain.param_groups[0]["lr"]
+        found = {group["lr"] for group in optimizer.param_groups}
+        assert sorted(found) == pytest.approx([lr / 8, lr / 4, lr / 2, lr])
+
+
 def test_schedule_is_warmup_then_cosine_per_update(config: RunConfig) -> None:
-    optimizer = build_optimizer(torch.nn.Linear(3, 3), config)
+    groups = parameter_groups(torch.nn.Linear(3, 3), config)
+    optimizer = torch.optim.AdamW(groups, lr=peak_lr(config))
     schedule = build_schedule(optimizer, config, updates_per_epoch=10)
 
     def lr(update: int) -> float:

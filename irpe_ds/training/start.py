@@ -1,0 +1,69 @@
+"""Where a run begins: anew, or from a checkpoint."""
+
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from irpe_ds.config import RunConfig
+from irpe_ds.errors import ConfigError
+from irpe_ds.runlog import METRICS
+from irpe_ds.training import checkpoint
+
+
+class Start(NamedTuple):
+    """Where a run begins."""
+
+    path: Path | None
+    """The checkpoint to go on from; None to start anew."""
+    saved: checkpoint.Manifest
+    """Its manifest, or that of the run before its first update."""
+    notes: list[str]
+    """What the log should say about it."""
+
+
+def find_start(config: RunConfig, resume: str, present: checkpoint.Manifest) -> Start:
+    """Where to go on from.
+
+    Raises:
+        ConfigError: there is no such checkpoint, it is damaged or another model's, or a run is
+            there already that would be overwritten.
+    """
+    folder = config.folder / checkpoint.FOLDER
+    there = (config.folder / METRICS).exists()
+    if resume == "never":
+        if there:
+            expected = "a new run: --resume auto goes on with this one, name=... starts another"
+            raise ConfigError(config.folder, expected, "the folder of a run")
+        return Start(None, present, [])
+    if resume == "auto" or Path(resume).resolve().parent == folder.resolve():
+        path, damaged = checkpoint.newest_good(folder)
+        if resume != "auto" and (path is None or Path(resume).resolve() != path.resolve()):
+            expected = f"its newest undamaged checkpoint ({path}), or name=... to start another run"
+            raise ConfigError(config.folder, expected, resume)
+    else:
+        path, damaged = Path(resume), []
+        if not path.is_dir():
+            raise ConfigError("--resume", "auto or the folder of a checkpoint", resume)
+        if there:
+            expected = "--resume auto, or name=... to start another run from a checkpoint"
+            raise ConfigError(config.folder, expected, resume)
+        if found := checkpoint.fault(path):
+            raise ConfigError("--resume", "an undamaged checkpoint", f"{path}: {found}")
+    notes = [f"damaged, not used: {text}" for text in damaged]
+    if path is None:
+        return Start(None, present, notes)
+    saved = checkpoint.check(path, present)
+    changes = "; ".join(checkpoint.changes(saved, present))
+    notes.append(f"going on from {path}" + (f" with {changes}" if changes else ""))
+    return Start(path, saved, notes)
+
+
+def check_folder(config: RunConfig) -> None:
+    """Make the run folder; raise ConfigError where nothing can be written."""
+    try:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.folder):
+            pass
+    except OSError as error:
+        got = f"{config.folder}: {error.strerror}"
+        raise ConfigError("output", "a folder that can be written", got) from None

@@ -1,0 +1,55 @@
+"""Write the weights of a run to one file, for timm and for the released iRPE code.
+
+python launch/export.py --run runs/deit-small-k --ema --best --out deit_small_k.safetensors
+python launch/export.py --run runs/deit-small-k --out deit_small_k.pth
+
+A .pth holds {"model": weights} as the released checkpoints do. Both have the released keys:
+timm.create_model("deit_small_patch16_224_ctx_product_50_shared_k", checkpoint_path=...) loads them.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from irpe_ds.cli import run
+from irpe_ds.errors import ConfigError
+
+SUFFIXES = (".safetensors", ".pth")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="run folder")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
+    parser.add_argument("--best", action="store_true", help="of the best checkpoint, not the last")
+    parser.add_argument("--out", type=Path, required=True, help="a .safetensors or a .pth to write")
+    args = parser.parse_args()
+    if args.out.suffix not in SUFFIXES:
+        raise ConfigError("--out", "a name that ends in .safetensors or .pth", args.out)
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from irpe_ds.training import checkpoint
+
+    source = checkpoint.weights_of(args.run, best=args.best, ema=args.ema)
+    if found := checkpoint.fault(source.parent):
+        raise ConfigError("--run", "an undamaged checkpoint", f"{source.parent}: {found}")
+    weights = load_file(source)
+    partial = args.out.with_name(f".{args.out.name}.partial")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        if args.out.suffix == ".pth":
+            torch.save({"model": weights}, partial)
+        else:
+            save_file(weights, partial, metadata={"format": "pt"})
+        os.replace(partial, args.out)
+    except OSError as error:
+        raise ConfigError("--out", "a file that can be written", f"{args.out}: {error}") from None
+    print(f"{args.out}: {len(weights)} tensors of {source}")
+
+
+if __name__ == "__main__":
+    run(main)

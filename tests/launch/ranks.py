@@ -1,0 +1,134 @@
+"""Ranks of a run, forked from a server that has paid for the imports, to be killed at will."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+CONTEXT = multiprocessing.get_context("forkserver")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+PRELOAD = ["tests.launch.ranks", "irpe_ds.training.trainer", "deepspeed", "ffcv"]
+CONFIG = "launch/configs/quickstart.yaml"
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Ranks:
+    """The processes of one run on this machine.
+
+    Args:
+        runs: overrides of the quickstart's configuration, and what to resume from, one after the
+            other.
+        spy: called in every rank before training, to change what the trainer does.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        world_size: int,
+        runs: Sequence[tuple[Sequence[str], str]],
+        spy: Callable[[], None] | None = None,
+    ) -> None:
+        self.log = folder / f"ranks-{time.monotonic_ns()}"
+        CONTEXT.set_forkserver_preload(PRELOAD)
+        port = free_port()
+        self.processes = [
+            CONTEXT.Process(
+                target=_train, args=(rank, world_size, port, list(runs), spy, f"{self.log}.{rank}")
+            )
+            for rank in range(world_size)
+        ]
+        with mock.patch.dict(os.environ, ENVIRONMENT):  # the server keeps what it starts with
+            for process in self.processes:
+                process.start()
+
+    def signal(self, number: int, ranks: Sequence[int] | None = None) -> None:
+        """Send a signal to some ranks, or to all."""
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            pid = self.processes[rank].pid
+            if self.processes[rank].is_alive() and pid is not None:
+                os.kill(pid, number)
+
+    def kill(self) -> None:
+        """End all at once, as a machine that dies does."""
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def wait(self, seconds: float = 300) -> list[int | None]:
+        """Their exit codes, None where one has not ended in time."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        """Wait until a rank has written this text."""
+        end = time.monotonic() + seconds
+        while text not in self.output():
+            assert time.monotonic() < end, self.output()
+            assert any(process.is_alive() for process in self.processes), self.output()
+            time.sleep(0.02)
+
+    def output(self) -> str:
+        """What the ranks have written."""
+        logs = sorted(self.log.parent.glob(f"{self.log.name}.*"))
+        return "\n".join(log.read_text(errors="replace") for log in logs)
+
+    def succeed(self, seconds: float = 300) -> None:
+        """Wait for all to end well."""
+        codes = self.wait(seconds)
+        assert codes == [0] * len(codes), f"{codes}: {self.output()}"
+
+
+def _train(
+    rank: int,
+    world_size: int,
+    port: int,
+    runs: list[tuple[list[str], str]],
+    spy: Callable[[], None] | None,
+    log: str,
+) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    numbers["LOCAL_WORLD_SIZE"] = world_size
+    os.environ.update({key: str(value) for key, value in numbers.items()})
+    os.environ |= ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1"}
+    sys.argv = ["launch/train.py"]
+
+    from irpe_ds.cli import run
+    from irpe_ds.config import load_config
+    from irpe_ds.training.distributed import leave
+    from irpe_ds.training.run import train
+    from irpe_ds.training.stop import REQUEUE
+
+    def main() -> None:
+        if spy is not None:
+            spy()
+        for overrides, resume in runs:
+            if not train(load_config(CONFIG, overrides), resume):
+                leave()
+                sys.exit(REQUEUE)
+        leave()
+
+    run(main)
+
+
+def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """What a run has logged, but for what depends on the clock and on memory."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    measured = {"images_per_s", "step_ms", "data_wait", "memory_gib", "tflops"}
+    found = [row for row in map(json.loads, lines) if row["kind"] == kind]
+    return [{key: row[key] for key in row.keys() - measured} for row in found]

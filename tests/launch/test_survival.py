@@ -1,0 +1,316 @@
+"""A run ends with the same model whatever happens to it on the way.
+
+IRPE_KILLS=20 kills every stage and precision twenty times; the default is what CI has time for.
+"""
+
+import json
+import os
+import random
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from irpe_ds.data.draws import image_keys
+from irpe_ds.data.order import train_order
+from tests.launch.ranks import Ranks, rows
+
+pytestmark = pytest.mark.dist
+
+KILLS = int(os.environ.get("IRPE_KILLS", "0"))
+CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+FILES = ("weights", "ema", "optimizer")
+UPDATES, PER_EPOCH, BATCH = 30, 14, 96
+
+
+@pytest.fixture(scope="module")
+def common(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides of every run here; the output folder is the first."""
+    return [
+        f"output={tmp_path_factory.mktemp('survival')}",
+        *(f"data.train={digits}/train.beton", f"data.val={digits}/val.beton"),
+        *("train.epochs=3", f"train.global_batch={BATCH}", "train.log_every=1"),
+        *("train.ema_decay=0.9", f"train.max_updates={UPDATES}", "data.workers=1"),
+        *("model.options.depth=2", "optim.warmup_epochs=1", "optim.lr=1e-3"),
+    ]
+
+
+@pytest.fixture
+def output(common: list[str]) -> Path:
+    return Path(common[0].removeprefix("output="))
+
+
+def zero(stage: int, precision: str = "fp32", accumulation: int = 1) -> list[str]:
+    return [
+        f"train.deepspeed=ds_configs/zero{stage}.json",
+        *(f"train.precision={precision}", f"train.accumulation={accumulation}"),
+    ]
+
+
+def tensors(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"checkpoints/update-{UPDATES:08d}/{kind}.safetensors")
+
+
+def losses(folder: Path) -> torch.Tensor:
+    found = [row["loss"] for row in rows(folder, "train")]
+    assert len(found) == UPDATES
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def same_bits(one: Path, other: Path) -> None:
+    """Compare all that two runs have left."""
+    for kind in ("train", "eval"):
+        assert rows(one, kind) == rows(other, kind)
+    for kind in FILES:
+        expected, got = tensors(one, kind), tensors(other, kind)
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[name], got[name]) for name in expected), kind
+
+
+@pytest.fixture(scope="module")
+def parity(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs STAGE-ACCUMULATION-RANKS of the same global batch."""
+    logs = tmp_path_factory.mktemp("parity")
+    for ranks in (1, 2, 4):
+        runs = [
+            ([*common, *zero(stage, accumulation=steps), f"name={stage}-{steps}-{ranks}"], "never")
+            for stage in range(4)
+            for steps in (1, 4)
+        ]
+        Ranks(logs, ranks, runs).succeed(600)
+    return Path(common[0].removeprefix("output="))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("stage", range(4))
+def test_stages_ranks_and_accumulation_agree(
+    parity: Path, stage: int, accumulation: int, ranks: int
+) -> None:
+    reference, run = parity / "0-1-1", parity / f"{stage}-{accumulation}-{ranks}"
+    torch.testing.assert_close(losses(run), losses(reference), rtol=0, atol=1e-4)
+    expected = tensors(reference, "ema")
+    for name, average in tensors(run, "ema").items():
+        torch.testing.assert_close(average, expected[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_the_average_is_one(parity: Path) -> None:
+    """It lies between the first weights and the last, and is neither."""
+    weights, average = tensors(parity / "3-1-2", "weights"), tensors(parity / "3-1-2", "ema")
+    assert average.keys() == weights.keys()
+    assert not torch.equal(weights["head.weight"], average["head.weight"])
+    scores = rows(parity / "3-1-2", "eval")[-1]
+    assert scores["ema_loss"] != scores["loss"]
+
+
+def note_keys(folder: Path) -> None:
+    """Write down which images every rank trains on, by their keys."""
+    from irpe_ds.training.trainer import Trainer
+
+    step = Trainer.step
+
+    def noting(self: Any, batch: Any, micro_step: int) -> Any:
+        with (folder / f"{os.getpid()}.keys").open("a") as file:
+            file.write(json.dumps([self.update, batch.keys.tolist()]) + "\n")
+        return step(self, batch, micro_step)
+
+    Trainer.step = noting  # type: ignore[method-assign]
+
+
+def test_ranks_and_stages_change_on_the_way(
+    common: list[str], output: Path, parity: Path, tmp_path: Path
+) -> None:
+    for ranks, stage, updates in ((2, 1, 9), (1, 3, 20), (4, 0, UPDATES)):
+        run = [*common, *zero(stage), "name=changing", f"train.max_updates={updates}"]
+        resume = "never" if ranks == 2 else "auto"
+        Ranks(tmp_path, ranks, [(run, resume)], partial(note_keys, tmp_path)).succeed()
+    assert "with ranks: 2 -> 1; ZeRO stage: 1 -> 3" in (output / "changing/log.txt").read_text()
+    torch.testing.assert_close(
+        losses(output / "changing"), losses(parity / "1-1-2"), rtol=0, atol=1e-3
+    )
+    lines = "".join(path.read_text() for path in tmp_path.glob("*.keys")).splitlines()
+    seen = sorted((update, key) for update, keys in map(json.loads, lines) for key in keys)
+    expected = []
+    for update in range(UPDATES):
+        epoch, done = divmod(update, PER_EPOCH)
+        order = {"batch_size": BATCH, "accumulation": 1, "rank": 0, "world_size": 1}
+        samples, repeats = train_order(1438, **order, seed=0, epoch=epoch)
+        keys = image_keys(samples, seed=0, epoch=epoch, repeats=repeats)
+        assert len(np.unique(samples)) == PER_EPOCH * BATCH
+        expected += [(update, int(key)) for key in keys[done * BATCH : (done + 1) * BATCH]]
+    assert seen == sorted(expected)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs left alone, two ranks, that interrupted ones are compared with; made when asked for."""
+    logs, made = tmp_path_factory.mktemp("undisturbed"), {}
+
+    def make(stage: int, precision: str) -> Path:
+        name = f"whole-{stage}-{precision}"
+        if name not in made:
+            Ranks(
+                logs, 2, [([*common, *zero(stage, precision), f"name={name}"], "never")]
+            ).succeed()
+            made[name] = Path(common[0].removeprefix("output=")) / name
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize(("stage", "precision"), CASES if KILLS else [(1, "bf16"), (3, "fp32")])
+def test_killed_again_and_again(
+    stage: int, precision: str, common: list[str], output: Path, undisturbed: Any, tmp_path: Path
+) -> None:
+    whole = undisturbed(stage, precision)
+    run = [*common, *zero(stage, precision), f"name=killed-{stage}-{precision}"]
+    run.append("train.save_every=1")  # a good part of the time goes into saving
+    moments = random.Random(f"{stage} {precision}")
+    for _ in range(KILLS or 4):
+        ranks = Ranks(tmp_path, 2, [(run, "auto")])
+        if moments.random() < 0.5:
+            ranks.wait_for("ranks on CPU, attention op")  # it begins to train
+        time.sleep(moments.uniform(0, 4))
+        ranks.kill()
+    Ranks(tmp_path, 2, [(run, "auto")]).succeed()
+    same_bits(whole, output / f"killed-{stage}-{precision}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_ends(
+    number: int, common: list[str], output: Path, undisturbed: Any, tmp_path: Path
+) -> None:
+    whole = undisturbed(1, "bf16")
+    name = signal.Signals(number).name
+    run = [*common, *zero(1, "bf16"), f"name={name}", "train.log_every=4"]
+    ranks = Ranks(tmp_path, 2, [(run, "never")], slow_steps)
+    ranks.wait_for("attention op")
+    time.sleep(4)
+    ranks.signal(number, [1])  # to one rank: all must agree
+    asked = time.monotonic()
+    assert ranks.wait() == [75, 75], ranks.output()
+    assert time.monotonic() - asked < 10
+    text = ranks.output()
+    assert f"stopped by {name} after update" in text or "a signal to another rank" in text
+    Ranks(tmp_path, 2, [(run, "auto")]).succeed()
+    for kind in FILES:
+        expected, got = tensors(whole, kind), tensors(output / name, kind)
+        assert all(torch.equal(expected[key], got[key]) for key in expected)
+    assert rows(output / name, "eval") == rows(whole, "eval")
+    means = [row["loss"] for row in rows(output / name, "train")]
+    found = losses(whole).tolist()
+    ends = sorted({*range(4, UPDATES + 1, 4), PER_EPOCH, 2 * PER_EPOCH, UPDATES})
+    expected_means = [np.mean(found[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+    np.testing.assert_allclose(means, expected_means, rtol=1e-12)
+
+
+def slow_steps() -> None:
+    """A quarter of a second more for every update."""
+    from irpe_ds.training.trainer import Trainer
+
+    update = Trainer.train_update
+
+    def slow(self: Any, *arguments: Any) -> None:
+        time.sleep(0.25)
+        update(self, *arguments)
+
+    Trainer.train_update = slow  # type: ignore[method-assign]
+
+
+def test_a_second_signal_ends_at_once(common: list[str], tmp_path: Path) -> None:
+    run = [*common, *zero(0), "name=impatient"]
+    ranks = Ranks(tmp_path, 2, [(run, "never")], hang)
+    ranks.wait_for("hanging")
+    ranks.signal(signal.SIGTERM)
+    time.sleep(2.5)
+    assert ranks.wait(0) == [None, None]
+    ranks.signal(signal.SIGTERM)
+    assert ranks.wait(5) == [128 + signal.SIGTERM] * 2
+
+
+def hang() -> None:
+    """The first update never ends."""
+    from irpe_ds.training.trainer import Trainer
+
+    def update(self: Any, *_: Any) -> None:
+        print("hanging", flush=True)
+        time.sleep(3600)
+
+    Trainer.train_update = update  # type: ignore[method-assign]
+
+
+def test_the_others_end_with_a_rank_that_dies(common: list[str], tmp_path: Path) -> None:
+    run = [*common, *zero(1, "bf16"), "name=dead"]
+    ranks = Ranks(tmp_path, 2, [(run, "never")], slow_steps)
+    ranks.wait_for("attention op")
+    time.sleep(3)
+    ranks.signal(signal.SIGKILL, [1])
+    code, killed = ranks.wait(60)
+    assert killed == -signal.SIGKILL
+    assert code not in (0, 75, None), ranks.output()
+
+
+def poison(updates: range) -> None:
+    """What the second rank sees in some updates is not finite."""
+    from irpe_ds.training.trainer import Trainer
+
+    step = Trainer.step
+
+    def poisoned(self: Any, batch: Any, micro_step: int) -> Any:
+        normalize = self.normalize
+        if self.update + 1 in updates and self.ranks.rank == 1:
+            self.normalize = lambda images: normalize(images) * float("nan")
+        try:
+            return step(self, batch, micro_step)
+        finally:
+            self.normalize = normalize
+
+    Trainer.step = poisoned  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (3, "bf16")]
+)
+def test_updates_that_are_not_finite_are_left_out(
+    stage: int, precision: str, common: list[str], output: Path, tmp_path: Path
+) -> None:
+    name = f"skips-{stage}-{precision}"
+    run = [*common, *zero(stage, precision), f"name={name}", "train.max_skips=3"]
+    Ranks(tmp_path, 2, [(run, "never")], partial(poison, range(3, 6))).succeed()
+    lines = (output / name / "skipped.jsonl").read_text().splitlines()
+    skipped = {row["update"]: row["samples"] for row in map(json.loads, lines)}
+    permutation = np.random.default_rng([0, 0]).permutation(1438)
+    assert skipped == {u: permutation[(u - 1) * BATCH : u * BATCH].tolist() for u in (3, 4, 5)}
+    for kind in FILES:
+        assert all(tensor.isfinite().all() for tensor in tensors(output / name, kind).values())
+    assert torch.isfinite(losses(output / name)).all()
+    manifest = output / name / f"checkpoints/update-{UPDATES:08d}/checkpoint.json"
+    assert json.loads(manifest.read_text())["steps"] == UPDATES - 3
+
+
+def test_too_many_of_them_end_the_run(common: list[str], output: Path, tmp_path: Path) -> None:
+    run = [*common, *zero(1, "bf16"), "name=hopeless", "train.max_skips=4"]
+    ranks = Ranks(tmp_path, 2, [(run, "never")], partial(poison, range(18, 100)))
+    assert ranks.wait() == [1, 1]
+    assert "error: 5 updates in a row, the last 22, had gradients" in ranks.output()
+    assert "Traceback" not in ranks.output()
+    assert len((output / "hopeless/skipped.jsonl").read_text().splitlines()) == 5
+    (checkpoint,) = (output / "hopeless/checkpoints").iterdir()
+    assert checkpoint.name == f"update-{PER_EPOCH:08d}"
+
+
+def test_an_overflow_in_fp16_is_the_loss_scales(
+    common: list[str], output: Path, tmp_path: Path
+) -> None:
+    run = [*common, *zero(1, "fp16"), "name=fp16"]
+    Ranks(tmp_path, 2, [(run, "never")], partial(poison, range(3, 6))).succeed()
+    assert not (output / "fp16/skipped.jsonl").exists()
+    scales = [row["loss_scale"] for row in rows(output / "fp16", "train")]
+    assert scales[1] / scales[5] == 4  # hysteresis lets the first pass
+    assert torch.isfinite(losses(output / "fp16")).all()

@@ -1,0 +1,211 @@
+"""Where a run starts, and how long it is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from irpe_ds.config import RunConfig
+from irpe_ds.errors import ConfigError
+from irpe_ds.training import checkpoint
+from irpe_ds.training.plan import make_plan
+from irpe_ds.training.start import check_folder, find_start
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    values = {"name": "x", "model": {"name": "deit"}, "data": {"train": "a", "val": "b"}}
+    train = {"epochs": 10, "global_batch": 64}
+    return RunConfig.model_validate(values | {"output": tmp_path, "train": train})
+
+
+@pytest.fixture
+def present(config: RunConfig) -> checkpoint.Manifest:
+    """A run before its first update."""
+    settings = {"zero_optimization": {"stage": 1}}
+    op = {"name": "cpu", "why": "asked for"}
+    plan = make_plan(config, 640)
+    return checkpoint.describe(config, settings, plan, nn.Linear(2, 3), world_size=2, op=op)
+
+
+def save(folder: Path, manifest: checkpoint.Manifest, update: int, **scores: float) -> Path:
+    """A checkpoint of nn.Linear(2, 3) in a run folder."""
+    shapes = {"weight": (3, 2), "bias": (3,)}
+    state = {
+        kind: {name: torch.full(shape, float(update)) for name, shape in shapes.items()}
+        for kind in ("weights", "exp_avg", "exp_avg_sq", "ema")
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").touch()
+    place = folder / checkpoint.FOLDER
+    checkpoint.save(place, manifest.at(update, scores=scores), state, constants={}, keep=2)
+    return checkpoint.place(place, update)
+
+
+class TestStart:
+    def test_anew(self, config: RunConfig, present: checkpoint.Manifest) -> None:
+        for resume in ("never", "auto"):
+            assert find_start(config, resume, present) == (None, present, [])
+
+    def test_from_the_newest(self, config: RunConfig, present: checkpoint.Manifest) -> None:
+        save(config.folder, present, 9)
+        newest = save(config.folder, present, 10)
+        for resume in ("auto", str(newest)):
+            start = find_start(config, resume, present)
+            assert start.path == newest
+            assert (start.saved.update, start.saved.epoch, start.saved.images) == (10, 1, 0)
+            assert start.notes == [f"going on from {newest}"]
+
+    def test_what_changed_is_said(self, config: RunConfig, present: checkpoint.Manifest) -> None:
+        save(config.folder, present, 9)
+        other = checkpoint.replace(present, world_size=4, zero_stage=3)
+        (note,) = find_start(config, "auto", other).notes
+        assert note.endswith(" with ranks: 2 -> 4; ZeRO stage: 1 -> 3")
+
+    def test_from_another_run(
+        self, config: RunConfig, present: checkpoint.Manifest, tmp_path: Path
+    ) -> None:
+        other = save(tmp_path / "other", present, 7)
+        assert find_start(config, str(other), present).path == other
+
+    @pytest.mark.parametrize(("resume", "got"), [("never", "the folder of a run"), ("old", "0009")])
+    def test_no_run_is_overwritten(
+        self, resume: str, got: str, config: RunConfig, present: checkpoint.Manifest
+    ) -> None:
+        old = save(config.folder, present, 9)
+        save(config.folder, present, 10)
+        with pytest.raises(ConfigError, match=rf"name=\.\.\. .*got .*{got}"):
+            find_start(config, str(old) if resume == "old" else resume, present)
+
+    def test_from_nothing(self, config: RunConfig, present: checkpoint.Manifest) -> None:
+        with pytest.raises(ConfigError, match=r"^--resume: expected auto or .*, got nowhere"):
+            find_start(config, "nowhere", present)
+
+    @pytest.mark.parametrize("key", ["global_batch", "seed", "updates_per_epoch"])
+    def test_data_in_another_order(
+        self, key: str, config: RunConfig, present: checkpoint.Manifest
+    ) -> None:
+        save(config.folder, present, 9)
+        other = checkpoint.replace(present, **{key: 5})
+        with pytest.raises(ConfigError, match=f"expected {key} 5, as here"):
+            find_start(config, "auto", other)
+
+
+FILES = ("checkpoint.json", "weights.safetensors", "ema.safetensors", "optimizer.safetensors")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_passed_over(
+    name: str, damage: Any, config: RunConfig, present: checkpoint.Manifest
+) -> None:
+    whole, newest = (save(config.folder, present, update) for update in (9, 10))
+    damage(newest / name)
+    start = find_start(config, "auto", present)
+    assert start.path == whole
+    assert str(newest) in start.notes[0]
+    assert name in start.notes[0]
+    with pytest.raises(ConfigError, match=r"undamaged checkpoint"):
+        find_start(config, str(newest), present)
+    damage(whole / name)
+    with pytest.raises(ConfigError, match=r"expected an undamaged checkpoint, got .*00010: .*0009"):
+        find_start(config, "auto", present)
+
+
+class TestCheckpoint:
+    def test_the_newest_and_the_best_are_kept(
+        self, config: RunConfig, present: checkpoint.Manifest
+    ) -> None:
+        scores = {1: 30.0, 2: 80.0, 3: 40.0, 4: 50.0, 5: 60.0}
+        for update, top1 in scores.items():
+            save(config.folder, present, update, top1=99.0, ema_top1=top1)
+        folder = config.folder / checkpoint.FOLDER
+        kept = [int(path.name[-2:]) for path in checkpoint.complete(folder)]
+        assert kept == [2, 4, 5]
+        best = checkpoint.weights_of(config.folder, best=True, ema=True)
+        assert best == checkpoint.place(folder, 2) / "ema.safetensors"
+        newest = checkpoint.weights_of(config.folder)
+        assert newest == checkpoint.place(folder, 5) / "weights.safetensors"
+
+    def test_it_comes_back(self, config: RunConfig, present: checkpoint.Manifest) -> None:
+        path = save(config.folder, present, 9)
+        state = checkpoint.load_state(path)
+        assert state.keys() == {"weights", "exp_avg", "exp_avg_sq", "ema"}
+        for tensors in state.values():
+            assert {name: t.unique().tolist() for name, t in tensors.items()} == {
+                "weight": [9.0],
+                "bias": [9.0],
+            }
+        manifest = checkpoint.read_manifest(path)
+        assert manifest.config == config.model_dump(mode="json")
+        assert manifest.files.keys() == {*FILES[1:]}
+
+    def test_scores_come_later(self, config: RunConfig, present: checkpoint.Manifest) -> None:
+        path = save(config.folder, present, 9)
+        saved = checkpoint.read_manifest(path)
+        scored = checkpoint.replace(saved, scores={"top1": 5.0})
+        checkpoint.add_scores(path.parent, scored, keep=1)
+        assert checkpoint.read_manifest(path) == scored
+        assert checkpoint.fault(path) is None
+
+    def test_what_a_kill_left_is_swept(
+        self, config: RunConfig, present: checkpoint.Manifest
+    ) -> None:
+        path = save(config.folder, present, 9)
+        leftover = path.parent / ".update-00000010.partial"
+        leftover.mkdir()
+        (leftover / "weights.safetensors").write_bytes(b"half")
+        assert find_start(config, "auto", present).path == path
+        save(config.folder, present, 11)
+        assert not leftover.exists()
+
+    def test_a_full_disk_leaves_the_last_one(
+        self, config: RunConfig, present: checkpoint.Manifest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = save(config.folder, present, 9)
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(checkpoint, "_to_disk", full)
+        with pytest.raises(ConfigError, match=r"expected room for a checkpoint, .*No space left"):
+            save(config.folder, present, 10)
+        monkeypatch.undo()
+        assert find_start(config, "auto", present).path == path
+
+    def test_an_older_format_is_refused(
+        self, config: RunConfig, present: checkpoint.Manifest
+    ) -> None:
+        path = save(config.folder, present, 9)
+        (path / "checkpoint.json").write_text(json.dumps({"update": 9, "world_size": 2}))
+        with pytest.raises(ConfigError, match="a manifest of format 2, got None"):
+            find_start(config, "auto", present)
+
+
+def test_a_run_is_whole_batches(config: RunConfig) -> None:
+    plan = make_plan(config, num_samples=200)
+    assert (plan.updates_per_epoch, plan.last_update) == (3, 30)
+
+
+def test_data_must_fill_a_batch(config: RunConfig) -> None:
+    with pytest.raises(ConfigError, match=r"^train\.global_batch: expected at most 63"):
+        make_plan(config, num_samples=63)
+
+
+def test_a_folder_that_cannot_be(config: RunConfig) -> None:
+    config.output.joinpath("x").write_text("a file where the folder should be")
+    with pytest.raises(ConfigError, match=r"^output: expected a folder that can be written"):
+        check_folder(config)
