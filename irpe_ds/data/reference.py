@@ -7,7 +7,8 @@ Pillow. It reads .beton files, and the folders and archives that they are made o
 import io
 import os
 import random
-from collections.abc import Callable, Generator
+import signal
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from irpe_ds.config import AugmentConfig
-from irpe_ds.data.dataset import Beton, DatasetInfo, open_dataset, read_beton
+from irpe_ds.data.batches import Batches
+from irpe_ds.data.dataset import DatasetInfo, read_beton
 from irpe_ds.data.draws import Keys
 from irpe_ds.data.ffcv_api import JPG
 from irpe_ds.data.images import DAMAGE
@@ -31,7 +33,6 @@ from irpe_ds.data.parallel import local_share
 from irpe_ds.data.sources import Files, Member, open_source
 from irpe_ds.errors import ConfigError
 
-Decoded = Generator[tuple[Tensor, Tensor], None, None]
 Transform = Callable[[Image.Image], Tensor | NDArray[np.uint8]]  # which: depends on timm's release
 
 BETON = ".beton"
@@ -55,8 +56,8 @@ class BetonImages:
     """The images of a .beton file."""
 
     def __init__(self, path: Path, where: str) -> None:
-        self.info = open_dataset(path, where)
-        self._beton: Beton = read_beton(path, where)
+        self._beton = read_beton(path, where)
+        self.info = self._beton.info
         self.labels = self._beton.entries["label"]
 
     def open(self, sample: int) -> Image.Image:
@@ -138,7 +139,7 @@ class ReferenceDecoder:
 
     def train(
         self, samples: Samples, keys: Keys, *, batch_size: int, size: tuple[int, int]
-    ) -> Decoded:
+    ) -> Batches:
         """Random resized crops, bicubic, flipped and augmented as timm does."""
         augment = self._augment
         transform = create_transform(
@@ -157,7 +158,7 @@ class ReferenceDecoder:
 
     def evaluate(
         self, samples: Samples, *, batch_size: int, size: tuple[int, int], crop: float
-    ) -> Decoded:
+    ) -> Batches:
         """The centre of a bicubic resize whose sides are those of `size` over `crop`."""
         transform = create_transform(
             (3, *size),
@@ -168,12 +169,13 @@ class ReferenceDecoder:
         )
         return self._load(Transformed(self._images, samples, transform, None), batch_size)
 
-    def _load(self, images: "Transformed", batch_size: int) -> Decoded:
+    def _load(self, images: "Transformed", batch_size: int) -> Batches:
         loader = DataLoader(
             images,
             batch_size=batch_size,
             num_workers=self.workers,
             collate_fn=collate,
+            worker_init_fn=leave_signals,
             pin_memory=torch.cuda.is_available(),
         )
         for batch in loader:
@@ -217,6 +219,16 @@ def collate(items: list[tuple[Tensor, int] | ConfigError]) -> tuple[Tensor, Tens
     images = torch.stack([pixels for pixels, _ in good])
     labels = torch.tensor([label for _, label in good])
     return images.contiguous(memory_format=torch.channels_last), labels
+
+
+def leave_signals(_: int) -> None:
+    """Ignore in a worker what asks the run to stop: its rank finishes the update that it decodes.
+
+    Launchers and terminals send such signals to all processes of a run.
+    """
+    signal.set_wakeup_fd(-1)  # the rank's own, inherited
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def seed_generators(key: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -208,6 +209,24 @@ def test_a_signal_saves_and_ends(
     ends = sorted({*range(4, UPDATES + 1, 4), PER_EPOCH, 2 * PER_EPOCH, UPDATES})
     expected_means = [np.mean(found[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
     np.testing.assert_allclose(means, expected_means, rtol=1e-12)
+
+
+def test_a_signal_to_every_process_finds_no_worker_dead(
+    common: list[str], output: Path, tmp_path: Path
+) -> None:
+    """As launchers send it, who end whole trees of processes."""
+    run = [*common, *zero(0), "name=workers", "data.pipeline=timm", "train.epochs=50"]
+    ranks = Ranks(tmp_path, 1, [([*run, "train.max_updates=600"], "never")], slow_steps)
+    ranks.wait_for("attention op")
+    time.sleep(4)
+    rank = psutil.Process(ranks.processes[0].pid)
+    workers = rank.children()
+    assert workers
+    for process in (*workers, rank):
+        process.send_signal(signal.SIGTERM)
+    assert ranks.wait() == [75], ranks.output()
+    (saved,) = (output / "workers/checkpoints").iterdir()
+    assert int(saved.name[-8:]) > 0
 
 
 def slow_steps() -> None:

@@ -1,0 +1,93 @@
+"""A run's weights leave it for timm and for the released code, and come back."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import irpe_ds
+from irpe_ds.config import RunConfig, load_config
+from irpe_ds.models.build import build_model, load_weights
+from irpe_ds.training import checkpoint
+from irpe_ds.training.plan import make_plan
+
+NAME = "deit_tiny_patch16_224_ctx_product_50_shared_k"
+
+
+def model(**options: Any) -> nn.Module:
+    assert irpe_ds.__version__  # imported: timm knows our models
+    return timm.create_model(NAME, depth=2, num_classes=7, **options).eval()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    own = [f"output={tmp_path}", "name=run", f"model.name={NAME}", "model.rpe=null"]
+    own += ["model.num_classes=7", "model.img_size=224", "model.options={depth: 2}"]
+    return load_config("launch/configs/quickstart.yaml", own)
+
+
+@pytest.fixture
+def state(config: RunConfig) -> dict[str, dict[str, torch.Tensor]]:
+    """What the only checkpoint of the run holds; its tables are not zero."""
+    torch.manual_seed(1)
+    kinds = ("weights", "ema", "exp_avg", "exp_avg_sq")
+    shapes = {name: p.shape for name, p in model().named_parameters()}
+    state = {k: {n: 0.1 * torch.randn(shape) for n, shape in shapes.items()} for k in kinds}
+    settings = {"zero_optimization": {"stage": 0}}
+    plan = make_plan(config, 640)
+    manifest = checkpoint.describe(config, settings, plan, model(), world_size=1, op={})
+    folder = config.folder / checkpoint.FOLDER
+    checkpoint.save(folder, manifest.at(3), state, constants={}, keep=1)
+    return state
+
+
+def logits(module: nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        return module(torch.randn(2, 3, 224, 224, generator=generator))
+
+
+@pytest.mark.parametrize("kind", ["weights", "ema"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_there_and_back(
+    suffix: str, kind: str, run: Any, config: RunConfig, state: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / f"exported{suffix}"
+    ema = ("--ema",) if kind == "ema" else ()
+    done = run(sys.executable, "launch/export.py", "--run", config.folder, *ema, "--out", out)
+    assert done.returncode == 0, done.stderr
+    original = model()
+    original.load_state_dict(state[kind])
+    expected = logits(original)
+
+    ours = build_model(config.model)
+    load_weights(ours, out, where="--weights")
+    assert torch.equal(logits(ours.eval()), expected)
+
+    theirs = model(checkpoint_path=str(out))  # timm's own loading
+    assert torch.equal(logits(theirs), expected)
+
+    # As the released code reads a file: torch.load(...)["model"], every key as it is.
+    pth = suffix == ".pth"
+    released = torch.load(out, weights_only=True)["model"] if pth else load_file(out)
+    keys = {name for name in released if "lookup_table" in name}
+    assert keys == {f"blocks.{n}.attn.rpe_k.lookup_table_weight" for n in range(2)}
+    assert released.keys() == original.state_dict().keys()
+
+
+def test_a_damaged_checkpoint_is_not_exported(
+    run: Any, config: RunConfig, state: Any, tmp_path: Path
+) -> None:
+    path = checkpoint.weights_of(config.folder)
+    path.write_bytes(path.read_bytes()[:-1])
+    out = tmp_path / "x.pth"
+    done = run(sys.executable, "launch/export.py", "--run", config.folder, "--out", out)
+    assert done.returncode == 2
+    assert "weights.safetensors has" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not out.exists()
