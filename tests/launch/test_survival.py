@@ -275,6 +275,28 @@ def test_the_others_end_with_a_rank_that_dies(common: list[str], tmp_path: Path)
     assert code not in (0, 75, None), ranks.output()
 
 
+def fail() -> None:
+    """The second rank breaks in the fifth update."""
+    from irpe_ds.training.trainer import Trainer
+
+    step = Trainer.step
+
+    def broken(self: Any, batch: Any, micro_step: int) -> Any:
+        if (self.update, self.ranks.rank) == (4, 1):
+            raise RuntimeError("broken on purpose")
+        return step(self, batch, micro_step)
+
+    Trainer.step = broken  # type: ignore[method-assign]
+
+
+def test_an_error_of_one_rank_is_shown_and_ends_all(common: list[str], tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, 2, [([*common, *zero(2), "name=broken"], "never")], fail)
+    codes = ranks.wait(60)
+    assert None not in codes
+    assert 0 not in codes
+    assert "RuntimeError: broken on purpose" in ranks.output()
+
+
 def poison(updates: range) -> None:
     """What the second rank sees in some updates is not finite."""
     from irpe_ds.training.trainer import Trainer
