@@ -1,6 +1,6 @@
 """A thread that decodes views into batches, ahead of its consumer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from queue import Full, Queue, SimpleQueue
 from threading import Event, Lock, Thread
@@ -16,6 +16,8 @@ from irpe_ds.data.views import Views
 from irpe_ds.errors import ConfigError
 
 Decoded = tuple[torch.Tensor, torch.Tensor]
+"""A batch: images (B, 3, H, W) uint8 and labels (B,) int64."""
+Batches = Generator[Decoded, None, None]
 
 _POLL_SECONDS = 0.1
 # Two batches at once would share the same cores, and one of Numba's thread pools (workqueue)
@@ -148,4 +150,4 @@ class BatchIterator:
 
 def _damage(beton: Beton, sample: int) -> ConfigError:
     expected = "undamaged images (data_prep/verify.py checks them all)"
-    return ConfigError(beton.path, expected, f"damage in sample {sample}")
+    return ConfigError(beton.info.path, expected, f"damage in sample {sample}")

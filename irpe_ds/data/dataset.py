@@ -59,8 +59,8 @@ class DatasetInfo:
 class Beton:
     """A .beton file in memory: the bytes mapped, the tables read."""
 
-    path: Path
-    """The file."""
+    info: DatasetInfo
+    """What it holds."""
     bytes: NDArray[np.uint8]
     """Its contents."""
     entries: NDArray[np.void]
@@ -142,7 +142,7 @@ def read_beton(path: Path, where: str) -> Beton:
         raise ConfigError(where, "tables that agree with each other", f"{path}: damaged")
     entries["bytes"][samples] = table["size"]
     compared = np.zeros(info.num_samples, np.bool_)
-    return Beton(path=path, bytes=file, entries=entries, hashes=hashes, compared=compared)
+    return Beton(info=info, bytes=file, entries=entries, hashes=hashes, compared=compared)
 
 
 def tables_sha256(path: Path, num_samples: int) -> str:

@@ -1,20 +1,15 @@
 """Two ways from samples to pixels, behind one interface."""
 
-from collections.abc import Generator
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from irpe_ds.config import AugmentConfig
+from irpe_ds.data.batches import Batches
 from irpe_ds.data.dataset import DatasetInfo, open_dataset, read_beton
 from irpe_ds.data.draws import Keys
 from irpe_ds.data.fast import FastDecoder
 from irpe_ds.data.order import Samples
 from irpe_ds.data.reference import BETON, ReferenceDecoder, pillow_images
-
-Decoded = Generator[tuple[torch.Tensor, torch.Tensor], None, None]
-"""Batches of images (B, 3, H, W) uint8 and labels (B,) int64."""
 
 
 class Decoder(Protocol):
@@ -27,12 +22,12 @@ class Decoder(Protocol):
 
     def train(
         self, samples: Samples, keys: Keys, *, batch_size: int, size: tuple[int, int]
-    ) -> Decoded:
+    ) -> Batches:
         """A random view of each of these samples, drawn from its key, in order."""
 
     def evaluate(
         self, samples: Samples, *, batch_size: int, size: tuple[int, int], crop: float
-    ) -> Decoded:
+    ) -> Batches:
         """The centre crop of each of these samples, in order."""
 
 

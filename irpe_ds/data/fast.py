@@ -1,21 +1,17 @@
 """Images decoded by FFCV's decoder in threads, crops resized by area."""
 
-from collections.abc import Generator
 from contextlib import closing
 
-import torch
 from numba import config
 
 from irpe_ds.config import AugmentConfig
-from irpe_ds.data.batches import BatchIterator
+from irpe_ds.data.batches import Batches, BatchIterator
 from irpe_ds.data.dataset import Beton
 from irpe_ds.data.draws import Keys
 from irpe_ds.data.order import Samples
 from irpe_ds.data.parallel import local_share
 from irpe_ds.data.views import Views, centre_views, random_views
 from irpe_ds.errors import ConfigError
-
-Decoded = Generator[tuple[torch.Tensor, torch.Tensor], None, None]
 
 
 class FastDecoder:
@@ -32,7 +28,7 @@ class FastDecoder:
 
     def train(
         self, samples: Samples, keys: Keys, *, batch_size: int, size: tuple[int, int]
-    ) -> Decoded:
+    ) -> Batches:
         """Random resized crops, some flipped."""
         entries, augment = self._beton.entries, self._augment
         views = random_views(
@@ -48,7 +44,7 @@ class FastDecoder:
 
     def evaluate(
         self, samples: Samples, *, batch_size: int, size: tuple[int, int], crop: float
-    ) -> Decoded:
+    ) -> Batches:
         """The largest centred box of this shape, its sides times `crop`."""
         entries = self._beton.entries
         views = centre_views(
@@ -60,7 +56,7 @@ class FastDecoder:
         )
         return self._decode(views, batch_size, size)
 
-    def _decode(self, views: Views, batch_size: int, size: tuple[int, int]) -> Decoded:
+    def _decode(self, views: Views, batch_size: int, size: tuple[int, int]) -> Batches:
         batches = BatchIterator(
             self._beton, views, batch_size=batch_size, size=size, workers=self.workers
         )

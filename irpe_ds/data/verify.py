@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from irpe_ds.data.dataset import Beton, DatasetInfo, open_dataset, read_beton
+from irpe_ds.data.dataset import Beton, DatasetInfo, read_beton
 from irpe_ds.data.ffcv_api import ENTRY_TYPE, HEAD_BYTES, JPG, HeaderType
 from irpe_ds.data.images import check_jpeg
 from irpe_ds.data.manifest import (
@@ -33,33 +33,30 @@ def verify(path: Path, *, workers: int, needs_manifest: bool = True) -> DatasetI
     manifest = read_manifest(path) if path.exists() else None
     if manifest is not None:
         _check_labels(path, manifest)
-    info = open_dataset(path, str(path))
+    beton = read_beton(path, str(path))
     if manifest is None and needs_manifest:
         expected = f"{beside(path, MANIFEST)}, its manifest (--no-manifest decodes only)"
         raise ConfigError(path, expected, "none")
-    beton = read_beton(path, str(path))
     check = partial(_fault, beton)
     with (
-        closing(map_in_order(check, range(info.num_samples), workers=workers)) as results,
-        progress("verify", info.num_samples) as bar,
+        closing(map_in_order(check, range(beton.info.num_samples), workers=workers)) as results,
+        progress("verify", beton.info.num_samples) as bar,
     ):
         for sample, fault in enumerate(results):
             if fault:
-                raise ConfigError(
-                    path, "undamaged images", f"{_name(beton, info, sample)}: {fault}"
-                )
+                raise ConfigError(path, "undamaged images", f"{_name(beton, sample)}: {fault}")
             bar.update()
     if manifest is not None and file_sha256(path, "hash") != manifest.sha256:
         expected = f"the SHA-256 of its manifest, {manifest.sha256}"
         raise ConfigError(path, expected, "another, though every sample is as it was")
-    return info
+    return beton.info
 
 
 def _check_labels(path: Path, manifest: Manifest) -> None:
     """Compare every label with the class that the sample was converted from."""
     header = np.fromfile(path, HeaderType, 1)
     if path.stat().st_size != manifest.size or header["num_samples"] != manifest.num_samples:
-        return  # open_dataset says it better
+        return  # read_beton says it better
     labels = np.fromfile(path, ENTRY_TYPE, manifest.num_samples, offset=HEAD_BYTES)["f1"]
     for sample, (label, line) in enumerate(
         zip(labels.tolist(), read_hashes(path, manifest), strict=True)
@@ -74,11 +71,12 @@ def _check_labels(path: Path, manifest: Manifest) -> None:
         raise ConfigError(path, "as many images of each class as its manifest says", "others")
 
 
-def _name(beton: Beton, info: DatasetInfo, sample: int) -> str:
+def _name(beton: Beton, sample: int) -> str:
     """How to speak of a sample."""
+    info = beton.info
     if info.manifest is None:
         return f"sample {sample} (label {beton.entries['label'][sample]})"
-    for number, line in enumerate(read_hashes(beton.path, info.manifest)):
+    for number, line in enumerate(read_hashes(info.path, info.manifest)):
         if number == sample:
             return f"sample {sample} ({line.name})"
     raise AssertionError(sample)
