@@ -1,11 +1,21 @@
 """The recipes of launch/configs/imagenet: the published numbers, and every one of them trains."""
 
+import json
+import math
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from irpe_ds.config import AugmentConfig, OptimConfig, RunConfig, TrainConfig, load_config
 from irpe_ds.models.zoo import ZOO
+from tests.launch.ranks import free_port
 
 RECIPES = {
     path.stem: path
@@ -96,3 +106,124 @@ def test_its_header_says_how_and_what(name: str) -> None:
 
 def test_runs_do_not_share_a_folder() -> None:
     assert len({recipe(name).folder for name in RECIPES}) == len(RECIPES)
+
+
+UPDATES = 2
+SIZES = {224: 64, 384: 96}  # pixels
+TEACHER = "test_resnet"
+REDUCED = {
+    *("output", "data.train", "data.val", "data.workers", "train.global_batch", "train.log_every"),
+    *("train.max_updates", "model.img_size", "model.num_classes", "model.options", "model.weights"),
+    *("distill.teacher", "distill.weights"),
+}
+"""Keys that the trainings below set; all others are the recipe's."""
+
+
+def overrides(name: str, folder: Path, digits: Path) -> list[str]:
+    """What makes a recipe small enough for two updates on a CPU."""
+    config = recipe(name)
+    size = config.model.img_size
+    assert isinstance(size, int)
+    small = [
+        *(f"output={folder}", f"data.train={digits}/train.beton", f"data.val={folder}/val.beton"),
+        *("data.workers=1", "train.global_batch=16", "train.log_every=1"),
+        *(f"train.max_updates={UPDATES}", f"model.img_size={SIZES[size]}"),
+        *("model.num_classes=10", "model.options.depth=2"),
+    ]
+    if config.model.weights is not None:
+        small += [f"model.weights={folder}/plain.pth"]
+    if config.distill.kind != "none":
+        small += [f"distill.teacher={TEACHER}", f"distill.weights={folder}/teacher.pth"]
+    return small
+
+
+@pytest.fixture(scope="module")
+def trained(run: Any, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the runs, one for each recipe, beside the files that they start from."""
+    folder = tmp_path_factory.mktemp("recipes")
+    for images in (digits / "val").iterdir():  # two of every class
+        (folder / "val" / images.name).mkdir(parents=True)
+        for image in sorted(images.iterdir())[:2]:
+            shutil.copy(image, folder / "val" / images.name)
+    convert = ("data_prep/convert.py", "--source", folder / "val", "--out", folder / "val.beton")
+    made = run(sys.executable, *convert)
+    assert made.returncode == 0, made.stderr
+    small = {"num_classes": 10, "img_size": SIZES[224], "depth": 2}
+    plain = timm.create_model("deit_base_patch16_224", **small)
+    torch.save({"model": plain.state_dict()}, folder / "plain.pth")
+    teacher = timm.create_model(TEACHER, num_classes=10)
+    torch.save({"model": teacher.state_dict()}, folder / "teacher.pth")
+
+    trainings = [
+        (overrides(name, folder, digits), "never", str(path)) for name, path in RECIPES.items()
+    ]
+    (folder / "runs.json").write_text(json.dumps(trainings))
+    launcher = ("deepspeed", "--num_accelerators", 2, "--master_port", free_port())
+    done = run(*launcher, "tests/launch/train_several.py", folder / "runs.json", timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
+    found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in found if row["kind"] == kind]
+
+
+def tensors(folder: Path, kind: str) -> dict[str, Tensor]:
+    return load_file(folder / f"checkpoints/update-{UPDATES:08d}/{kind}.safetensors")
+
+
+def flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Section.key -> value."""
+    found = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict) and above + key not in REDUCED
+        found |= flat(value, f"{above}{key}.") if nested else {above + key: value}
+    return found
+
+
+@pytest.mark.dist
+@every_recipe
+def test_it_trains(name: str, trained: Path) -> None:
+    config = recipe(name)
+    folder = trained / config.name
+    steps = rows(folder, "train")
+    assert [row["update"] for row in steps] == [1, UPDATES]
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in steps)
+    assert rows(folder, "eval")[-1]["images"] == 20
+
+    expected, got = (flat(c.model_dump()) for c in (config, load_config(folder / "config.yaml")))
+    assert expected.keys() == got.keys()
+    assert {key for key in expected if expected[key] != got[key]} <= REDUCED
+
+    weights, average = tensors(folder, "weights"), tensors(folder, "ema")
+    assert weights.keys() == average.keys()
+    assert any(not torch.equal(weights[key], average[key]) for key in weights)
+    for key, weight in weights.items():
+        torch.testing.assert_close(average[key], weight, rtol=0, atol=1e-4)
+
+
+@pytest.mark.dist
+def test_fine_tuning_starts_from_plain_weights_and_zero_tables(trained: Path) -> None:
+    folder = trained / recipe("finetune").name
+    weights = tensors(folder, "weights")
+    plain = torch.load(trained / "plain.pth")["model"]
+    tables = {key for key in weights if "lookup_table" in key}
+    assert weights.keys() == plain.keys() | tables
+    assert len(tables) == 2
+    for key, weight in weights.items():
+        if key != "pos_embed":  # which is interpolated
+            start = torch.zeros_like(weight) if key in tables else plain[key]
+            torch.testing.assert_close(weight, start, rtol=0, atol=1e-5)
+
+
+@pytest.mark.dist
+def test_the_teacher_is_heard(trained: Path) -> None:
+    """The same student and images: only what the teacher says makes the losses differ."""
+    kinds = ("hard", "soft")
+    hard, soft = (rows(trained / f"distill-{kind}", "train")[0]["loss"] for kind in kinds)
+    assert hard == pytest.approx(math.log(10), abs=0.3)
+    assert soft == pytest.approx(math.log(10) / 2, abs=0.3)  # DeiT's divergence is of a small scale
+    for kind in kinds:
+        moments = tensors(trained / f"distill-{kind}", "optimizer")
+        assert moments["exp_avg.head_dist.weight"].any()

@@ -1,7 +1,8 @@
 """Train several runs one after the other in the same processes, to start them only once.
 
-deepspeed tests/launch/train_several.py RUNS.json: a list of [overrides, resume]. With
-IRPE_TEST_KERNELS, a library of tests/ops/kernels/host.py, model.impl=fused runs on the CPU.
+deepspeed tests/launch/train_several.py RUNS.json: a list of [overrides, resume], of the quickstart
+or of the YAML that comes third. With IRPE_TEST_KERNELS, a library of tests/ops/kernels/host.py,
+model.impl=fused runs on the CPU.
 """
 
 import json
@@ -24,8 +25,9 @@ def main() -> None:
         torch.ops.load_library(kernels)
         row = dispatch.IMPLEMENTATIONS["fused"]
         dispatch.IMPLEMENTATIONS["fused"] = row._replace(devices=("cpu",))
-    for overrides, resume in json.loads(Path(sys.argv[-1]).read_text()):
-        train(load_config("launch/configs/quickstart.yaml", overrides), resume)
+    for overrides, resume, *yaml in json.loads(Path(sys.argv[-1]).read_text()):
+        (path,) = yaml or ("launch/configs/quickstart.yaml",)
+        train(load_config(path, overrides), resume)
 
 
 if __name__ == "__main__":
