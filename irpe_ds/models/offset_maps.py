@@ -1,0 +1,96 @@
+"""What relative position adds as a function of the offset: what pictures of the tables show.
+
+Shape suffixes: B images, H heads (or 1), L tokens, D head dimension, N buckets, Y and X offsets in
+rows and in columns, 2 height - 1 and 2 width - 1 of them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from irpe_ds.errors import ConfigError
+from irpe_ds.models.attention import RPEAttention
+from irpe_ds.rpe import BucketMap
+
+MULTIPLIED = {"k": "q_norm", "q": "k_norm"}
+"""Whose output the tables on keys and on queries are multiplied with."""
+
+
+def targets(model: nn.Module) -> str:
+    """Which of k, q and v have tables, in this order; empty for a model without any."""
+    layers = _layers(model)
+    return "".join(t for t in "kqv" if layers and getattr(layers[0], f"rpe_{t}") is not None)
+
+
+@torch.no_grad()
+def offset_maps(model: nn.Module, target: str, images: Callable[[], Tensor]) -> list[Tensor]:
+    """One map (H, Y, X) per layer: offsets of the key from the query, zero in the middle.
+
+    On k and q what is added to the logits of attention; where it depends on queries or keys, its
+    mean over these images and all patches. On v the length of the vector that is added to the
+    values. Class, distillation and register tokens are left out: they have no offset.
+
+    Args:
+        target: k, q or v.
+        images: called when they are needed; (B, 3, height, width) as the model takes them.
+
+    Raises:
+        ConfigError: the model has no table on the target.
+    """
+    if target not in [*targets(model)]:
+        expected = f"one of {', '.join(targets(model))}" if targets(model) else "a model with RPE"
+        raise ConfigError("target", expected, repr(target))
+    layers = _layers(model)
+    terms = [getattr(layer, f"rpe_{target}").terms() for layer in layers]
+    vectors_HD: list[Tensor | None] = [None] * len(layers)
+    if target != "v" and terms[0][0][0].dim() == 3:  # (H, D, N); a bias has no D
+        vectors_HD = _mean_vectors(model, layers, target, images())
+    maps = []
+    for terms_of_layer, vector_HD in zip(terms, vectors_HD, strict=True):
+        parts = [_per_bucket(t, vector_HD)[:, offset_ids(b)] for t, b in terms_of_layer]
+        maps.append(torch.stack(parts).sum(0))
+    if target == "v":
+        return [map_HYXD.norm(dim=-1) for map_HYXD in maps]
+    return [map_HYX.flip(1, 2) for map_HYX in maps] if target == "q" else maps  # b(j, i)
+
+
+def offset_ids(buckets: BucketMap) -> Tensor:
+    """The bucket of every offset of the key from the query, (Y, X)."""
+    height, width = buckets.grid
+    rows, cols = (torch.arange(1 - n, n, device=buckets.ids.device) for n in (height, width))
+    query = (-rows).clamp(min=0)[:, None] * width + (-cols).clamp(min=0)
+    key = rows.clamp(min=0)[:, None] * width + cols.clamp(min=0)
+    return buckets.ids[query + buckets.skip, key + buckets.skip].long()
+
+
+def _layers(model: nn.Module) -> list[RPEAttention]:
+    return [module for module in model.modules() if isinstance(module, RPEAttention)]
+
+
+def _per_bucket(table: Tensor, vector_HD: Tensor | None) -> Tensor:
+    """Logits (H, N), or vectors (H, N, D) of a table on v."""
+    return table if vector_HD is None else (vector_HD.unsqueeze(1) @ table).squeeze(1)
+
+
+def _mean_vectors(
+    model: nn.Module, layers: list[RPEAttention], target: str, images: Tensor
+) -> list[Tensor | None]:
+    """Mean query, or key, of every layer over images and patches, scaled as in a logit, (H, D)."""
+    means: dict[int, Tensor] = {}
+
+    def keep(number: int, module: nn.Module, args: object, out_BHLD: Tensor) -> None:
+        skip = getattr(layers[number], f"rpe_{target}").terms()[0][1].skip
+        means[number] = out_BHLD[:, :, skip:].mean((0, 2)) * layers[number].scale
+
+    hooks = [
+        getattr(layer, MULTIPLIED[target]).register_forward_hook(partial(keep, number))
+        for number, layer in enumerate(layers)
+    ]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [means[number] for number in range(len(layers))]
