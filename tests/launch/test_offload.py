@@ -1,0 +1,56 @@
+"""Keeping AdamW's state, or the weights too, in the host's memory changes nothing but the place.
+
+The first run on a machine compiles DeepSpeed's AdamW for the CPU, which takes minutes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launch.ranks import free_port, rows
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+UPDATES = 6
+OFFLOADED = ("zero1_offload", "zero2_offload", "zero3_offload")
+
+
+@pytest.fixture(scope="module")
+def runs(run: Any, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run under each of them and under zero1, by name."""
+    output = tmp_path_factory.mktemp("offload")
+    common = [
+        *(f"output={output}", f"train.max_updates={UPDATES}", "train.log_every=1"),
+        *(f"data.train={digits}/train.beton", f"data.val={digits}/val.beton", "data.workers=1"),
+        *("train.precision=fp32", "train.ema_decay=0.9", "train.global_batch=96"),
+        *("model.options.depth=2", "optim.layer_decay=0.5", "optim.clip_grad=0.5"),
+    ]
+    trainings = [
+        ([*common, f"name={name}", f"train.deepspeed=ds_configs/{name}.json"], "never")
+        for name in ("zero1", *OFFLOADED)
+    ]
+    (output / "runs.json").write_text(json.dumps(trainings))
+    launcher = ("deepspeed", "--num_accelerators", 2, "--master_port", free_port())
+    script = ("tests/launch/train_several.py", output / "runs.json")
+    done = run(*launcher, *script, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_it_trains_as_without(name: str, runs: Path) -> None:
+    expected, got = (rows(runs / x, "train") for x in ("zero1", name))
+    assert len(got) == UPDATES
+    for one, other in zip(expected, got, strict=True):
+        for key in ("loss", "grad_norm", "lr"):
+            assert other[key] == pytest.approx(one[key], rel=1e-4)
+    # A weight moves by 1e-3 in all; where its gradient is nearly zero, rounding decides which way.
+    for kind, tolerance in (("weights", 1e-5), ("ema", 1e-5), ("optimizer", 1e-6)):
+        paths = (runs / x / f"checkpoints/update-{UPDATES:08d}" for x in ("zero1", name))
+        whole, offloaded = (load_file(path / f"{kind}.safetensors") for path in paths)
+        assert whole.keys() == offloaded.keys()
+        for key, tensor in whole.items():
+            torch.testing.assert_close(offloaded[key], tensor, rtol=0, atol=tolerance, msg=key)
