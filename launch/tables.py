@@ -5,6 +5,7 @@ python launch/tables.py --config x.yaml --weights deit_small_..._shared_k.pth --
 """
 
 import argparse
+import textwrap
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -107,7 +108,7 @@ def draw(maps: Mapping[int, np.ndarray], on: str, name: str) -> Figure:
         maps: by layer, (heads, 2 height - 1, 2 width - 1) as `offset_maps` gives them.
     """
     heads, rows, columns = next(iter(maps.values())).shape
-    width = max(SIDE * heads * columns / rows + 1.9, 4.8)
+    width = SIDE * heads * columns / rows + 1.5
     layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06)
     figure = Figure(figsize=(width, SIDE * len(maps) + 1.1), dpi=160, layout=layout)
     grid = figure.subplots(len(maps), heads, squeeze=False, sharex=True, sharey=True)
@@ -124,10 +125,9 @@ def draw(maps: Mapping[int, np.ndarray], on: str, name: str) -> Figure:
         bar.locator = MaxNLocator(4, symmetric=True)
     for head, axes in enumerate(grid[0]):
         axes.set_title(f"head {head}" if heads > 1 else "all heads", fontsize=10, color=INK)
-    text = f"{name}: {SHOWN[on]}"
+    text = textwrap.fill(f"{name}: {SHOWN[on]}", int(10 * width))  # ten characters an inch
     figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-    figure.supxlabel("columns from query to key, patches", fontsize=9, color=INK)
-    figure.supylabel("rows from query to key, patches", fontsize=9, color=INK)
+    figure.supxlabel("offset from query to key, patches", fontsize=9, color=INK)
     return figure
 
 
