@@ -57,7 +57,6 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": config.optim.clip_grad or 0.0,
         "steps_per_print": 2**31,  # the run log prints
-        "zero_allow_untested_optimizer": True,  # AdamW that keeps an average; it is tested here
     }
     if train.precision == "autocast":
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}

@@ -91,7 +91,7 @@ class DistillationLoss(Loss):
             return self.teacher(images.float()).float()
 
 
-def build_loss(config: RunConfig, device: torch.device) -> Loss:
+def build_loss(config: RunConfig) -> Loss:
     """The loss of a run, with its teacher's weights read from their file if it has one.
 
     Raises:
@@ -103,7 +103,7 @@ def build_loss(config: RunConfig, device: torch.device) -> Loss:
     if distill.kind == "none":
         return Loss(smoothing)
     dtype = PRODUCTS[config.train.precision]
-    return DistillationLoss(smoothing, distill, _build_teacher(config).to(device), dtype)
+    return DistillationLoss(smoothing, distill, _build_teacher(config), dtype)
 
 
 def _build_teacher(config: RunConfig) -> nn.Module:

@@ -12,9 +12,10 @@ from irpe_ds.training import checkpoint
 from irpe_ds.training.deepspeed_config import deepspeed_config
 from irpe_ds.training.distributed import device_type, join, launched, set_environment
 from irpe_ds.training.evaluation import check_data
+from irpe_ds.training.loss import build_loss
 from irpe_ds.training.plan import make_plan
 from irpe_ds.training.record import attention_op, write_record
-from irpe_ds.training.start import check_folder, find_start
+from irpe_ds.training.start import check_folder, find_start, first_model
 from irpe_ds.training.stop import StopSignals
 from irpe_ds.training.trainer import Trainer
 
@@ -36,7 +37,9 @@ def train(config: RunConfig, resume: str = "never") -> bool:
     plan = make_plan(config, check_data(config).num_samples)
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
     torch.manual_seed(config.seed)
-    model = build_model(config.model)
+    model = build_model(first_model(config, resume))
+    loss = build_loss(config)
+    loss.prepare(model)
     op = attention_op(config, model, device_type())
     manifest = checkpoint.describe(config, settings, plan, model, world_size, op._asdict())
 
@@ -52,7 +55,7 @@ def train(config: RunConfig, resume: str = "never") -> bool:
                 print(f"{done}; name=... starts another")
             return True
         check_folder(config)
-        trainer = Trainer(config, plan, manifest, start, model, settings, ranks, stop)
+        trainer = Trainer(config, plan, manifest, start, model, loss, settings, ranks, stop)
         with RunLog(
             config.folder,
             active=ranks.is_first,

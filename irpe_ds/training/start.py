@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from irpe_ds.config import RunConfig
+from irpe_ds.config import ModelConfig, RunConfig
 from irpe_ds.errors import ConfigError
 from irpe_ds.runlog import METRICS
 from irpe_ds.training import checkpoint
@@ -56,6 +56,13 @@ def find_start(config: RunConfig, resume: str, present: checkpoint.Manifest) -> 
     changes = "; ".join(checkpoint.changes(saved, present))
     notes.append(f"going on from {path}" + (f" with {changes}" if changes else ""))
     return Start(path, saved, notes)
+
+
+def first_model(config: RunConfig, resume: str) -> ModelConfig:
+    """The model to build: where a checkpoint will be loaded, without the weights to start from."""
+    own = (config.folder / checkpoint.FOLDER).glob("update-*")
+    anew = resume == "never" or (resume == "auto" and not any(own))
+    return config.model if anew else config.model.model_copy(update={"weights": None})
 
 
 def check_folder(config: RunConfig) -> None:

@@ -23,7 +23,7 @@ from irpe_ds.training import checkpoint, precision, throughput
 from irpe_ds.training.batch import Normalize, build_augment, build_mixup, seed_step
 from irpe_ds.training.distributed import Ranks
 from irpe_ds.training.evaluation import EvalBatch, evaluate
-from irpe_ds.training.loss import build_loss
+from irpe_ds.training.loss import Loss
 from irpe_ds.training.meter import Meter
 from irpe_ds.training.optim import build_optimizer, build_schedule
 from irpe_ds.training.plan import Plan
@@ -57,6 +57,7 @@ class Trainer:
         manifest: checkpoint.Manifest,
         start: Start,
         model: nn.Module,
+        loss: Loss,
         settings: dict[str, Any],
         ranks: Ranks,
         stop: StopSignals,
@@ -65,6 +66,7 @@ class Trainer:
 
         self.config, self.plan, self.ranks, self.stop = config, plan, ranks, stop
         self.manifest, self.folder = manifest, config.folder / checkpoint.FOLDER
+        self.loss = loss.to(ranks.device)
         self.dtype = precision.MODEL[config.train.precision]
         shared: dict[str, Any] = {
             "batch_size": settings["train_micro_batch_size_per_gpu"],
@@ -83,8 +85,6 @@ class Trainer:
             **shared,
         )
         self.val_batches = EvalLoader(config.data.val, crop=config.data.val_crop, **shared)
-        self.loss = build_loss(config, ranks.device)
-        self.loss.prepare(model)
         if start.path is not None:
             model.load_state_dict(checkpoint.load(start.path, WEIGHTS))
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -250,7 +250,7 @@ class Trainer:
 
     def report(self, row: dict[str, float]) -> dict[str, float]:
         """The meter's row with what the engine and the model's arithmetic tell."""
-        row["lr"] = self.engine.optimizer.param_groups[0]["lr"]
+        row["lr"] = max(group["lr"] for group in self.engine.optimizer.param_groups)
         row["epoch"] = self.update / self.plan.updates_per_epoch
         norm = self.engine.get_global_grad_norm()
         if norm is not None:

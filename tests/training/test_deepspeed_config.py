@@ -33,7 +33,6 @@ def test_every_stage_gets_the_yaml_numbers(stage: int) -> None:
     assert settings["train_micro_batch_size_per_gpu"] == 8
     assert settings["gradient_accumulation_steps"] == 3
     assert settings["bf16"] == {"enabled": True}
-    assert settings["zero_allow_untested_optimizer"] is True
     assert "fp16" not in settings
     assert "torch_autocast" not in settings
 

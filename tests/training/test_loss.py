@@ -123,20 +123,20 @@ class TestBuild:
     def test_mixing_smooths_the_targets_itself(
         self, augment: dict[str, float], smoothing: float
     ) -> None:
-        loss = build_loss(run_config({}, augment=augment), CPU)
+        loss = build_loss(run_config({}, augment=augment))
         assert type(loss) is Loss
         assert loss.smoothing == smoothing
 
     def test_without_a_teacher_any_model_is_left_as_it_is(self) -> None:
         config = run_config({})
         model = build_model(config.model)
-        build_loss(config, CPU).prepare(model)
+        build_loss(config).prepare(model)
         assert model.train()(torch.randn(2, 3, 64, 64)).shape == (2, 10)
 
     def test_no_head_for_the_teacher(self, save: Save) -> None:
         distill = {"kind": "hard", "teacher": TEACHER, "weights": save()}
         config = run_config(distill, name="deit_tiny_patch16_224")
-        loss = build_loss(config, CPU)
+        loss = build_loss(config)
         with pytest.raises(ConfigError, match=r"^model\.name: .* distillation head.*distill\.kind"):
             loss.prepare(build_model(config.model))
 
@@ -151,14 +151,14 @@ class TestBuild:
     def test_mistakes(self, values: dict[str, str], where: str, got: str, save: Save) -> None:
         distill = {"kind": "hard", "teacher": TEACHER, "weights": save()} | values
         with pytest.raises(ConfigError) as caught:
-            build_loss(run_config(distill), CPU)
+            build_loss(run_config(distill))
         assert caught.value.where == where
         assert got in str(caught.value.got)
 
     def test_a_teacher_of_other_classes(self, save: Save) -> None:
         distill = {"kind": "hard", "teacher": TEACHER, "weights": save(classes=7)}
         with pytest.raises(ConfigError, match=r"^distill\.weights: .* \(7, .*, not \(10, "):
-            build_loss(run_config(distill), CPU)
+            build_loss(run_config(distill))
 
 
 class TestTeacher:
@@ -169,7 +169,7 @@ class TestTeacher:
 
     def test_a_student_with_an_encoding_learns_with_both_heads(self, config: RunConfig) -> None:
         torch.manual_seed(0)
-        student, loss = build_model(config.model), build_loss(config, CPU)
+        student, loss = build_model(config.model), build_loss(config)
         plain = build_model(config.model.model_copy(update={"rpe": None}))
         plain.load_state_dict({k: v for k, v in student.state_dict().items() if "rpe_" not in k})
         for model in (student, plain):
@@ -202,7 +202,7 @@ class TestTeacher:
         self, config: RunConfig, precision: str, dtype: torch.dtype
     ) -> None:
         train = config.train.model_copy(update={"precision": precision})
-        loss = build_loss(config.model_copy(update={"train": train}), CPU)
+        loss = build_loss(config.model_copy(update={"train": train}))
         products: list[torch.dtype] = []
         loss.teacher.conv1.register_forward_hook(lambda _, __, out: products.append(out.dtype))
         images = torch.randn(4, 3, 64, 64).to(torch.bfloat16 if precision == "bf16" else None)
@@ -217,7 +217,7 @@ class TestTeacher:
         config = config.model_copy(update={"model": model})
         teacher = timm.create_model(name, num_classes=10, img_size=64)
         torch.save(teacher.state_dict(), tmp_path / "vit.pth")
-        loss = build_loss(config, CPU)
+        loss = build_loss(config)
         for pixels in narrow:
             outputs = torch.randn(2, 10), torch.randn(2, 10)
             assert loss(torch.randn(2, 3, pixels, pixels), outputs, torch.arange(2)).isfinite()
