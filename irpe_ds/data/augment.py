@@ -27,7 +27,7 @@ Rows = NDArray[np.int64]
 Layer = list[tuple[Function, Rows, Arguments]]
 """What to apply to which images of a batch; an image occurs at most once."""
 
-CPU_IMAGES = 2  # at once per thread: what its cache holds
+CPU_IMAGES = 1  # at once per thread: what its cache holds
 
 ERASE_ATTEMPTS = 10
 ERASE_AREA = (0.02, 1 / 3)
