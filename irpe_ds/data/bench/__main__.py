@@ -36,6 +36,7 @@ from irpe_ds.errors import ConfigError
 ROOT = Path(__file__).parents[3]  # of the repository, which has the scripts
 PACKAGES = ("torch", "torchvision", "ffcv", "numba", "numpy", "pillow")
 WHOLE = "convert, whole process until the file is on the disk"
+PER_CPU = "per second of CPU time"  # which other programs on the machine change little
 INSIDE = "convert, without start-up, as each reports it"
 
 Result = TypeVar("Result")
@@ -55,7 +56,7 @@ LOAD_REFERENCES = ("ffcv", "decode only", "ours, normalised")
 
 
 def bench_load(args: argparse.Namespace) -> Iterator[Table]:
-    """Images per second of an epoch after a warm-up epoch, a table per number of workers."""
+    """Images per second of an epoch after a warm-up epoch, two tables per number of workers."""
     folder = args.data / "folder/train"
     with tempfile.TemporaryDirectory(dir=args.data) as scratch:
         beton = Path(scratch, "train.beton")
@@ -70,7 +71,8 @@ def bench_load(args: argparse.Namespace) -> Iterator[Table]:
                     name: stack.enter_context(started(name, prepare, setting))
                     for name, prepare in LOADERS.items()
                 }
-                yield Table(title, _interleave(calls, args.rounds), LOAD_REFERENCES)
+                results = _interleave(calls, args.rounds)
+            yield from _tables((title, f"{title}, {PER_CPU}"), results, LOAD_REFERENCES)
 
 
 def bench_convert(args: argparse.Namespace) -> Iterator[Table]:
@@ -94,9 +96,19 @@ def bench_convert(args: argparse.Namespace) -> Iterator[Table]:
 
     rates("disk")  # so that the files are in memory, for everyone
     results = _interleave({name: partial(rates, name) for name in calls}, args.rounds)
-    for part, title in enumerate((WHOLE, INSIDE)):
+    titles = [f"{title}, workers {workers}" for title in (WHOLE, INSIDE)]
+    yield from _tables(titles, results, ("ffcv-imagenet", "disk"))
+
+
+def _tables(
+    titles: Sequence[str],
+    results: Mapping[str, list[tuple[float, float]]],
+    references: Sequence[str],
+) -> Iterator[Table]:
+    """A table of the first rates of all results, and one of the second."""
+    for part, title in enumerate(titles):
         own = {name: [result[part] for result in rounds] for name, rounds in results.items()}
-        yield Table(f"{title}, workers {workers}", own, ("ffcv-imagenet", "disk"))
+        yield Table(title, own, references)
 
 
 def _converter(folder: Path, out: Path, workers: int) -> list[str]:

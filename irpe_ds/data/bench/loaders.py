@@ -16,6 +16,8 @@ from irpe_ds.errors import ConfigError
 
 # Nothing that starts threads is imported above: that is the candidates' business.
 
+_TICK = 1 / os.sysconf("SC_CLK_TCK")  # s, the resolution of CPU times
+
 Epoch = Callable[[], int]
 """Passes over the data once and returns how many images came."""
 
@@ -177,8 +179,11 @@ LOADERS: dict[str, Callable[[Setting], Epoch]] = {
 @contextmanager
 def started(
     name: str, prepare: Callable[[Setting], Epoch], setting: Setting
-) -> Iterator[Callable[[], float]]:
-    """A loader in a process of its own, warmed up; calling it times an epoch there."""
+) -> Iterator[Callable[[], tuple[float, float]]]:
+    """A loader in a process of its own, warmed up; calling it times an epoch there.
+
+    It returns images per second, and per second of CPU time.
+    """
     here, there = multiprocessing.get_context("spawn").Pipe()
 
     def ask(question: bool) -> Any:
@@ -215,6 +220,17 @@ def _serve(connection: Connection, prepare: Callable[[Setting], Epoch], setting:
             connection.recv()
         except EOFError:
             return
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), _cpu_seconds()
         images = epoch()
-        connection.send(images / (time.perf_counter() - start))
+        seconds, cpu_seconds = time.perf_counter() - start, _cpu_seconds() - start_cpu
+        connection.send((images / seconds, images / max(cpu_seconds, _TICK)))
+
+
+def _cpu_seconds() -> float:
+    """CPU time so far of this process and of those that it started, such as the DataLoader's."""
+    own = os.times()
+    total = own.user + own.system + own.children_user + own.children_system
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        total += _TICK * (int(fields[11]) + int(fields[12]))
+    return total
