@@ -41,6 +41,12 @@ class Ranks:
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.hosts)
         return bool(found)
 
+    def gather(self, found: Result) -> list[Result]:
+        """What every rank has found, by rank; all ranks get it."""
+        all_found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(all_found, found, group=self.hosts)
+        return all_found
+
     def from_first(self, function: Callable[[], Result]) -> Result:
         """Call a function on the first rank alone; its result, or its ConfigError, on all."""
         box: list[Any] = [None]

@@ -84,8 +84,8 @@ def evaluate_weights(config: RunConfig, weights: Path, batch_size: int) -> dict[
     return scores if ranks.is_first else None
 
 
-def check_data(config: RunConfig) -> DatasetInfo:
-    """What the training set holds, once both sets are whole and of the model's classes.
+def check_data(config: RunConfig) -> dict[str, DatasetInfo]:
+    """What `train` and `val` hold, once both are whole and of the model's classes.
 
     Raises:
         ConfigError: one is not; the message names the configuration key.
@@ -95,7 +95,7 @@ def check_data(config: RunConfig) -> DatasetInfo:
         pairs = zip(train.classes, val.classes, strict=True)
         expected, got = next((t, v) for t, v in pairs if t != v)
         raise ConfigError("data.val", f"the classes of {train.path}, with {expected!r}", repr(got))
-    return train
+    return {"train": train, "val": val}
 
 
 def open_checked(config: RunConfig, part: str) -> DatasetInfo:

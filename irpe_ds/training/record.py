@@ -1,5 +1,6 @@
 """What a run folder keeps besides metrics: enough to run it again and to trust its numbers."""
 
+import contextlib
 import json
 import platform
 import shlex
@@ -64,7 +65,7 @@ def describe_environment(ranks: Ranks, op: Choice) -> dict[str, Any]:
         "command": shlex.join(arg for arg in sys.argv if not arg.startswith("--local_rank")),
         "commit": commit(),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": package_versions(),
         "device": torch.cuda.get_device_name(ranks.device) if on_gpu else "CPU",
         "cuda": torch.version.cuda if on_gpu else None,
         "ranks": ranks.world_size,
@@ -87,8 +88,10 @@ def commit() -> str | None:
     return described.stdout.strip()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def package_versions() -> dict[str, str]:
+    """Versions of what a run stands on, as far as it is installed."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -9,6 +9,7 @@ from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_model
 from irpe_ds.runlog import RunLog
 from irpe_ds.training import checkpoint
+from irpe_ds.training.agreement import check_agreement
 from irpe_ds.training.deepspeed_config import deepspeed_config
 from irpe_ds.training.distributed import device_type, join, launched, set_environment
 from irpe_ds.training.evaluation import check_data
@@ -34,7 +35,8 @@ def train(config: RunConfig, resume: str = "never") -> bool:
     set_environment()
     _, world_size = launched()
     settings = deepspeed_config(config, world_size)
-    plan = make_plan(config, check_data(config).num_samples)
+    data = check_data(config)
+    plan = make_plan(config, data["train"].num_samples)
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
     torch.manual_seed(config.seed)
     model = build_model(first_model(config, resume))
@@ -45,6 +47,7 @@ def train(config: RunConfig, resume: str = "never") -> bool:
 
     ranks = join()
     with StopSignals() as stop:
+        check_agreement(ranks, config, data, op)
         start = ranks.from_first(partial(find_start, config, resume, manifest))
         if start.path is not None and ranks.any(not start.path.exists()):
             expected = "a run folder that all nodes share"

@@ -62,8 +62,6 @@ class Trainer:
         ranks: Ranks,
         stop: StopSignals,
     ) -> None:
-        import deepspeed
-
         self.config, self.plan, self.ranks, self.stop = config, plan, ranks, stop
         self.manifest, self.folder = manifest, config.folder / checkpoint.FOLDER
         self.loss = loss.to(ranks.device)
@@ -85,22 +83,7 @@ class Trainer:
             **shared,
         )
         self.val_batches = EvalLoader(config.data.val, crop=config.data.val_crop, **shared)
-        if start.path is not None:
-            model.load_state_dict(checkpoint.load(start.path, WEIGHTS))
-        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        self.ema_model = None
-        if config.train.ema_decay is not None:
-            self.ema_model = copy.deepcopy(model).to(ranks.device, self.dtype).eval()
-        self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=build_optimizer(model, config, settings), config=settings
-        )
-        self.state = EngineState(self.engine, ema=self.ema_model is not None)
-        self.state.start(weights, step=start.saved.steps)
-        if start.path is not None:
-            self.state.write(checkpoint.load_state(start.path))
-            self.state.set_loss_scaler(start.saved.loss_scaler)
-        if config.train.compile:
-            self.engine.compile()
+        self.begin(start, model, settings)
         self.schedule = build_schedule(self.engine.optimizer, config, plan.updates_per_epoch)
         self.augment = build_augment(config)
         self.normalize = Normalize(config.data, ranks.device)
@@ -114,6 +97,29 @@ class Trainer:
         """Updates in a row that were left out until now."""
         self.meter = Meter(ranks, start.saved.meter)
         self.flops = throughput.TRAINING * throughput.forward_flops(config.model)
+
+    def begin(self, start: Start, model: nn.Module, settings: dict[str, Any]) -> None:
+        """Put the model under DeepSpeed, in the state that training begins with."""
+        import deepspeed
+
+        config = self.config
+        if start.path is not None:
+            model.load_state_dict(checkpoint.load(start.path, WEIGHTS))
+        named = model.named_parameters(remove_duplicate=False)
+        weights = {name: p.detach().clone() for name, p in named}
+        self.ema_model = None
+        if config.train.ema_decay is not None:
+            self.ema_model = copy.deepcopy(model).to(self.ranks.device, self.dtype).eval()
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=build_optimizer(model, config, settings), config=settings
+        )
+        self.state = EngineState(self.engine, ema=self.ema_model is not None)
+        self.state.start(weights, step=start.saved.steps)
+        if start.path is not None:
+            self.state.write(checkpoint.load_state(start.path))
+            self.state.set_loss_scaler(start.saved.loss_scaler)
+        if config.train.compile:
+            self.engine.compile()
 
     def fit(self, log: RunLog) -> bool:
         """Train to the last update, or until a signal comes; whether it is the last update."""

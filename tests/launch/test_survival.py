@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import time
 from functools import partial
 from pathlib import Path
@@ -319,6 +320,27 @@ def test_an_error_of_one_rank_is_shown_and_ends_all(common: list[str], tmp_path:
     assert None not in codes
     assert 0 not in codes
     assert "RuntimeError: broken on purpose" in ranks.output()
+
+
+def be_of_another_version() -> None:
+    """The second rank has another timm."""
+    from irpe_ds.training import agreement
+
+    versions = agreement.package_versions
+
+    def package_versions() -> dict[str, str]:
+        return versions() | ({"timm": "0.3.2"} if os.environ["RANK"] == "1" else {})
+
+    agreement.package_versions = package_versions
+
+
+def test_a_rank_with_another_version_is_named(common: list[str], tmp_path: Path) -> None:
+    run = [*common, *zero(1), "name=mixed-up"]
+    ranks = Ranks(tmp_path, 3, [(run, "never")], be_of_another_version)
+    assert ranks.wait(60) == [2, 2, 2]
+    assert ranks.output().count(f"error: rank 1 on {socket.gethostname()}: expected timm ") == 3
+    assert ", got 0.3.2" in ranks.output()
+    assert "Traceback" not in ranks.output()
 
 
 def poison(updates: range) -> None:

@@ -1,0 +1,31 @@
+"""A rank that runs something else is named."""
+
+import pytest
+
+from irpe_ds.errors import ConfigError
+from irpe_ds.training.agreement import compare, source_hash
+
+
+def test_equal_ranks_pass() -> None:
+    compare([("a", {"torch": "2.12"}), ("b", {"torch": "2.12"})])
+
+
+@pytest.mark.parametrize("odd", range(3))
+def test_the_odd_one_is_named(odd: int) -> None:
+    found = [(f"node{rank}", {"torch": "2.12", "data.train": "aa"}) for rank in range(3)]
+    found[odd][1]["data.train"] = "bb"
+    usual = 1 if odd == 0 else 0
+    expected = rf"^rank {odd} on node{odd}: expected data\.train aa, as on node{usual}, got bb$"
+    with pytest.raises(ConfigError, match=expected):
+        compare(found)
+
+
+def test_what_only_one_has_is_told() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^rank 2 on c: expected wandb none, as on a, got 0\.31$"
+    ):
+        compare([("a", {}), ("b", {}), ("c", {"wandb": "0.31"})])
+
+
+def test_the_source_is_hashed_with_the_operators() -> None:
+    assert len(source_hash()) == 12
