@@ -1,0 +1,191 @@
+"""GPUs and the links between them, as rows of tables with their sources."""
+
+import re
+from dataclasses import dataclass, replace
+
+from irpe_ds.errors import ConfigError
+from irpe_ds.training.throughput import PEAK_TFLOPS
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPU:
+    """What a data sheet says of one GPU; links per direction."""
+
+    name: str
+    """A key of PEAK_TFLOPS, which has the products of half precision."""
+    memory_gib: float
+    memory_gb_s: float
+    """Bandwidth of its memory, 1e9 bytes per second."""
+    nvlink_gb_s: float | None
+    """To the other GPUs of its node, all links together. None: it has none."""
+    pcie_gb_s: float
+    fp32_tflops: float
+    """Products of fp32 matrices without TF32."""
+    tf32: bool = True
+    """Whether products of fp32 matrices may use TF32, at half the rate of bf16."""
+    peak_tflops: float | None = None
+    """Dense products of half precision with fp32 sums. None: the row of PEAK_TFLOPS."""
+    source: str
+
+    def peak_flops(self, precision: str, tf32: bool) -> float:
+        """Operations per second of matrix products under `train.precision`."""
+        half = PEAK_TFLOPS[self.name] if self.peak_tflops is None else self.peak_tflops
+        if precision != "fp32":
+            return 1e12 * half
+        return 1e12 * (half / 2 if tf32 and self.tf32 else self.fp32_tflops)
+
+
+def _gpu(
+    name: str,
+    memory: float,
+    bandwidth: float,
+    nvlink: float | None,
+    pcie: float,
+    fp32: float,
+    source: str,
+    tf32: bool = True,
+) -> GPU:
+    return GPU(
+        name=name,
+        memory_gib=memory,
+        memory_gb_s=bandwidth,
+        nvlink_gb_s=nvlink,
+        pcie_gb_s=pcie,
+        fp32_tflops=fp32,
+        tf32=tf32,
+        source=source,
+    )
+
+
+GPUS = {
+    row.name: row
+    for row in (
+        _gpu("H200", 141, 4800, 450, 64, 66.9, "NVIDIA H200 data sheet, SXM"),
+        _gpu("H100", 80, 3350, 450, 64, 66.9, "NVIDIA H100 data sheet, SXM"),
+        _gpu("H100 PCIe", 80, 2000, None, 64, 51.2, "NVIDIA H100 data sheet, PCIe"),
+        _gpu("A100", 80, 2039, 300, 32, 19.5, "NVIDIA A100 data sheet, 80 GB SXM"),
+        _gpu("L40S", 48, 864, None, 32, 91.6, "NVIDIA L40S data sheet"),
+        _gpu("RTX 4090", 24, 1008, None, 32, 82.6, "NVIDIA Ada architecture white paper"),
+        _gpu("RTX 3090", 24, 936, None, 32, 35.6, "NVIDIA GA102 architecture white paper"),
+        _gpu("V100", 32, 900, 150, 16, 15.7, "NVIDIA V100 data sheet, 32 GB SXM2", tf32=False),
+    )
+}
+"""Memory in GiB as the data sheet names it; NVLink bridges of pairs of cards are left out."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Microseconds of a collective under one of NCCL's protocols, once and for each step."""
+
+    name: str
+    rate: float
+    """Share of a link's rate that is left for data beside flags."""
+    ring_base: float
+    tree_base: float
+    ring: tuple[float, float]
+    """A step of a ring within a node, and between nodes."""
+    tree: tuple[float, float]
+
+
+NVLINK = (
+    Protocol("LL", 1 / 2, 6.6, 6.8, (0.6, 2.7), (0.6, 5.0)),
+    Protocol("LL128", 15 / 16, 14.0, 14.0, (1.9, 4.0), (1.25, 8.5)),
+    Protocol("Simple", 1.0, 8.4, 8.4, (3.4, 14.0), (4.0, 14.0)),
+)
+"""Of nodes with NVLink; NCCL, src/graph/tuning.cc: baseLat and hwLat of NVLINK and NET."""
+
+PCIE = (
+    Protocol("LL", 1 / 2, 6.6, 6.8, (1.0, 2.7), (1.0, 5.0)),
+    Protocol("Simple", 1.0, 8.4, 8.4, (5.7, 14.0), (4.0, 14.0)),
+)
+"""Of nodes without, from the same tables; LL128 needs NVLink."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """GPUs and how they are joined; rates in bytes per second and direction."""
+
+    gpu: GPU
+    gpus: int
+    per_node: int
+    intra: float
+    """Of one GPU to the others of its node."""
+    inter: float
+    """Of one node to the others, all its network cards together."""
+    protocols: tuple[Protocol, ...]
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.gpus // self.per_node)
+
+    def with_gpus(self, gpus: int) -> "Cluster":
+        """The same machines, but so many GPUs in all."""
+        return replace(self, gpus=gpus)
+
+
+def find_gpu(name: str) -> GPU:
+    """The row of a GPU, by its name in any case.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = {key.lower(): row for key, row in GPUS.items()}.get(name.lower())
+    if found is None:
+        raise ConfigError("--gpu", f"one of {', '.join(GPUS)}", repr(name))
+    return found
+
+
+def build_cluster(
+    gpu: GPU, gpus: int, per_node: int, intra: str, inter: str, nics: int | None = None
+) -> Cluster:
+    """So many GPUs in nodes, joined as the arguments of the planner say.
+
+    Args:
+        intra: `nvlink`, `pcie`, or a rate such as `300GB/s`.
+        inter: rate of one network card, such as `400Gb/s`.
+        nics: network cards of a node. None: one for each of its GPUs.
+
+    Raises:
+        ConfigError: a link that the GPU does not have, no rate, or GPUs that do not fill nodes.
+    """
+    for name, count in (("--gpus", gpus), ("--per-node", per_node), ("--nics", nics or 1)):
+        if count < 1:
+            raise ConfigError(name, "a positive integer", count)
+    if gpus > per_node and gpus % per_node:
+        raise ConfigError("--gpus", f"whole nodes of {per_node} GPUs (--per-node)", gpus)
+    protocols = PCIE if intra == "pcie" else NVLINK
+    if intra == "nvlink":
+        if gpu.nvlink_gb_s is None:
+            expected = f"pcie or a rate: {gpu.name} has no NVLink to all GPUs of its node"
+            raise ConfigError("--intra", expected, intra)
+        intra_rate = 1e9 * gpu.nvlink_gb_s
+    elif intra == "pcie":
+        intra_rate = 1e9 * gpu.pcie_gb_s
+    else:
+        intra_rate = parse_rate("--intra", intra, "nvlink, pcie or a rate such as 300GB/s")
+    inter_rate = parse_rate("--inter", inter, "a rate such as 400Gb/s") * (nics or per_node)
+    return Cluster(
+        gpu=gpu,
+        gpus=gpus,
+        per_node=per_node,
+        intra=intra_rate,
+        inter=inter_rate,
+        protocols=protocols,
+    )
+
+
+def parse_rate(where: str, text: str, expected: str = "a rate such as 400Gb/s") -> float:
+    """Bytes per second of `400Gb/s`, `200Mbit/s` or `50GB/s`: b and bit are bits, B is bytes.
+
+    Raises:
+        ConfigError: it is no rate, or none above zero.
+    """
+    match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(b|bit|B)(?:/s|ps)", text.strip())
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if match is None or number <= 0:
+        raise ConfigError(where, expected, repr(text))
+    factor = {"": 1e0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match[2]]
+    return number * factor / (1 if match[3] == "B" else 8)

@@ -1,0 +1,128 @@
+"""What DeepSpeed really sends and keeps on two CPU ranks; run as a script by the tests.
+
+Every rank trains a small ViT under each case; rank 0 prints one line of JSON for each: bytes of an
+update by collective, and bytes of all live tensors between two updates.
+"""
+
+import collections
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+from irpe_ds.config import load_config
+
+ARGUMENT = {
+    "all_reduce": 0,
+    "reduce": 0,
+    "broadcast": 0,
+    "all_gather_into_tensor": 0,
+    "all_gather": 0,
+    "reduce_scatter_tensor": 1,
+    "all_to_all_single": 1,
+}
+"""Collectives, and which argument is the whole vector."""
+
+
+def size(x: Any) -> int:
+    return sum(map(size, x)) if isinstance(x, list | tuple) else x.numel() * x.element_size()
+
+
+class Counter:
+    """Counts the bytes of collectives between `clear` and `read`; wrap before DeepSpeed starts."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, int] = collections.Counter()
+        for name, argument in ARGUMENT.items():
+            setattr(torch.distributed, name, self.counting(name, argument))
+
+    def counting(self, name: str, argument: int) -> Any:
+        real = getattr(torch.distributed, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            vector = args[argument] if len(args) > argument else list(kwargs.values())[argument]
+            self.bytes[name.removesuffix("_into_tensor").removesuffix("_tensor")] += size(vector)
+            return real(*args, **kwargs)
+
+        return counted
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that anything still refers to."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def measure(case: dict[str, Any], folder: Path, counter: Counter) -> dict[str, Any]:
+    import copy
+
+    import deepspeed
+
+    from irpe_ds.models.build import build_model
+    from irpe_ds.training.deepspeed_config import deepspeed_config
+    from irpe_ds.training.optim import build_optimizer
+    from irpe_ds.training.state import EngineState
+
+    path = folder / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": case["zero"]}))
+    config = load_config(
+        "launch/configs/quickstart.yaml", [f"train.deepspeed={path}", *case["overrides"]]
+    )
+    before = live_bytes()
+    model = build_model(config.model)
+    settings = deepspeed_config(config, world_size=torch.distributed.get_world_size())
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    average = copy.deepcopy(model).to(dtype) if config.train.ema_decay else None
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=build_optimizer(model, config, settings), config=settings
+    )
+    state = EngineState(engine, ema=average is not None)
+    state.start(dict(build_model(config.model).named_parameters()))
+    for update in range(3):  # stage 3 needs two to know the order of its parameters
+        if update == 2:
+            counter.bytes.clear()
+        for _ in range(config.train.accumulation):
+            images = torch.randn(2, 3, 24, 24, dtype=dtype)
+            engine.backward(engine(images).float().square().mean())
+            engine.step()
+    sent = dict(counter.bytes)
+    del images
+    kept = live_bytes() - before
+    engine.destroy()
+    return {"sent": sent, "live": kept}
+
+
+def main() -> None:
+    rank, world_size, port, folder = sys.argv[1:5]
+    for key, value in {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }.items():
+        os.environ[key] = value
+    counter = Counter()
+    import deepspeed
+
+    deepspeed.init_distributed(verbose=False)
+    for case in json.load(sys.stdin):
+        own = Path(folder) / rank
+        own.mkdir(exist_ok=True)
+        measured = measure(case, own, counter)
+        if rank == "0":
+            print("MEASURED", json.dumps(measured), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Bytes sent and kept: the planner's counts against DeepSpeed on two CPU ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from irpe_ds.config import load_config
+from irpe_ds.scaling.communication import collectives
+from irpe_ds.scaling.memory import memory
+from irpe_ds.scaling.profile import profile
+from irpe_ds.scaling.zero import zero_of
+from tests.launch.ranks import ENVIRONMENT, free_port
+from tests.scaling.conftest import QUICKSTART, cluster
+
+RANKS = 2
+BUCKETS = {"reduce_bucket_size": 60_000, "allgather_bucket_size": 60_000}
+STAGE_3 = {"reduce_bucket_size": 60_000, "stage3_param_persistence_threshold": 3000}
+ZERO = {
+    "stage 0": {"stage": 0},
+    "stage 1": {"stage": 1, **BUCKETS},
+    "stage 2": {"stage": 2, **BUCKETS},
+    "stage 3": {"stage": 3, **STAGE_3},
+    "stage 3, small prefetch": {"stage": 3, "stage3_prefetch_bucket_size": 1000, **STAGE_3},
+}
+CASES: list[tuple[str, str, int]] = [
+    *((name, "bf16", 2) for name in ZERO),
+    *((name, "fp32", 1) for name in ("stage 0", "stage 1", "stage 3")),
+    *((name, "autocast", 2) for name in ("stage 1", "stage 3")),
+]
+
+
+def overrides(precision: str, accumulation: int) -> list[str]:
+    batch = RANKS * accumulation * 2
+    return [
+        f"train.precision={precision}",
+        f"train.accumulation={accumulation}",
+        f"train.global_batch={batch}",
+        "train.ema_decay=0.99",
+    ]
+
+
+@cache
+def measured() -> dict[tuple[str, str, int], dict[str, Any]]:
+    """What two ranks do in all cases, one after the other."""
+    cases = [
+        {"zero": ZERO[name], "overrides": overrides(precision, accumulation)}
+        for name, precision, accumulation in CASES
+    ]
+    port = str(free_port())
+    script = [sys.executable, "-m", "tests.scaling.deepspeed_ranks"]
+    with TemporaryDirectory() as folder:
+        ranks = [
+            subprocess.Popen(
+                [*script, str(rank), "2", port, folder],
+                cwd=Path(__file__).parents[2],
+                env={**os.environ, **ENVIRONMENT},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(RANKS)
+        ]
+        for rank in ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(json.dumps(cases))
+            rank.stdin.close()
+        outputs = []
+        try:
+            for rank in ranks:
+                assert rank.stdout is not None
+                outputs.append(rank.stdout.read())
+                rank.wait(timeout=300)
+        finally:
+            for rank in ranks:
+                rank.kill()
+    lines = [line for line in outputs[0].splitlines() if line.startswith("MEASURED ")]
+    assert len(lines) == len(CASES), outputs[0][-3000:]
+    results = [json.loads(line.removeprefix("MEASURED ")) for line in lines]
+    return dict(zip(CASES, results, strict=True))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[1]} x{case[2]}")
+class TestAgainstDeepSpeed:
+    def test_sends_the_bytes_that_were_counted(self, case: tuple[str, str, int]) -> None:
+        name, precision, accumulation = case
+        config = load_config(QUICKSTART, overrides(precision, accumulation))
+        expected: dict[str, int] = {}
+        for send in collectives(profile(config), zero_of(ZERO[name]), cluster(RANKS), accumulation):
+            expected[send.kind] = expected.get(send.kind, 0) + send.payload
+        sent = measured()[case]["sent"]
+        norms = 100  # a few numbers of the gradient's norm and of overflows
+        assert sent.keys() <= {*expected, "all_reduce"}
+        for kind in expected:
+            assert sent[kind] == pytest.approx(expected[kind], rel=0.0005, abs=norms)
+        if "all_reduce" not in expected:
+            assert sent.get("all_reduce", 0) <= norms
+
+    def test_keeps_the_states_that_were_counted(self, case: tuple[str, str, int]) -> None:
+        name, precision, accumulation = case
+        config = load_config(QUICKSTART, overrides(precision, accumulation))
+        counted = memory(
+            profile(config), zero_of(ZERO[name]), cluster(RANKS), config, 2, context_gib=0
+        )
+        assert measured()[case]["live"] == pytest.approx(counted.between_updates, rel=0.03)
