@@ -9,7 +9,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from queue import SimpleQueue
@@ -46,6 +46,7 @@ class RunLog:
         wandb: mode, project, entity and tags, as in `WandbConfig`.
         resume_update: the update that training goes on from. Rows of later updates, which will
             be written again, and a torn last line are dropped. None: a fresh run.
+        again: kinds whose rows of that very update will be written again too.
 
     Raises:
         ConfigError: a fresh run finds metrics of an earlier one, or metrics are not readable.
@@ -61,6 +62,7 @@ class RunLog:
         wandb: Mapping[str, Any],
         tensorboard: bool = False,
         resume_update: int | None = None,
+        again: Collection[str] = (),
     ) -> None:
         self._copies: list[Copy] = []
         self._files: FileSink | None = None
@@ -68,7 +70,7 @@ class RunLog:
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._files = FileSink(folder, resume_update)
+        self._files = FileSink(folder, resume_update, again)
         self._text = (folder / "log.txt").open("a", buffering=1, encoding="utf-8")
 
         resumed = resume_update is not None
@@ -211,11 +213,13 @@ class FileSink:
     JSON has no NaN or infinity: they are the strings "nan", "inf" and "-inf" there.
     """
 
-    def __init__(self, folder: Path, resume_update: int | None) -> None:
+    def __init__(
+        self, folder: Path, resume_update: int | None, again: Collection[str] = ()
+    ) -> None:
         self._folder, self._path = folder, folder / METRICS
         self._columns: dict[str, list[str]] = {}
         if resume_update is not None:
-            self._rewind(resume_update)
+            self._rewind(resume_update, again)
         elif self._path.exists():
             raise ConfigError(
                 self._path, "no metrics in the folder of a fresh run", "those of an earlier run"
@@ -240,9 +244,9 @@ class FileSink:
     def close(self) -> None:
         self._file.close()
 
-    def _rewind(self, update: int) -> None:
+    def _rewind(self, update: int, again: Collection[str]) -> None:
         rows = read_rows(self._path) if self._path.exists() else []
-        kept = [row for row in rows if row["update"] <= update]
+        kept = [row for row in rows if row["update"] <= update - (row["kind"] in again)]
         for kind in {row["kind"] for row in rows}:
             self._tabulate(kind, kept)
         # The record comes last: a kill before this line leaves it whole, to be rewound again.

@@ -35,8 +35,6 @@ def main() -> None:
     from irpe_ds.training import checkpoint
 
     source = checkpoint.weights_of(args.run, best=args.best, ema=args.ema)
-    if found := checkpoint.fault(source.parent):
-        raise ConfigError("--run", "an undamaged checkpoint", f"{source.parent}: {found}")
     weights = load_file(source)
     partial = args.out.with_name(f".{args.out.name}.partial")
     try:

@@ -55,6 +55,8 @@ class Manifest:
     """Updates in an epoch."""
     global_batch: int
     """Images per update."""
+    num_samples: int
+    """Images in the training set."""
     seed: int
     """All the state that random generators have: what they draw is a function of the seed, the
     update, the sample and the rank."""
@@ -91,7 +93,7 @@ class Manifest:
         return self.scores.get("ema_top1", self.scores.get("top1", -1.0))
 
 
-MUST_AGREE = ("updates_per_epoch", "global_batch", "seed")
+MUST_AGREE = ("num_samples", "updates_per_epoch", "global_batch", "seed")
 
 
 def describe(
@@ -106,6 +108,7 @@ def describe(
     return Manifest(
         updates_per_epoch=plan.updates_per_epoch,
         global_batch=config.train.global_batch,
+        num_samples=plan.num_samples,
         seed=config.seed,
         shapes={name: list(p.shape) for name, p in model.named_parameters()},
         world_size=world_size,
@@ -136,9 +139,9 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".update-*"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # another process may read it still
         partial = folder / f".{path.name}.partial"
-        partial.mkdir()
+        partial.mkdir(exist_ok=True)
         files = {}
         for kind, tensors in contents.items():
             file = partial / file_of(kind)
@@ -151,18 +154,17 @@ def save(
         _remove(path)  # a damaged one that was passed over
         partial.rename(path)
         _to_disk(folder)
-        _prune(folder, keep)
     except (OSError, SafetensorError) as error:
         raise ConfigError(folder, "room for a checkpoint", str(error)) from None
+    _prune(path, keep)
     return manifest
 
 
-def add_scores(folder: Path, manifest: Manifest, keep: int) -> Manifest:
-    """Give a checkpoint that was saved before its evaluation the scores of this manifest."""
+def add_scores(folder: Path, manifest: Manifest) -> Manifest:
+    """Give the checkpoint of this manifest its scores."""
     path = place(folder, manifest.update)
     try:
         _write(path, manifest)
-        _prune(folder, keep)
     except OSError as error:
         raise ConfigError(path, "a checkpoint that can be written", str(error)) from None
     return manifest
@@ -187,9 +189,13 @@ def _render(manifest: Manifest) -> str:
     return body + f',\n "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
 
 
-def _prune(folder: Path, keep: int) -> None:
-    found = complete(folder)
-    best = max(found, key=lambda path: (_score(path), path), default=None)
+def _prune(newest: Path, keep: int) -> None:
+    """Remove what is older than the newest `keep`, but for the best.
+
+    Later ones are damaged: training has gone on from an earlier one, and will write over them.
+    """
+    found = [path for path in complete(newest.parent) if path.name <= newest.name]
+    best = max(found, key=lambda path: (_score(path), path))
     for old in found[:-keep]:
         if old != best or _score(old) < 0:
             _remove(old)
@@ -203,11 +209,12 @@ def _score(path: Path) -> float:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint; a kill in between leaves none that looks whole."""
+    """Remove a checkpoint; a kill in between, or a reader, leaves none that looks whole."""
     if path.exists():
         hidden = path.with_name(f".{path.name}.old")
+        shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)
-        shutil.rmtree(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _to_disk(path: Path) -> None:
@@ -228,16 +235,19 @@ def weights_of(run: Path, *, best: bool = False, ema: bool = False) -> Path:
 
     Args:
         run: the run folder.
+        best: by the top-1 of the moving average where the run keeps one, else of the weights.
         ema: take the moving average instead.
 
     Raises:
-        ConfigError: the run has none.
+        ConfigError: the run has none, or it is damaged.
     """
     found = complete(run / FOLDER)
     if not found:
         raise ConfigError(run, "a run folder with a checkpoint", "none")
     path = max(found, key=lambda path: (_score(path), path)) if best else found[-1]
     file = path / file_of(EMA if ema else WEIGHTS)
+    if damage := fault(path):
+        raise ConfigError(path, "an undamaged checkpoint", damage)
     if not file.exists():
         raise ConfigError(path, f"a checkpoint with {file.name} (train.ema_decay)", "none")
     return file

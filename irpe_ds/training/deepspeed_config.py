@@ -133,6 +133,9 @@ def _check_zero(config: RunConfig, zero: dict[str, Any], world_size: int) -> Non
         first = error.errors()[0]
         where = ".".join(map(str, ("zero_optimization", *first["loc"])))
         raise ConfigError(f"{path}: {where}", first["msg"], repr(first["input"])) from None
+    if not parsed.compute_grad_norm:
+        expected = "true: by the norm an update is known whose gradients are not finite"
+        raise ConfigError(f"{path}: zero_optimization.compute_grad_norm", expected, "false")
     for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         offload = zero.get(key)
         if offload is None:

@@ -1,5 +1,6 @@
 """Where a run begins: anew, or from a checkpoint."""
 
+import fcntl
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from irpe_ds.config import ModelConfig, RunConfig
 from irpe_ds.errors import ConfigError
 from irpe_ds.runlog import METRICS
 from irpe_ds.training import checkpoint
+from irpe_ds.training.distributed import Ranks
 
 
 class Start(NamedTuple):
@@ -44,18 +46,44 @@ def find_start(config: RunConfig, resume: str, present: checkpoint.Manifest) -> 
         path, damaged = Path(resume), []
         if not path.is_dir():
             raise ConfigError("--resume", "auto or the folder of a checkpoint", resume)
-        if there:
+        if any(folder.glob("update-*")):
             expected = "--resume auto, or name=... to start another run from a checkpoint"
             raise ConfigError(config.folder, expected, resume)
         if found := checkpoint.fault(path):
             raise ConfigError("--resume", "an undamaged checkpoint", f"{path}: {found}")
     notes = [f"damaged, not used: {text}" for text in damaged]
     if path is None:
-        return Start(None, present, notes)
+        return Start(None, present, ["no checkpoint yet: starting anew"] if there else [])
     saved = checkpoint.check(path, present)
     changes = "; ".join(checkpoint.changes(saved, present))
     notes.append(f"going on from {path}" + (f" with {changes}" if changes else ""))
     return Start(path, saved, notes)
+
+
+class FolderLock:
+    """While entered, no other run writes into the run folder; the kernel ends it with the process.
+
+    Raises:
+        ConfigError: on all ranks, where another run does.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self._path, self._ranks = folder / ".lock", ranks
+
+    def __enter__(self) -> None:
+        self._ranks.from_first(self._take)
+
+    def __exit__(self, *_: object) -> None:
+        if self._ranks.is_first:
+            self._file.close()
+
+    def _take(self) -> None:
+        self._file = self._path.open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            expected = "a run folder that no other run is writing into"
+            raise ConfigError(self._path.parent, expected, "one that is at work") from None
 
 
 def first_model(config: RunConfig, resume: str) -> ModelConfig:

@@ -103,8 +103,9 @@ class Trainer:
         import deepspeed
 
         config = self.config
-        if start.path is not None:
-            model.load_state_dict(checkpoint.load(start.path, WEIGHTS))
+        saved = {} if start.path is None else checkpoint.load_state(start.path)
+        if saved:
+            model.load_state_dict(saved[WEIGHTS])
         named = model.named_parameters(remove_duplicate=False)
         weights = {name: p.detach().clone() for name, p in named}
         self.ema_model = None
@@ -115,8 +116,8 @@ class Trainer:
         )
         self.state = EngineState(self.engine, ema=self.ema_model is not None)
         self.state.start(weights, step=start.saved.steps)
-        if start.path is not None:
-            self.state.write(checkpoint.load_state(start.path))
+        if saved:
+            self.state.write(saved)
             self.state.set_loss_scaler(start.saved.loss_scaler)
         if config.train.compile:
             self.engine.compile()
@@ -124,9 +125,11 @@ class Trainer:
     def fit(self, log: RunLog) -> bool:
         """Train to the last update, or until a signal comes; whether it is the last update."""
         try:
+            if self.saved.update != self.update:  # begun with another run's checkpoint
+                self.save(log)
             while True:
-                if self.is_at_end_of_epoch() and not self.is_scored():
-                    self.save(log, self.validate(log))
+                if self.is_at_end_of_epoch() and not self.saved.scores:
+                    self.add_scores(log, self.validate(log))
                 if self.update == self.plan.last_update:
                     return True
                 self.train_epoch(log)
@@ -142,10 +145,6 @@ class Trainer:
         """Whether the present weights are to be evaluated."""
         ends = self.update % self.plan.updates_per_epoch == 0
         return self.update > 0 and (ends or self.update == self.plan.last_update)
-
-    def is_scored(self) -> bool:
-        """Whether they have been, and are saved."""
-        return self.saved.update == self.update and bool(self.saved.scores)
 
     def raise_if_stopped(self) -> None:
         """Raise Stopped on all ranks when a signal has come to one of them."""
@@ -173,7 +172,8 @@ class Trainer:
                         f"loss {row['loss']:.3f}, lr {row['lr']:.1e}, "
                         f"{row['images_per_s']:.0f} img/s"
                     )
-                if train.save_every and self.update % train.save_every == 0 and self.update < end:
+                often = train.save_every or end
+                if self.update % often == 0 or self.update == end:
                     self.save(log)
                 self.raise_if_stopped()
 
@@ -300,27 +300,27 @@ class Trainer:
 
         return evaluate(model, batches(), lambda x: self.normalize(x).to(self.dtype), self.ranks)
 
-    def save(self, log: RunLog, scores: dict[str, float] | None = None) -> None:
+    def save(self, log: RunLog) -> None:
         """Write a checkpoint of the present update; all ranks call it."""
         log.sync()  # rows of a checkpoint are on the disk before it
-        keep = self.config.train.keep_checkpoints
-        if self.saved.update == self.update > 0:
-            manifest = replace(self.saved, scores=scores or {})
-            write = partial(checkpoint.add_scores, self.folder, manifest, keep)
-        else:
-            manifest = self.manifest.at(
-                self.update,
-                steps=self.state.steps(),
-                loss_scaler=self.state.loss_scaler(),
-                meter=self.meter.save(),
-                scores=scores or {},
-            )
-            write = partial(
-                checkpoint.save,
-                self.folder,
-                manifest,
-                self.state.read(keep=self.ranks.is_first),
-                constants=self.state.constants(),
-                keep=keep,
-            )
+        manifest = self.manifest.at(
+            self.update,
+            steps=self.state.steps(),
+            loss_scaler=self.state.loss_scaler(),
+            meter=self.meter.save(),
+        )
+        write = partial(
+            checkpoint.save,
+            self.folder,
+            manifest,
+            self.state.read(keep=self.ranks.is_first),
+            constants=self.state.constants(),
+            keep=self.config.train.keep_checkpoints,
+        )
         self.saved = self.ranks.from_first(write)
+
+    def add_scores(self, log: RunLog, scores: dict[str, float]) -> None:
+        """Enter what the evaluation of the newest checkpoint found."""
+        log.sync()
+        manifest = replace(self.saved, scores=scores)
+        self.saved = self.ranks.from_first(partial(checkpoint.add_scores, self.folder, manifest))

@@ -30,7 +30,13 @@ def mistakes(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     (folder / "headless.beton").write_bytes(whole[: len(whole) // 2])
     torch.save({"model": {"head.weight": torch.zeros(10, 96)}}, folder / "other.pth")
     saved: dict[str, Any] = {"update": 7, "world_size": 1, "zero_stage": 1, "seed": 0, "op": {}}
-    saved |= {"global_batch": 64, "updates_per_epoch": 22, "config": {}, "shapes": {}}
+    saved |= {
+        "num_samples": 1438,
+        "global_batch": 64,
+        "updates_per_epoch": 22,
+        "config": {},
+        "shapes": {},
+    }
     empty = {kind: {} for kind in ("weights", "exp_avg", "exp_avg_sq")}
     checkpoint.save(folder, checkpoint.Manifest(**saved), empty, constants={}, keep=1)
     return {path.name: path for path in folder.iterdir()}

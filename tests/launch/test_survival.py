@@ -236,6 +236,53 @@ def test_a_signal_saves_and_ends(
     np.testing.assert_allclose(means, expected_means, rtol=1e-12)
 
 
+def linger() -> None:
+    """Evaluations take their time."""
+    from irpe_ds.training import trainer
+
+    evaluate = trainer.evaluate
+
+    def slow(model: Any, batches: Any, *arguments: Any) -> Any:
+        def slowly() -> Any:
+            for batch in batches:
+                print("evaluating", flush=True)
+                time.sleep(0.5)
+                yield batch
+
+        return evaluate(model, slowly(), *arguments)
+
+    trainer.evaluate = slow
+
+
+def test_a_signal_during_the_last_evaluation(
+    common: list[str], output: Path, undisturbed: Any, tmp_path: Path
+) -> None:
+    """It is made up for, and counts."""
+    whole = undisturbed(1, "bf16")
+    run = [*common, *zero(1, "bf16"), "name=late"]
+    Ranks(tmp_path, 2, [([*run, "train.max_updates=28"], "never")]).succeed()
+    ranks = Ranks(tmp_path, 2, [(run, "auto")], linger)
+    ranks.wait_for("evaluating")
+    ranks.signal(signal.SIGTERM)
+    assert ranks.wait() == [75, 75], ranks.output()
+    checkpoint = output / f"late/checkpoints/update-{UPDATES:08d}/checkpoint.json"
+    assert json.loads(checkpoint.read_text())["scores"] == {}
+    Ranks(tmp_path, 2, [(run, "auto")]).succeed()
+    assert rows(output / "late", "eval")[-1] == rows(whole, "eval")[-1]
+    assert [row["update"] for row in rows(output / "late", "eval")] == [14, 28, 30]
+    assert json.loads(checkpoint.read_text())["scores"]
+
+
+def test_two_runs_do_not_share_a_folder(common: list[str], tmp_path: Path) -> None:
+    run = [*common, *zero(0), "name=shared"]
+    first = Ranks(tmp_path, 1, [(run, "never")], hang)
+    first.wait_for("hanging")
+    second = Ranks(tmp_path, 2, [(run, "auto")])
+    assert second.wait(60) == [2, 2]
+    assert "expected a run folder that no other run is writing into" in second.output()
+    first.kill()
+
+
 def test_a_signal_to_every_process_finds_no_worker_dead(
     common: list[str], output: Path, tmp_path: Path
 ) -> None:
@@ -298,6 +345,33 @@ def test_the_others_end_with_a_rank_that_dies(common: list[str], tmp_path: Path)
     code, killed = ranks.wait(60)
     assert killed == -signal.SIGKILL
     assert code not in (0, 75, None), ranks.output()
+
+
+def be_impatient() -> None:
+    """Five seconds of silence are too many."""
+    from irpe_ds.training import heartbeat
+
+    heartbeat.SILENCE_SECONDS = 5.0
+    slow_steps()
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_rank_that_falls_silent_is_named(silent: int, common: list[str], tmp_path: Path) -> None:
+    """As when a host hangs: its connections stay open."""
+    run = [*common, *zero(1), f"name=silent-{silent}", "train.epochs=50", "train.max_updates=600"]
+    ranks = Ranks(tmp_path, 3, [(run, "never")], be_impatient)
+    ranks.wait_for("attention op")
+    time.sleep(3)
+    ranks.signal(signal.SIGSTOP, [silent])
+    others = [rank for rank in range(3) if rank != silent]
+    end = time.monotonic() + 60
+    while any(ranks.processes[rank].is_alive() for rank in others):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    ranks.kill()
+    assert [ranks.processes[rank].exitcode for rank in others] == [1, 1]
+    said = f"error: rank {silent} on {socket.gethostname()} has not answered for 5 s"
+    assert ranks.output().count(said) == 2
 
 
 def fail() -> None:

@@ -31,7 +31,9 @@ def present(config: RunConfig) -> checkpoint.Manifest:
     return checkpoint.describe(config, settings, plan, nn.Linear(2, 3), world_size=2, op=op)
 
 
-def save(folder: Path, manifest: checkpoint.Manifest, update: int, **scores: float) -> Path:
+def save(
+    folder: Path, manifest: checkpoint.Manifest, update: int, keep: int = 2, **scores: float
+) -> Path:
     """A checkpoint of nn.Linear(2, 3) in a run folder."""
     shapes = {"weight": (3, 2), "bias": (3,)}
     state = {
@@ -41,7 +43,7 @@ def save(folder: Path, manifest: checkpoint.Manifest, update: int, **scores: flo
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").touch()
     place = folder / checkpoint.FOLDER
-    checkpoint.save(place, manifest.at(update, scores=scores), state, constants={}, keep=2)
+    checkpoint.save(place, manifest.at(update, scores=scores), state, constants={}, keep=keep)
     return checkpoint.place(place, update)
 
 
@@ -80,11 +82,23 @@ class TestStart:
         with pytest.raises(ConfigError, match=rf"name=\.\.\. .*got .*{got}"):
             find_start(config, str(old) if resume == "old" else resume, present)
 
+    def test_a_checkpoint_of_another_run_until_there_is_an_own(
+        self, config: RunConfig, present: checkpoint.Manifest, tmp_path: Path
+    ) -> None:
+        other = save(tmp_path / "other", present, 7)
+        config.folder.mkdir(parents=True)
+        (config.folder / "metrics.jsonl").touch()  # it was killed before it saved
+        assert find_start(config, str(other), present).path == other
+        assert find_start(config, "auto", present).notes == ["no checkpoint yet: starting anew"]
+        save(config.folder, present, 8)
+        with pytest.raises(ConfigError, match="expected --resume auto"):
+            find_start(config, str(other), present)
+
     def test_from_nothing(self, config: RunConfig, present: checkpoint.Manifest) -> None:
         with pytest.raises(ConfigError, match=r"^--resume: expected auto or .*, got nowhere"):
             find_start(config, "nowhere", present)
 
-    @pytest.mark.parametrize("key", ["global_batch", "seed", "updates_per_epoch"])
+    @pytest.mark.parametrize("key", ["global_batch", "seed", "updates_per_epoch", "num_samples"])
     def test_data_in_another_order(
         self, key: str, config: RunConfig, present: checkpoint.Manifest
     ) -> None:
@@ -140,6 +154,38 @@ class TestCheckpoint:
         newest = checkpoint.weights_of(config.folder)
         assert newest == checkpoint.place(folder, 5) / "weights.safetensors"
 
+    @pytest.mark.parametrize("keep", [1, 2])
+    def test_damaged_ones_that_are_newer_take_no_place(
+        self, keep: int, config: RunConfig, present: checkpoint.Manifest
+    ) -> None:
+        whole, *newer = (save(config.folder, present, u, keep=3) for u in (1, 5, 6))
+        for path in newer:
+            flip(path / "ema.safetensors")
+        assert find_start(config, "auto", present).path == whole
+        new = save(config.folder, present, 2, keep=keep)
+        assert find_start(config, "auto", present).path == new
+        assert whole.exists() == (keep == 2)
+        again = save(config.folder, present, 5, keep=keep)  # in the place of a damaged one
+        assert find_start(config, "auto", present).path == again
+
+    def test_what_cannot_be_removed_is_in_nobodys_way(
+        self, config: RunConfig, present: checkpoint.Manifest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on NFS, while another process reads it."""
+        remove = checkpoint.shutil.rmtree
+
+        def busy(path: Path, ignore_errors: bool = False) -> None:
+            if not ignore_errors:
+                raise OSError(39, "Directory not empty")
+
+        monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+        for update in range(1, 6):
+            newest = save(config.folder, present, update)
+        monkeypatch.setattr(checkpoint.shutil, "rmtree", remove)
+        kept = checkpoint.complete(config.folder / checkpoint.FOLDER)
+        assert kept == [newest.with_name(f"update-{n:08d}") for n in (4, 5)]
+        assert find_start(config, "auto", present).path == newest
+
     def test_it_comes_back(self, config: RunConfig, present: checkpoint.Manifest) -> None:
         path = save(config.folder, present, 9)
         state = checkpoint.load_state(path)
@@ -157,7 +203,7 @@ class TestCheckpoint:
         path = save(config.folder, present, 9)
         saved = checkpoint.read_manifest(path)
         scored = checkpoint.replace(saved, scores={"top1": 5.0})
-        checkpoint.add_scores(path.parent, scored, keep=1)
+        checkpoint.add_scores(path.parent, scored)
         assert checkpoint.read_manifest(path) == scored
         assert checkpoint.fault(path) is None
 

@@ -1,0 +1,180 @@
+"""Hosts that are network namespaces of this machine, joined by a bridge, with an sshd in each.
+
+They share files and processors, and nothing of the network. Root, iproute2, openssh-server and pdsh
+are needed.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+TOOLS = ("ip", "unshare", "sshd", "ssh-keygen", "pdsh")
+SBIN = "/usr/sbin:/sbin"
+SUBNET = "10.77.0"
+
+
+def missing() -> str | None:
+    """Why there can be no hosts here; None where there can."""
+    if os.geteuid() != 0:
+        return "needs root"
+    path = f"{os.environ['PATH']}:{SBIN}"
+    lacking = [tool for tool in TOOLS if shutil.which(tool, path=path) is None]
+    if lacking:
+        return f"needs {', '.join(lacking)} (iproute2, openssh-server, pdsh)"
+    trial = subprocess.run(["ip", "netns", "add", "irpe-trial"], capture_output=True, text=True)
+    if trial.returncode:
+        return f"needs network namespaces: {trial.stderr.strip()}"
+    _call("ip", "netns", "delete", "irpe-trial")
+    return None
+
+
+class Hosts:
+    """node1, node2, ... from the beginning to the end of a `with`.
+
+    Args:
+        folder: where keys and configurations lie.
+        environment: variables that every process of a launch gets.
+    """
+
+    def __init__(self, folder: Path, count: int, environment: Mapping[str, str]) -> None:
+        self.folder, self.names = folder, [f"node{number}" for number in range(1, count + 1)]
+        self._servers: dict[str, subprocess.Popen[bytes]] = {}
+        self._environment = dict(environment)
+
+    def __enter__(self) -> "Hosts":
+        self._remove()
+        try:
+            self._configure()
+            _call("ip", "link", "add", "irpe-bridge", "type", "bridge")
+            _call("ip", "link", "set", "irpe-bridge", "up")
+            for number, name in enumerate(self.names, 1):
+                self._add(number, name)
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._remove()
+
+    def hostfile(self, names: Sequence[str], slots: int = 1) -> Path:
+        """A hostfile of these hosts, for DeepSpeed."""
+        path = self.folder / "-".join(["hostfile", *names])
+        path.write_text("".join(f"{name} slots={slots}\n" for name in names))
+        return path
+
+    def start(self, command: Sequence[object], output: Path) -> "subprocess.Popen[bytes]":
+        """Start a command on node1, its output in a file."""
+        environment = os.environ | self._environment | {"DS_ENV_FILE": str(self.folder / "env")}
+        environment["PATH"] = f"{self.folder / 'bin'}:{self._environment['PATH']}"
+        with output.open("wb") as file:
+            return subprocess.Popen(
+                self._on(self.names[0], *command),
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+
+    def tear_down(self, name: str) -> None:
+        """End a host: its processes, and its network without a farewell."""
+        _call("ip", "netns", "exec", _space(name), "ip", "link", "set", "eth0", "down")
+        for pid in _output("ip", "netns", "pids", _space(name)).split():
+            subprocess.run(["kill", "-9", pid], check=False)
+
+    def link(self, name: str, state: str) -> None:
+        """Set the bridge's end of a host's link up or down."""
+        _call("ip", "link", "set", f"irpe-{name}", state)
+
+    def _configure(self) -> None:
+        folder = self.folder
+        (folder / "bin").mkdir(parents=True, exist_ok=True)
+        for key in ("host_key", "user_key"):
+            (folder / key).unlink(missing_ok=True)
+            _call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key))
+        shutil.copy(folder / "user_key.pub", folder / "authorized_keys")
+        (folder / "sshd_config").write_text(
+            f"HostKey {folder}/host_key\nAuthorizedKeysFile {folder}/authorized_keys\n"
+            "PermitRootLogin yes\nStrictModes no\nUsePAM no\nPidFile none\nMaxStartups 50\n"
+        )
+        (folder / "ssh_config").write_text(
+            f"IdentityFile {folder}/user_key\nStrictHostKeyChecking no\nLogLevel ERROR\n"
+            "UserKnownHostsFile /dev/null\nConnectTimeout 10\n"
+            "ServerAliveInterval 10\nServerAliveCountMax 3\n"
+        )
+        ssh = folder / "bin/ssh"
+        ssh.write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {folder}/ssh_config "$@"\n')
+        ssh.chmod(0o755)
+        variables = self._environment | {"GLOO_SOCKET_IFNAME": "eth0"}
+        (folder / "env").write_text("".join(f"{k}={v}\n" for k, v in variables.items()))
+        Path("/run/sshd").mkdir(exist_ok=True)
+
+    def _add(self, number: int, name: str) -> None:
+        space = _space(name)
+        names = Path("/etc/netns") / space / "hosts"
+        names.parent.mkdir(parents=True, exist_ok=True)
+        lines = [f"{SUBNET}.{n} {host}" for n, host in enumerate(self.names, 1)]
+        names.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+        _call("ip", "netns", "add", space)
+        ends = ("type", "veth", "peer", "name", "eth0", "netns", space)
+        _call("ip", "link", "add", f"irpe-{name}", *ends)
+        _call("ip", "link", "set", f"irpe-{name}", "master", "irpe-bridge", "up")
+        inside = ("ip", "netns", "exec", space, "ip")
+        _call(*inside, "address", "add", f"{SUBNET}.{number}/24", "dev", "eth0")
+        for device in ("eth0", "lo"):
+            _call(*inside, "link", "set", device, "up")
+        command = self._on(name, shutil.which("sshd", path=SBIN), "-D", "-f", "sshd_config")
+        self._servers[name] = subprocess.Popen(
+            [*command[:-1], str(self.folder / "sshd_config")], stderr=subprocess.DEVNULL
+        )
+
+    def _on(self, name: str, *command: object) -> list[str]:
+        """The command line of a command on a host, which knows its own name."""
+        script = 'hostname "$0"; exec "$@"'
+        place = ["ip", "netns", "exec", _space(name), "unshare", "--uts"]
+        return [*place, "sh", "-c", script, name, *map(str, command)]
+
+    def _remove(self) -> None:
+        for server in self._servers.values():
+            server.kill()
+            server.wait()
+        self._servers.clear()
+        for line in _output("ip", "netns", "list").splitlines():
+            space = line.split()[0]
+            if not space.startswith("irpe-node"):
+                continue
+            for pid in _output("ip", "netns", "pids", space).split():
+                subprocess.run(["kill", "-9", pid], check=False)
+            time.sleep(0.1)
+            _call("ip", "netns", "delete", space)
+            shutil.rmtree(Path("/etc/netns") / space, ignore_errors=True)
+        subprocess.run(["ip", "link", "delete", "irpe-bridge"], capture_output=True, check=False)
+
+
+def _space(name: str) -> str:
+    return f"irpe-{name}"
+
+
+def _call(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def python_environment() -> dict[str, str]:
+    """What a process needs to be one of ours: this Python first, one thread, the CPU."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:{SBIN}"
+    return {"PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

@@ -1,0 +1,121 @@
+"""Several hosts train as one: pdsh over ssh, ZeRO over a network, the death of a host."""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.launch.hosts import Hosts, missing, python_environment
+from tests.launch.ranks import Ranks, rows
+
+REASON = missing()
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.skipif(REASON is not None, reason=REASON or ""),
+]
+UPDATES = 20
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    with Hosts(tmp_path_factory.mktemp("hosts"), 4, python_environment()) as hosts:
+        yield hosts
+
+
+@pytest.fixture(scope="module")
+def common(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [
+        f"output={tmp_path_factory.mktemp('cluster')}",
+        *(f"data.train={digits}/train.beton", f"data.val={digits}/val.beton", "data.workers=1"),
+        *("train.epochs=3", "train.global_batch=96", "train.log_every=1", "train.precision=fp32"),
+        *(f"train.max_updates={UPDATES}", "train.save_every=5", "model.options.depth=2"),
+        *("optim.warmup_epochs=1", "optim.lr=1e-3", "optim.eps=1e-4"),
+    ]
+
+
+def launch(
+    hosts: Hosts, names: list[str], overrides: list[str], resume: str = "never"
+) -> "tuple[subprocess.Popen[bytes], Path]":
+    """deepspeed on node1, over these hosts; its process and its log."""
+    config = ("--config", "launch/configs/quickstart.yaml", "--resume", resume)
+    command = ["deepspeed", "--hostfile", hosts.hostfile(names), "launch/train.py"]
+    log = hosts.folder / f"log-{time.monotonic_ns()}"
+    return hosts.start([*command, *config, *overrides], log), log
+
+
+def losses(folder: Path) -> torch.Tensor:
+    return torch.tensor([row["loss"] for row in rows(folder, "train")], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("count", "stage"), [(2, 1), (2, 2), (2, 3), (4, 1), (4, 3)])
+def test_hosts_train_as_one(
+    count: int, stage: int, hosts: Hosts, common: list[str], tmp_path: Path
+) -> None:
+    output = Path(common[0].removeprefix("output="))
+    run = [*common, f"train.deepspeed=ds_configs/zero{stage}.json"]
+    process, log = launch(hosts, hosts.names[:count], [*run, f"name=hosts-{count}-{stage}"])
+    assert process.wait(300) == 0, log.read_text()
+    Ranks(tmp_path, count, [([*run, f"name=ranks-{count}-{stage}"], "never")]).succeed()
+    found, expected = (losses(output / f"{kind}-{count}-{stage}") for kind in ("hosts", "ranks"))
+    assert len(found) == UPDATES
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_of_four_hosts_goes_on_with_two(
+    hosts: Hosts, common: list[str], tmp_path: Path
+) -> None:
+    output = Path(common[0].removeprefix("output="))
+    run = [*common, "name=fewer"]
+    process, log = launch(hosts, hosts.names, [*run, "train.max_updates=10"])
+    assert process.wait(300) == 0, log.read_text()
+    process, log = launch(hosts, hosts.names[:2], run, "auto")
+    assert process.wait(300) == 0, log.read_text()
+    assert "with ranks: 4 -> 2" in log.read_text()
+    Ranks(tmp_path, 4, [([*common, "name=whole"], "never")]).succeed()
+    found, expected = (losses(output / name) for name in ("fewer", "whole"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+LONG = ("train.epochs=2000", "train.max_updates=20000", "train.log_every=20", "train.save_every=50")
+
+
+def wait_for_checkpoints(folder: Path, number: int, log: Path) -> None:
+    """Until a run has saved so often."""
+    end = time.monotonic() + 120
+    while len(list(folder.glob("checkpoints/update-*"))) < number:
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.2)
+
+
+def test_a_link_that_is_cut_for_half_a_minute_costs_only_the_time(
+    hosts: Hosts, common: list[str]
+) -> None:
+    folder = Path(common[0].removeprefix("output=")) / "cut"
+    long = [*LONG, "train.max_updates=400", "train.keep_checkpoints=9"]
+    process, log = launch(hosts, hosts.names[:2], [*common, *long, "name=cut"])
+    wait_for_checkpoints(folder, 2, log)
+    hosts.link("node2", "down")
+    time.sleep(30)
+    assert process.poll() is None
+    assert not (folder / "checkpoints/update-00000400").exists()
+    hosts.link("node2", "up")
+    assert process.wait(200) == 0, log.read_text()
+    assert (folder / "checkpoints/update-00000400").exists()
+
+
+def test_a_host_that_dies_ends_the_run_by_name(hosts: Hosts, common: list[str]) -> None:
+    folder = Path(common[0].removeprefix("output=")) / "dying"
+    run = [*common, *LONG, "name=dying"]
+    process, log = launch(hosts, hosts.names[:2], run)
+    wait_for_checkpoints(folder, 2, log)
+    hosts.tear_down("node2")
+    assert process.wait(90) != 0
+    assert "error: rank 1 on node2 has not answered for 40 s" in log.read_text()
+    updates = max(int(p.name[-8:]) for p in (folder / "checkpoints").glob("update-*"))
+    more = f"train.max_updates={updates + 10}"
+    process, log = launch(hosts, ["node1", "node3"], [*run, more], "auto")
+    assert process.wait(200) == 0, log.read_text()
+    assert f"going on from {folder}" in log.read_text()
