@@ -31,8 +31,8 @@ FLOORS = {
     "irpe_ds.training": 3,
     "irpe_ds.data.bench": 4,
     "irpe_ds.scaling": 4,
-    "launch": 4,
-    "data_prep": 4,
+    "launch": 5,
+    "data_prep": 5,
 }
 
 OPTIONAL = ("deepspeed", "ffcv", "wandb", "matplotlib", "pydantic", "yaml", "sklearn", "tqdm")

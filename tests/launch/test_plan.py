@@ -1,0 +1,64 @@
+"""launch/plan.py as its user calls it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+DEIT = ["--config", "launch/configs/imagenet/deit_small_k.yaml"]
+ON_H100 = [*DEIT, "--gpu", "H100", "--gpus", "64"]
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "launch/plan.py", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_answers_and_draws(tmp_path: Path) -> None:
+    results = tmp_path / "results.csv"
+    name = "deit_small_patch16_224_ctx_product_50_shared_k"
+    results.write_text(
+        "model,ranks,nodes,stage,micro_batch,images_per_s\n"
+        f"{name},1,1,1,256,3000\n{name},16,2,1,256,40000\n"
+    )
+    figure = tmp_path / "plans" / "plan.png"
+    done = call(*ON_H100, "--calibrate", str(results), "--out", str(figure))
+    assert done.returncode == 0, done.stderr
+    for said in (
+        "22.09 M parameters",
+        "16 images x 1 micro-steps x 64 GPUs = 1024 an update",
+        "- bottleneck: ",
+        "| all_reduce | gradients | 64 | 1 | 44.18 | 86.98 |",
+        "| zero1 (the run's) |",
+        "| 4096 | 128 |",
+        "fitted to 2 results",
+        "No figure above is measured.",
+        "| assumed | no |",
+    ):
+        assert said in done.stdout
+    with Image.open(figure) as picture:
+        assert picture.width > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*DEIT, "--gpu", "H1000", "--gpus", "8"], "--gpu: expected one of H200, H100"),
+        ([*ON_H100, "--out", "plan.pdf"], "--out: expected a name that ends in .png"),
+        ([*ON_H100, "--link-share", "0"], "--link-share: expected a number above 0"),
+        ([*ON_H100, "model.impl=flex"], "model.impl: expected one of auto, fused, gather"),
+        ([*ON_H100, "train.deepspeed=no.json"], "no.json: expected a readable JSON file"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
+    done = call(*arguments)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: {message}"), done.stderr
