@@ -76,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Memory, speed and cost of a run on a cluster.")
     add = parser.add_argument
     add("--config", required=True, metavar="YAML", help="the run's configuration")
-    add("--gpu", required=True, metavar="NAME", help="H100, A100, ...")
+    own = "NAME:peak_tflops=..,memory_gib=..,memory_gb_s=.."
+    add("--gpu", required=True, metavar="NAME", help=f"H100, A100, ..., or {own}")
     add("--gpus", required=True, type=int, metavar="N", help="in all nodes")
     add("--per-node", type=int, default=8, metavar="N", help="GPUs of a node")
     add("--intra", metavar="LINK", help="in a node: nvlink, pcie or a rate such as 300GB/s")

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.training.throughput import PEAK_TFLOPS
@@ -124,15 +125,37 @@ class Cluster:
 
 
 def find_gpu(name: str) -> GPU:
-    """The row of a GPU, by its name in any case.
+    """The row of a GPU, by its name in any case; or one that the user gives, which may be a CPU.
+
+    `NAME:peak_tflops=0.1,memory_gib=4,memory_gb_s=10` is such a row, and may have nvlink_gb_s,
+    pcie_gb_s and fp32_tflops.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or a number of it is missing or none.
     """
+    if ":" in name:
+        return _own_gpu(*name.split(":", 1))
     found = {key.lower(): row for key, row in GPUS.items()}.get(name.lower())
     if found is None:
         raise ConfigError("--gpu", f"one of {', '.join(GPUS)}", repr(name))
     return found
+
+
+def _own_gpu(name: str, text: str) -> GPU:
+    required = ("peak_tflops", "memory_gib", "memory_gb_s")
+    numbers = {"nvlink_gb_s": None, "pcie_gb_s": 32.0, "fp32_tflops": None}
+    expected = f"{name}:key=number,... with {', '.join(required)}, and maybe {', '.join(numbers)}"
+    try:
+        given = {key: float(x) for key, x in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise ConfigError("--gpu", expected, repr(text)) from None
+    fits = set(required) <= given.keys() <= {*required, *numbers}
+    if not fits or not all(0 < x < float("inf") for x in given.values()):
+        raise ConfigError("--gpu", expected, repr(text))
+    row: dict[str, Any] = numbers | given
+    if row["fp32_tflops"] is None:
+        row["fp32_tflops"] = row["peak_tflops"]
+    return GPU(name=name, source="as given", tf32=False, **row)
 
 
 def build_cluster(

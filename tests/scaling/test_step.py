@@ -107,18 +107,27 @@ class TestPlan:
 
 
 class TestPublished:
-    """What others have measured, within 25 % of the shares that are assumed by default.
+    """What others have measured, within 25 % of the plan with the shares assumed by default.
+
+    Those shares were chosen with DeiT-S and DeiT-B of these in view; the models then had attention
+    in separate operators, which the plan takes as fused.
 
     timm, results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv: DeiT in mixed precision on an
     RTX 3090, with the batch sizes of that file.
     """
 
     @pytest.mark.parametrize(
-        ("size", "batch", "images_per_s"), [("tiny", 512, 2290.33), ("small", 384, 1050.7)]
+        ("model", "batch", "images_per_s"),
+        [
+            ("deit_tiny_patch16_224", 512, 2290.33),
+            ("deit_small_patch16_224", 384, 1050.7),
+            ("deit_base_patch16_224", 192, 390.04),
+            ("vit_large_patch16_224", 64, 117.2),
+        ],
     )
-    def test_timm(self, size: str, batch: int, images_per_s: float) -> None:
-        changes = ["train.precision=autocast", "train.ema_decay=null"]
-        config = load_config(f"launch/configs/imagenet/deit_{size}.yaml", changes)
+    def test_timm(self, model: str, batch: int, images_per_s: float) -> None:
+        changes = [f"model.name={model}", "train.precision=autocast", "train.ema_decay=null"]
+        config = load_config("launch/configs/imagenet/deit_small.yaml", changes)
         alone = build_cluster(find_gpu("RTX 3090"), 1, 1, "pcie", "100Gb/s")
         row = plan_micro_batch(scenario(config, profile(config), "zero0"), alone, batch)
         assert row.images_per_s == pytest.approx(images_per_s, rel=0.25)
@@ -162,6 +171,25 @@ class TestHardware:
     def test_a_gpu_without_nvlink(self) -> None:
         with pytest.raises(ConfigError, match="--intra: expected pcie or a rate: L40S has no"):
             build_cluster(find_gpu("L40S"), 8, 8, "nvlink", "400Gb/s")
+
+    def test_a_row_of_ones_own(self) -> None:
+        gpu = find_gpu("core:peak_tflops=0.1,memory_gib=4,memory_gb_s=10")
+        assert (gpu.name, gpu.memory_gib, gpu.nvlink_gb_s) == ("core", 4, None)
+        assert gpu.peak_flops("bf16", True) == gpu.peak_flops("fp32", True) == 0.1e12
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "core:",
+            "core:peak_tflops=1",
+            "core:peak_tflops=1,memory_gib=4,memory_gb_s=fast",
+            "core:peak_tflops=1,memory_gib=4,memory_gb_s=0",
+            "core:peak_tflops=1,memory_gib=4,memory_gb_s=1,cores=2",
+        ],
+    )
+    def test_a_wrong_row(self, text: str) -> None:
+        with pytest.raises(ConfigError, match="--gpu: expected core:key=number,"):
+            find_gpu(text)
 
     def test_an_unknown_gpu(self) -> None:
         with pytest.raises(ConfigError, match=r"--gpu: expected one of H200, H100, .* got 'H1000'"):
