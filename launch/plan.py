@@ -5,6 +5,7 @@ data sheets promise, which are assumed, or fitted to a scaling experiment's resu
 """
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,7 @@ SHARES = {
 
 
 def main() -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it finds no GPU
     arguments = _parser().parse_intermixed_args()
     if arguments.out is not None and arguments.out.suffix != ".png":
         raise ConfigError("--out", "a name that ends in .png", arguments.out)

@@ -31,6 +31,7 @@ def test_answers_and_draws(tmp_path: Path) -> None:
     figure = tmp_path / "plans" / "plan.png"
     done = call(*ON_H100, "--calibrate", str(results), "--out", str(figure))
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{name}: 22.09 M parameters")
     for said in (
         "22.09 M parameters",
         "16 images x 1 micro-steps x 64 GPUs = 1024 an update",
