@@ -4,17 +4,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from irpe_ds.config import load_config
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_model
+from irpe_ds.training import checkpoint
 from launch import tables
 
 ROOT = Path(__file__).parents[1]
@@ -153,12 +155,12 @@ def test_run_without_a_checkpoint(monkeypatch: pytest.MonkeyPatch, config: Path)
 
 
 def test_newest_checkpoint_of_a_run(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
-    weights = save(config)
-    for update in (1, 2):
-        folder = config.parent / f"checkpoints/update-{update:08d}"
-        folder.mkdir(parents=True)
-        (folder / "checkpoint.json").write_text("{}")
-    weights.rename(folder / "weights.safetensors")
+    none: dict[str, torch.Tensor] = {}
+    state = {"weights": load_file(save(config)), "exp_avg": none, "exp_avg_sq": none}
+    run: dict[str, Any] = {"updates_per_epoch": 5, "global_batch": 8, "num_samples": 40, "seed": 0}
+    run |= {"world_size": 1, "zero_stage": 0, "shapes": {}, "op": {}, "config": {}}
+    manifest = checkpoint.Manifest(**run).at(2)
+    checkpoint.save(config.parent / "checkpoints", manifest, state, constants={}, keep=1)
     config.rename(config.with_name("config.yaml"))
     out = config.with_name("t.png")
     draw(monkeypatch, "--run", config.parent, "--out", out)
