@@ -31,9 +31,8 @@ class Heartbeat:
     code 1. Threads of their own do it, however long a rank computes or waits.
     """
 
-    def __init__(self, ranks: Ranks, silence: float | None = None) -> None:
-        self.ranks = ranks
-        self.silence = SILENCE_SECONDS if silence is None else silence
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.silence = ranks, SILENCE_SECONDS
         self._over = Event()
 
     def __enter__(self) -> "Heartbeat":

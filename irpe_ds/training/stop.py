@@ -4,7 +4,6 @@ import os
 import signal
 import time
 from threading import Thread
-from types import TracebackType
 
 REQUEUE = 75
 """Exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h."""
@@ -34,12 +33,7 @@ class StopSignals:
         Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._fd_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
