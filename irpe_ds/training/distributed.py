@@ -1,7 +1,6 @@
 """The ranks of a run: how many, which one is this, and what device it computes on."""
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from irpe_ds.errors import ConfigError
+from irpe_ds.training import launchers
 
 Result = TypeVar("Result")
 
@@ -61,30 +61,15 @@ class Ranks:
         return box[0]
 
 
-LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-
-
 def set_environment() -> None:
-    """Complete what DeepSpeed's launcher or torchrun set; without one, a run of one rank.
+    """Complete what the launcher set; without one, a run of one rank.
 
     Raises:
         ConfigError: several processes were started by something that does not number them.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "RANK" not in os.environ:
-        for variable in LAUNCHERS:
-            if int(os.environ.get(variable, "1")) > 1:
-                expected = "a launcher that sets RANK: deepspeed or torchrun"
-                got = f"{variable}={os.environ[variable]} alone"
-                raise ConfigError("launch", expected, got)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in alone.items()})
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
+    os.environ.update(launchers.numbers(os.environ))
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
