@@ -2,7 +2,6 @@
 
 import hashlib
 import platform
-import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,45 +12,57 @@ from irpe_ds.errors import ConfigError
 from irpe_ds.ops import dispatch
 from irpe_ds.ops.dispatch import Choice
 from irpe_ds.training.distributed import Ranks
-from irpe_ds.training.record import package_versions
+from irpe_ds.training.record import commit, package_versions
+
+SOURCE = "the source of irpe_ds"
+"""Compared by its hash; the commit is told too, where git knows it."""
+SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")
 
 
-def check_agreement(
-    ranks: Ranks, config: RunConfig, data: Mapping[str, DatasetInfo], op: Choice
-) -> None:
-    """Compare versions, source, configuration, data and op of all ranks.
+def check_agreement(ranks: Ranks, facts: Mapping[str, str]) -> None:
+    """Compare what all ranks have found.
 
     Raises:
         ConfigError: on every rank; names the first rank, and its host, that is not as most are.
     """
-    facts = {
+    found = zip(ranks.names, ranks.gather(facts), strict=True)
+    compare([(f"rank {rank} on {host}", theirs) for rank, (host, theirs) in enumerate(found)])
+
+
+def software(config: RunConfig) -> dict[str, str]:
+    """Versions, source and configuration: what can differ before a rank has opened a file."""
+    return {
         "Python": platform.python_version(),
-        "the source of irpe_ds": source_hash(),
+        SOURCE: f"{source_hash()} (commit {commit() or 'unknown'})",
         **package_versions(),
         "the configuration": hashlib.sha256(config.dump().encode()).hexdigest()[:12],
-        **{f"data.{part}": describe_data(info) for part, info in data.items()},
-        "the attention op": op.name,
     }
-    compare(ranks.gather((socket.gethostname(), facts)))
+
+
+def inputs(data: Mapping[str, DatasetInfo], op: Choice) -> dict[str, str]:
+    """The data, and what computes."""
+    found = {f"data.{part}": describe_data(info) for part, info in data.items()}
+    return {**found, "the attention op": op.name}
 
 
 def compare(found: Sequence[tuple[str, Mapping[str, str]]]) -> None:
-    """Raise a ConfigError where a rank's facts are not those of most; (host, facts) by rank."""
+    """Raise a ConfigError where facts are not those of most; of each (who, facts)."""
     for fact in dict.fromkeys(fact for _, facts in found for fact in facts):
         values = [facts.get(fact, "none") for _, facts in found]
-        ((usual, _),) = Counter(values).most_common(1)
-        for rank, value in enumerate(values):
-            if value != usual:
-                where = f"rank {rank} on {found[rank][0]}"
-                host = found[values.index(usual)][0]
-                raise ConfigError(where, f"{fact} {usual}, as on {host}", value)
+        compared = [value.split()[0] if fact == SOURCE else value for value in values]
+        ((usual, _),) = Counter(compared).most_common(1)
+        for (who, _), value, own in zip(found, values, compared, strict=True):
+            if own != usual:
+                first = compared.index(usual)
+                raise ConfigError(who, f"{fact} {values[first]}, as {found[first][0]} has", value)
 
 
 def source_hash() -> str:
-    """Hash of the package's Python files, the same for a wheel and a working tree."""
+    """Hash of the source, the same for a wheel and a working tree."""
     roots = Path(__file__).parents[1], Path(dispatch.__file__).parent
-    files = {hashlib.sha256(path.read_bytes()).digest() for r in roots for path in r.rglob("*.py")}
-    return hashlib.sha256(b"".join(sorted(files))).hexdigest()[:12]
+    paths = {path for r in roots for path in r.rglob("*.*") if path.suffix in SUFFIXES}
+    hashes = sorted({hashlib.sha256(path.read_bytes()).digest() for path in paths})
+    return hashlib.sha256(b"".join(hashes)).hexdigest()[:12]
 
 
 def describe_data(info: DatasetInfo) -> str:

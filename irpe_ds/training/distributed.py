@@ -1,9 +1,11 @@
 """The ranks of a run: how many, which one is this, and what device it computes on."""
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.training import launchers
+from irpe_ds.training.meeting import meet
 
 Result = TypeVar("Result")
 
@@ -24,6 +27,8 @@ class Ranks:
     device: torch.device
     hosts: Any
     """Process group of the processors: what it carries waits for no GPU."""
+    names: list[str]
+    """Host of every rank."""
 
     @property
     def is_first(self) -> bool:
@@ -47,6 +52,22 @@ class Ranks:
         dist.all_gather_object(all_found, found, group=self.hosts)
         return all_found
 
+    def together(self, function: Callable[[], Result]) -> Result:
+        """Call a function on every rank; what is a ConfigError on one is one on all, by name."""
+        result, fault = None, None
+        try:
+            result = function()
+        except ConfigError as error:
+            fault = error
+        faults = self.gather(fault)
+        if fault is not None:
+            raise fault
+        for rank, other in enumerate(faults):
+            if other is not None:
+                where = f"rank {rank} on {self.names[rank]}: {other.where}"
+                raise ConfigError(where, other.expected, other.got)
+        return cast(Result, result)
+
     def from_first(self, function: Callable[[], Result]) -> Result:
         """Call a function on the first rank alone; its result, or its ConfigError, on all."""
         box: list[Any] = [None]
@@ -61,6 +82,11 @@ class Ranks:
         return box[0]
 
 
+COLLECTIVES = timedelta(minutes=30)
+"""How long a collective waits for a rank that lives. It is longer than anything that one rank does
+while the others wait, such as a build of the operators; ranks that do not live are named sooner."""
+
+
 def set_environment() -> None:
     """Complete what the launcher set; without one, a run of one rank.
 
@@ -70,6 +96,8 @@ def set_environment() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.update(launchers.numbers(os.environ))
+    if "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1:
+        os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task shows each task its own GPU alone
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
@@ -86,16 +114,40 @@ def device_type() -> str:
     return "cuda" if gpu else "cpu"
 
 
-def join() -> Ranks:
-    """Connect to the other ranks: nccl with GPUs, gloo without. DeepSpeed takes this group over."""
-    gpu = device_type() == "cuda"
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
+def join(seconds: float) -> Ranks:
+    """Connect to the other ranks: nccl with GPUs, gloo without. DeepSpeed takes this group over.
+
+    Args:
+        seconds: how long to wait for the others.
+
+    Raises:
+        ConfigError: on all ranks: one has not come, or cannot take part; names its host.
+    """
+    rank, world_size = launched()
+    gpu, local = device_type() == "cuda", int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
-    hosts = dist.new_group(backend="gloo")
-    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device, hosts=hosts)
+        fault = None
+        if gpu and local >= torch.cuda.device_count():
+            where = f"rank {rank} on {socket.gethostname()}"
+            got = f"{torch.cuda.device_count()} for {os.environ['LOCAL_WORLD_SIZE']}"
+            fault = ConfigError(where, "a GPU for each rank of the host", got)
+        store = meet(rank, world_size, seconds, fault)
+        store.set_timeout(COLLECTIVES)
+        if gpu:
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            timeout=COLLECTIVES,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            device_id=device if gpu else None,
+        )
+    hosts = dist.new_group(backend="gloo", timeout=COLLECTIVES)
+    names: list[Any] = [None] * world_size
+    dist.all_gather_object(names, socket.gethostname(), group=hosts)
+    return Ranks(rank=rank, world_size=world_size, device=device, hosts=hosts, names=names)
 
 
 def leave() -> None:

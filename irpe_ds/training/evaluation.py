@@ -67,7 +67,7 @@ def evaluate_weights(config: RunConfig, weights: Path, batch_size: int) -> dict[
     open_checked(config, "val")
     model = build_model(config.model.model_copy(update={"weights": None}))
     load_weights(model, weights, where="--weights")
-    ranks = join()
+    ranks = join(config.train.join_seconds)
     batches = EvalLoader(
         config.data.val,
         batch_size=batch_size,

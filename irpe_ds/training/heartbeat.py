@@ -6,7 +6,6 @@ half an hour or more.
 """
 
 import os
-import socket
 import sys
 import time
 from datetime import timedelta
@@ -37,7 +36,6 @@ class Heartbeat:
 
     def __enter__(self) -> "Heartbeat":
         ranks = self.ranks
-        self.hosts = ranks.gather(socket.gethostname())
         if ranks.world_size == 1:
             return self
         if ranks.is_first:
@@ -85,7 +83,7 @@ class Heartbeat:
                 beats = self._store.multi_get(others) if self.ranks.is_first else []
             except RuntimeError:  # its end of the connection is closed
                 self._over.wait(self.silence / BEATS)  # this rank may be about to leave too
-                self._end(f"rank 0 on {self.hosts[0]} is gone")
+                self._end(f"rank 0 on {self.ranks.names[0]} is gone")
             now = self._heard = time.monotonic()
             for rank, beat in zip(others, beats, strict=False):
                 if heard[rank][0] != beat:
@@ -105,11 +103,11 @@ class Heartbeat:
         self._end(self._verdict(rank))
 
     def _verdict(self, rank: int) -> str:
-        return f"rank {rank} on {self.hosts[rank]} has not answered for {self.silence:g} s"
+        return f"rank {rank} on {self.ranks.names[rank]} has not answered for {self.silence:g} s"
 
     def _end(self, verdict: str) -> None:
         if not self._over.is_set():
-            own = f"[rank {self.ranks.rank} on {self.hosts[self.ranks.rank]}]"
+            own = f"[rank {self.ranks.rank} on {self.ranks.names[self.ranks.rank]}]"
             sys.stderr.write(f"{own} error: {verdict}; --resume auto goes on\n")
             sys.stderr.flush()
             os._exit(1)

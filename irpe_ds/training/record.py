@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import os
 import platform
 import shlex
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from irpe_ds.errors import ConfigError
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.ops.dispatch import Choice, FallbackWarning, select
 from irpe_ds.training.distributed import Ranks
+from irpe_ds.training.meeting import INTERFACE
 from irpe_ds.training.precision import PRODUCTS
 
 CONFIG = "config.yaml"
@@ -52,9 +55,11 @@ def write_record(config: RunConfig, settings: dict[str, Any], ranks: Ranks, op: 
     (config.folder / CONFIG).write_text(config.dump())
     (config.folder / "deepspeed.json").write_text(json.dumps(settings, indent=2) + "\n")
     (config.folder / "environment.json").write_text(json.dumps(found, indent=2) + "\n")
+    nodes = len(found["hosts"])
+    network = f", {nodes} nodes over {found['interface']}" if nodes > 1 else ""
     return (
         f"{config.folder}: {config.model.name} in {config.train.precision}, "
-        f"{found['ranks']} ranks on {found['device']}, attention op {op.name} ({op.why})"
+        f"{found['ranks']} ranks on {found['device']}{network}, attention op {op.name} ({op.why})"
     )
 
 
@@ -69,6 +74,8 @@ def describe_environment(ranks: Ranks, op: Choice) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(ranks.device) if on_gpu else "CPU",
         "cuda": torch.version.cuda if on_gpu else None,
         "ranks": ranks.world_size,
+        "hosts": dict(Counter(ranks.names)),
+        "interface": os.environ.get(INTERFACE),
         "attention_op": op._asdict(),
     }
 

@@ -1,25 +1,39 @@
 """A run from its configuration: check everything, build, train, keep the record."""
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from irpe_ds.config import RunConfig
+from irpe_ds.data.dataset import DatasetInfo
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_model
+from irpe_ds.ops.dispatch import Choice
 from irpe_ds.runlog import RunLog
 from irpe_ds.training import checkpoint
-from irpe_ds.training.agreement import check_agreement
+from irpe_ds.training.agreement import check_agreement, inputs, software
 from irpe_ds.training.deepspeed_config import deepspeed_config
 from irpe_ds.training.distributed import device_type, join, launched, set_environment
 from irpe_ds.training.evaluation import check_data
 from irpe_ds.training.heartbeat import Heartbeat
-from irpe_ds.training.loss import build_loss
-from irpe_ds.training.plan import make_plan
+from irpe_ds.training.loss import Loss, build_loss
+from irpe_ds.training.plan import Plan, make_plan
 from irpe_ds.training.record import attention_op, write_record
 from irpe_ds.training.start import FolderLock, check_folder, find_start, first_model
 from irpe_ds.training.stop import StopSignals
 from irpe_ds.training.trainer import Trainer
+
+
+class Ready(NamedTuple):
+    """What every rank makes by itself, and finds mistakes by."""
+
+    data: dict[str, DatasetInfo]
+    plan: Plan
+    model: nn.Module
+    loss: Loss
+    op: Choice
 
 
 def train(config: RunConfig, resume: str = "never") -> bool:
@@ -36,20 +50,13 @@ def train(config: RunConfig, resume: str = "never") -> bool:
     set_environment()
     _, world_size = launched()
     settings = deepspeed_config(config, world_size)
-    data = check_data(config)
-    plan = make_plan(config, data["train"].num_samples)
-    torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = config.train.tf32
-    torch.manual_seed(config.seed)
-    model = build_model(first_model(config, resume))
-    loss = build_loss(config)
-    loss.prepare(model)
-    op = attention_op(config, model, device_type())
-    manifest = checkpoint.describe(config, settings, plan, model, world_size, op._asdict())
-
-    ranks = join()
+    ranks = join(config.train.join_seconds)
+    check_agreement(ranks, software(config))
     with StopSignals() as stop, Heartbeat(ranks):
-        check_agreement(ranks, config, data, op)
+        ready = ranks.together(partial(prepare, config, resume))
+        plan, model, op = ready.plan, ready.model, ready.op
+        check_agreement(ranks, inputs(ready.data, op))
+        manifest = checkpoint.describe(config, settings, plan, model, world_size, op._asdict())
         start = ranks.from_first(partial(find_start, config, resume, manifest))
         if start.path is not None and ranks.any(not start.path.exists()):
             expected = "a run folder that all nodes share"
@@ -62,7 +69,9 @@ def train(config: RunConfig, resume: str = "never") -> bool:
             return True
         check_folder(config)
         with FolderLock(config.folder, ranks):
-            trainer = Trainer(config, plan, manifest, start, model, loss, settings, ranks, stop)
+            trainer = Trainer(
+                config, plan, manifest, start, model, ready.loss, settings, ranks, stop
+            )
             with RunLog(
                 config.folder,
                 active=ranks.is_first,
@@ -78,3 +87,16 @@ def train(config: RunConfig, resume: str = "never") -> bool:
                 for text in start.notes:
                     log.note(text)
                 return trainer.fit(log)
+
+
+def prepare(config: RunConfig, resume: str) -> Ready:
+    """Check the data, build the model and, where they are not built, the operators."""
+    data = check_data(config)
+    plan = make_plan(config, data["train"].num_samples)
+    torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.train.tf32
+    torch.manual_seed(config.seed)
+    model = build_model(first_model(config, resume))
+    loss = build_loss(config)
+    loss.prepare(model)
+    return Ready(data, plan, model, loss, attention_op(config, model, device_type()))

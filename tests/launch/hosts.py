@@ -1,5 +1,6 @@
 """Hosts that are network namespaces of this machine, joined by a bridge, with an sshd in each.
 
+They know each other by name, and one more, `absent`, at whose address there is nothing.
 They share files and processors, and nothing of the network. Root, iproute2, openssh-server and pdsh
 are needed.
 """
@@ -39,10 +40,18 @@ class Hosts:
     Args:
         folder: where keys and configurations lie.
         environment: variables that every process of a launch gets.
+        mounts: folders that a host sees in the place of others: host -> (folder, place).
     """
 
-    def __init__(self, folder: Path, count: int, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        count: int,
+        environment: Mapping[str, str],
+        mounts: Mapping[str, Sequence[tuple[Path, Path]]] | None = None,
+    ) -> None:
         self.folder, self.names = folder, [f"node{number}" for number in range(1, count + 1)]
+        self._mounts = mounts or {}
         self._servers: dict[str, subprocess.Popen[bytes]] = {}
         self._environment = dict(environment)
 
@@ -115,8 +124,8 @@ class Hosts:
         ssh = folder / "bin/ssh"
         ssh.write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {folder}/ssh_config "$@"\n')
         ssh.chmod(0o755)
-        variables = self._environment | {"GLOO_SOCKET_IFNAME": "eth0"}
-        (folder / "env").write_text("".join(f"{k}={v}\n" for k, v in variables.items()))
+        lines = [f"{name}={value}\n" for name, value in self._environment.items()]
+        (folder / "env").write_text("".join(lines))
         Path("/run/sshd").mkdir(exist_ok=True)
 
     def _add(self, number: int, name: str) -> None:
@@ -124,7 +133,9 @@ class Hosts:
         names = Path("/etc/netns") / space / "hosts"
         names.parent.mkdir(parents=True, exist_ok=True)
         lines = [f"{SUBNET}.{n} {host}" for n, host in enumerate(self.names, 1)]
-        names.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+        own = f"127.0.1.1 {name}"  # as Debian has it
+        lines.append(f"{SUBNET}.{len(self.names) + 1} absent")
+        names.write_text("\n".join(["127.0.0.1 localhost", own, *lines, ""]))
         _call("ip", "netns", "add", space)
         ends = ("type", "veth", "peer", "name", "eth0", "netns", space)
         _call("ip", "link", "add", f"irpe-{name}", *ends)
@@ -140,7 +151,10 @@ class Hosts:
 
     def _on(self, name: str, *command: object) -> list[str]:
         """The command line of a command on a host, which knows its own name."""
-        script = 'hostname "$0"; exec "$@"'
+        mounts = [
+            f"mount --rbind {folder} {place}; " for folder, place in self._mounts.get(name, ())
+        ]
+        script = f'hostname "$0"; {"".join(mounts)}cd "$PWD"; exec "$@"'
         place = ["ip", "netns", "exec", _space(name), "unshare", "--uts"]
         return [*place, "sh", "-c", script, name, *map(str, command)]
 

@@ -1,6 +1,8 @@
 """Several hosts train as one: pdsh over ssh, ZeRO over a network, the death of a host."""
 
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +18,23 @@ pytestmark = [
     pytest.mark.dist,
     pytest.mark.skipif(REASON is not None, reason=REASON or ""),
 ]
+ROOT = Path(__file__).parents[2]
 UPDATES = 20
 
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with Hosts(tmp_path_factory.mktemp("hosts"), 4, python_environment()) as hosts:
+    """Five hosts; on the last lies another commit of this repository."""
+    other = tmp_path_factory.mktemp("other")
+    git = ("git", "-C", other, "-c", "user.name=x", "-c", "user.email=x@x")
+    subprocess.run(["git", "clone", "-q", ROOT, other], check=True)
+    with (other / "irpe_ds/training/meter.py").open("a") as file:
+        file.write("# another\n")
+    subprocess.run([*git, "commit", "-qam", "Another"], check=True)
+    (other / ".venv").mkdir()
+    mounts = {"node5": [(Path(sys.prefix), other / ".venv"), (other, ROOT)]}
+    folder = tmp_path_factory.mktemp("hosts")
+    with Hosts(folder, 5, python_environment(), mounts) as hosts:
         yield hosts
 
 
@@ -50,7 +63,7 @@ def losses(folder: Path) -> torch.Tensor:
     return torch.tensor([row["loss"] for row in rows(folder, "train")], dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("count", "stage"), [(2, 1), (2, 2), (2, 3), (4, 1), (4, 3)])
+@pytest.mark.parametrize(("count", "stage"), [(2, 1), (2, 2), (2, 3), (4, 1), (4, 2), (4, 3)])
 def test_hosts_train_as_one(
     count: int, stage: int, hosts: Hosts, common: list[str], tmp_path: Path
 ) -> None:
@@ -61,6 +74,7 @@ def test_hosts_train_as_one(
     Ranks(tmp_path, count, [([*run, f"name=ranks-{count}-{stage}"], "never")]).succeed()
     found, expected = (losses(output / f"{kind}-{count}-{stage}") for kind in ("hosts", "ranks"))
     assert len(found) == UPDATES
+    assert f"{count} nodes over eth0" in log.read_text()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -69,7 +83,7 @@ def test_a_checkpoint_of_four_hosts_goes_on_with_two(
 ) -> None:
     output = Path(common[0].removeprefix("output="))
     run = [*common, "name=fewer"]
-    process, log = launch(hosts, hosts.names, [*run, "train.max_updates=10"])
+    process, log = launch(hosts, hosts.names[:4], [*run, "train.max_updates=10"])
     assert process.wait(300) == 0, log.read_text()
     process, log = launch(hosts, hosts.names[:2], run, "auto")
     assert process.wait(300) == 0, log.read_text()
@@ -119,3 +133,21 @@ def test_a_host_that_dies_ends_the_run_by_name(hosts: Hosts, common: list[str]) 
     process, log = launch(hosts, ["node1", "node3"], [*run, more], "auto")
     assert process.wait(200) == 0, log.read_text()
     assert f"going on from {folder}" in log.read_text()
+
+
+def test_a_host_that_does_not_answer_is_named(hosts: Hosts, common: list[str]) -> None:
+    process, log = launch(hosts, ["node1", "absent", "node2"], [*common, "name=absent"])
+    assert process.wait(90) != 0
+    assert "error: rank 1 on absent: expected to join within 60 s" in log.read_text()
+
+
+def test_a_host_with_another_commit_is_named(hosts: Hosts, common: list[str]) -> None:
+    process, log = launch(hosts, ["node1", "node5"], [*common, "name=commits"])
+    assert process.wait(90) != 0
+    found = re.search(
+        r"error: (.*) \(commit (.*)\), as (.*) has, got .* \(commit (.*)\)", log.read_text()
+    )
+    assert found is not None, log.read_text()
+    assert found[1].startswith("rank 1 on node5: expected the source of irpe_ds")
+    assert found[3] == "rank 0 on node1"
+    assert found[2] != found[4]
