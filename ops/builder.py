@@ -9,6 +9,7 @@ import fcntl
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +24,8 @@ from irpe_ds.ops.toolchain import Unavailable
 
 FINISHED = "finished"
 """The file beside a just-in-time build that is whole."""
+FAILED = "failed"
+"""The file that says why the last one failed: whoever waited for it need not try again."""
 
 
 class IRPEBuilder(CUDAOpBuilder):
@@ -146,6 +149,7 @@ class IRPEBuilder(CUDAOpBuilder):
     def _compile(self, verbose: bool) -> ModuleType:
         if not self.is_compatible():
             raise Unavailable(str(self.error_log))
+        began = time.time()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = open(self.folder / "building", "w")  # noqa: SIM115
@@ -157,12 +161,17 @@ class IRPEBuilder(CUDAOpBuilder):
             built_meanwhile = self._load_cached()
             if built_meanwhile is not None:
                 return built_meanwhile
+            failed = self.folder / FAILED
+            if failed.exists() and failed.stat().st_mtime > began:
+                raise Unavailable(failed.read_text())
             print(f"Building the iRPE operators, once, in {self.folder}", file=sys.stderr)
             (self.folder / "lock").unlink(missing_ok=True)  # PyTorch's, of a killed process
             try:
                 module = super().load(verbose)
             except Exception as error:
-                raise Unavailable(_first_error(error, self.folder)) from error
+                reason = _first_error(error, self.folder)
+                failed.write_text(reason)
+                raise Unavailable(reason) from error
             (self.folder / FINISHED).touch()
             return module
 

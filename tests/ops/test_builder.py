@@ -1,11 +1,14 @@
 """Building the operators: what is found, what is missing and in which words, what lies ready."""
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,6 +84,22 @@ class TestWhatIsMissing:
         assert self.reason() == expected
         assert "binding.cpp" in log.read_text()
 
+    def test_who_waited_for_a_build_that_failed_does_not_try_again(
+        self, fresh: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CXX", str(script(fresh / "c++", 'case "$*" in *-c*) exit 1;; esac')))
+        folder = IRPEBuilder().folder
+        folder.mkdir(parents=True)
+        with ThreadPoolExecutor() as pool, (folder / "building").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = pool.submit(self.reason)
+            time.sleep(1)
+            (folder / "failed").write_text("torch went missing")
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            assert found.result() == "torch went missing"
+        time.sleep(0.1)
+        assert "see" in self.reason()  # who comes later does
+
     def test_no_ninja(self, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(toolchain, "path_with_scripts", lambda: str(fresh))
         assert self.reason() == "ninja is not installed: pip install ninja"
@@ -104,7 +123,7 @@ def test_a_lock_that_a_killed_build_left_is_no_obstacle(tmp_path: Path) -> None:
 
 
 def test_a_gpu_without_nvcc_still_builds_for_the_cpu(tmp_path: Path) -> None:
-    """And several threads that come at once build it once."""
+    """And two processes, of several threads each, that come at once build it once."""
     code = """
 import threading, torch
 from irpe_ds.ops import irpe_gather, library, toolchain
@@ -116,14 +135,23 @@ threads = [threading.Thread(target=call) for _ in range(3)]
 [t.start() for t in threads], [t.join() for t in threads]
 print(lookup.grad.sum().item(), library.load().cuda)
 """
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": "relative"}
+    calls = tmp_path / "calls"
+    counted = f'case "$*" in *" -c "*) echo "$*" >> {calls};; esac; exec c++ "$@"'
+    cxx = str(script(tmp_path / "c++", counted))
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": "relative", "CXX": cxx}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert done.stdout.splitlines()[-1].startswith("12.0 there is no nvcc"), done.stderr
+
+    def start() -> "subprocess.Popen[str]":
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, env=environment, cwd=tmp_path, text=True, **pipes)
+
+    outputs = [process.communicate(timeout=300) for process in (start(), start())]
+    for stdout, stderr in outputs:
+        assert stdout.splitlines()[-1].startswith("12.0 there is no nvcc"), stderr
     (finished,) = (tmp_path / "relative").rglob("finished")
-    assert done.stderr.count("Building the iRPE operators") == 1
+    assert sum(stderr.count("Building the iRPE operators") for _, stderr in outputs) == 1
+    compiled = [Path(word).name for word in calls.read_text().split() if word.endswith(".cpp")]
+    assert sorted(compiled) == ["binding.cpp", "rpe.cpp"]
     command[2] = code.replace("torch.cuda.is_available =", "toolchain.cxx = None\n#")
     again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert again.stdout.splitlines()[-1].startswith("12.0"), again.stderr
