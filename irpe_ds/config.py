@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -56,6 +56,9 @@ class Section(pydantic.BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+
+Checked = TypeVar("Checked", bound=Section)
 
 
 class ModelConfig(Section):
@@ -227,6 +230,8 @@ class WandbConfig(Section):
     """User or team. None: the account's default."""
     tags: tuple[str, ...] = ()
     """Free labels."""
+    group: str | None = None
+    """Runs that belong together, such as the cells of a scaling experiment."""
 
 
 class LogConfig(Section):
@@ -275,20 +280,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: a file cannot be read, or a key is unknown, missing or of the wrong type.
     """
-    values = read_values(Path(path), overrides)
+    return validate(RunConfig, read_values(Path(path), overrides))
+
+
+def validate(section: type[Checked], values: dict[str, Any], where: str = "") -> Checked:
+    """The section that has these values; `where` it stands in the whole, if not at the top.
+
+    Raises:
+        ConfigError: a key is unknown, missing or of the wrong type.
+    """
     try:
-        return RunConfig.model_validate(values)
+        return section.model_validate(values)
     except pydantic.ValidationError as error:
-        raise _explain(error) from None
+        raise _explain(error, section, where) from None
 
 
-def _explain(error: pydantic.ValidationError) -> ConfigError:
+def _explain(error: pydantic.ValidationError, section: type[Section], above: str) -> ConfigError:
     """The first of pydantic's findings, in our words."""
     first = error.errors()[0]
     keys = [str(part) for part in first["loc"]]
-    where = ".".join(keys)
+    where = ".".join([*([above] if above else []), *keys])
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _keys_beside(keys)
+        known = _keys_beside(section, keys)
         close = difflib.get_close_matches(keys[-1], known, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         return ConfigError(where, f"one of the keys {', '.join(known)}", f"an unknown key{hint}")
@@ -302,9 +315,8 @@ def _explain(error: pydantic.ValidationError) -> ConfigError:
     return ConfigError(where, expected[0].lower() + expected[1:], repr(first["input"]))
 
 
-def _keys_beside(keys: list[str]) -> list[str]:
+def _keys_beside(section: Any, keys: list[str]) -> list[str]:
     """The keys that the section of this unknown key does have."""
-    section: Any = RunConfig
     for key in keys[:-1]:
         annotation = section.model_fields[key].annotation
         section = next((a for a in get_args(annotation) if a is not type(None)), annotation)

@@ -27,8 +27,18 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> Values:
     """
     values = _read(path, above=())
     for override in overrides:
-        _apply(values, override)
+        _override(values, override)
     return values
+
+
+def apply(values: Values, key: str, value: Any) -> None:
+    """Set `section.key`."""
+    *sections, last = key.split(".")
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    values[last] = value
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> Values:
@@ -70,19 +80,13 @@ def _merge(below: Values, above: Values) -> Values:
     return merged
 
 
-def _apply(values: Values, override: str) -> None:
+def _override(values: Values, override: str) -> None:
     key, equals, text = override.partition("=")
-    *sections, last = key.split(".")
-    if not equals or not all((*sections, last)):
+    if not equals or not all(key.split(".")):
         raise ConfigError(
             key or override, "an override of the form section.key=value", repr(override)
         )
     try:
-        value = yaml12.load(text)
+        apply(values, key, yaml12.load(text))
     except yaml.YAMLError:
         raise ConfigError(key, "a YAML value", repr(text)) from None
-    for section in sections:
-        if not isinstance(values.get(section), dict):
-            values[section] = {}
-        values = values[section]
-    values[last] = value

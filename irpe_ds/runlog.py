@@ -250,7 +250,7 @@ class FileSink:
         for kind in {row["kind"] for row in rows}:
             self._tabulate(kind, kept)
         # The record comes last: a kill before this line leaves it whole, to be rewound again.
-        _replace(self._path, "".join(map(_to_line, kept)))
+        replace_file(self._path, "".join(map(_to_line, kept)))
 
     def _tabulate(self, kind: str, rows: Sequence[Row]) -> None:
         """Write the table of one kind anew; its columns are those of all its rows."""
@@ -264,7 +264,7 @@ class FileSink:
         writer = csv.DictWriter(text, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-        _replace(self._table(kind), text.getvalue())
+        replace_file(self._table(kind), text.getvalue())
 
     def _table(self, kind: str) -> Path:
         return self._folder / f"{kind}.csv"
@@ -287,6 +287,7 @@ class WandbSink:
         project: str,
         entity: str | None,
         tags: Sequence[str],
+        group: str | None = None,
     ) -> None:
         import wandb
 
@@ -294,7 +295,7 @@ class WandbSink:
             raise RuntimeError("no API key; run `wandb login` or set log.wandb.mode=offline")
         id_file = folder / "wandb_id.txt"
         if not (resumed and id_file.exists()):
-            _replace(id_file, secrets.token_hex(4) + "\n")
+            replace_file(id_file, secrets.token_hex(4) + "\n")
         self._run = wandb.init(
             id=id_file.read_text().strip(),
             resume="allow",
@@ -307,6 +308,7 @@ class WandbSink:
             project=project,
             entity=entity,
             tags=list(tags),
+            group=group,
             settings=wandb.Settings(
                 console="off",  # printing would wait for W&B
                 finish_timeout=FINISH_SECONDS - 1,
@@ -372,7 +374,7 @@ def _to_line(row: Row) -> str:
     return json.dumps(spelled, allow_nan=False) + "\n"
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Give the file this content at one stroke, even if the machine dies in between."""
     aside = path.with_name(f".{path.name}.new")
     with aside.open("w", newline="", encoding="utf-8") as file:

@@ -6,9 +6,9 @@ from typing import Any
 
 from irpe_ds.scaling.memory import Memory
 from irpe_ds.scaling.planner import SIZES, Row
+from irpe_ds.scaling.style import FAINT, INK, PALE, frame, titled
 
 COLOURS = ("#0072B2", "#D55E00")
-INK, PALE, FAINT = "#24292f", "#6e7781", "#d8dee4"
 PARTS = {
     "forward": "#56B4E9",
     "backward": "#0072B2",
@@ -57,14 +57,8 @@ def draw(
         plan: the one that the memory is of.
         memory: by ZeRO settings.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.12, rect=(0, 0.055, 1, 0.945))
-    figure = Figure(figsize=(11.5, 8.2), dpi=160, layout=layout)
+    figure = titled(title, note, (11.5, 8.2))
     grid = figure.subplots(2, 2)
-    figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
-    figure.text(0.012, 0.012, note, ha="left", va="bottom", fontsize=8.5, color=PALE)
     strong, weak = rows
     names = {
         f"global batch {strong[0].global_batch:,}" if strong else "": strong,
@@ -80,7 +74,7 @@ def draw(
 
 
 def _speed(axes: Any, curves: Mapping[str, Sequence[Row]]) -> None:
-    _frame(axes, "Throughput", "images per second")
+    frame(axes, "Throughput", "images per second")
     _over_gpus(axes)
     every = [row for rows in curves.values() for row in rows]
     one = max(row.images_per_s / row.efficiency / row.cluster.gpus for row in every)
@@ -93,14 +87,14 @@ def _speed(axes: Any, curves: Mapping[str, Sequence[Row]]) -> None:
 
 
 def _efficiency(axes: Any, curves: Mapping[str, Sequence[Row]]) -> None:
-    _frame(axes, "Efficiency", "% of forward and backward alone")
+    frame(axes, "Efficiency", "% of forward and backward alone")
     _over_gpus(axes)
     _lines(axes, curves, lambda row: 100 * row.efficiency)
     axes.set_ylim(0, 105)
 
 
 def _step(axes: Any, rows: Sequence[Row], name: str) -> None:
-    _frame(axes, f"Parts of an update, {name}", "% of its time")
+    frame(axes, f"Parts of an update, {name}", "% of its time")
     _over_gpus(axes)
     below = [0.0] * len(rows)
     places = [row.cluster.gpus for row in rows]
@@ -122,7 +116,7 @@ def _step(axes: Any, rows: Sequence[Row], name: str) -> None:
 def _memory(axes: Any, plan: Row, memory: Mapping[str, Memory]) -> None:
     cluster = plan.cluster
     title = f"Memory per GPU, {plan.micro_batch} images on each of {cluster.gpus}"
-    _frame(axes, title, "")
+    frame(axes, title, "")
     axes.set_xlabel(f"GiB of {cluster.gpu.memory_gib:g}", color=INK)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=FAINT, linewidth=0.8)
@@ -154,13 +148,3 @@ def _over_gpus(axes: Any) -> None:
     axes.set_xlim(SIZES[0] / 1.6, SIZES[-1] * 1.6)
     axes.set_xticks(SIZES[::2], [f"{size:g}" for size in SIZES[::2]])
     axes.minorticks_off()
-
-
-def _frame(axes: Any, title: str, unit: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
-    axes.set_ylabel(unit, color=INK)
-    axes.grid(axis="y", color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
-    axes.tick_params(which="both", length=0, colors=INK, labelsize=9)

@@ -1,5 +1,6 @@
 """A run from its configuration: check everything, build, train, keep the record."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -36,12 +37,15 @@ class Ready(NamedTuple):
     op: Choice
 
 
-def train(config: RunConfig, resume: str = "never") -> bool:
+def train(
+    config: RunConfig, resume: str = "never", work: Callable[[Trainer, RunLog], bool] = Trainer.fit
+) -> bool:
     """Train a run to its end, or until a signal asks it to stop; whether it is at its end.
 
     Args:
         resume: `never`, `auto` (go on from the newest undamaged checkpoint of the run folder, or
             start if there is none), or the folder of one checkpoint.
+        work: what to do with the trainer once all is ready.
 
     Raises:
         ConfigError: a mistake in the configuration or the data.
@@ -86,7 +90,7 @@ def train(config: RunConfig, resume: str = "never") -> bool:
                     log.note(write_record(config, settings, ranks, op))
                 for text in start.notes:
                     log.note(text)
-                return trainer.fit(log)
+                return work(trainer, log)
 
 
 def prepare(config: RunConfig, resume: str) -> Ready:

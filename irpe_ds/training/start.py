@@ -3,7 +3,7 @@
 import fcntl
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from irpe_ds.config import ModelConfig, RunConfig
 from irpe_ds.errors import ConfigError
@@ -68,7 +68,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
-        self._path, self._ranks = folder / ".lock", ranks
+        self._folder, self._ranks = folder, ranks
 
     def __enter__(self) -> None:
         self._ranks.from_first(self._take)
@@ -78,12 +78,23 @@ class FolderLock:
             self._file.close()
 
     def _take(self) -> None:
-        self._file = self._path.open("w")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            expected = "a run folder that no other run is writing into"
-            raise ConfigError(self._path.parent, expected, "one that is at work") from None
+        self._file = lock(self._folder)
+
+
+def lock(folder: Path) -> TextIO:
+    """A file of the folder that is this process's alone until it is closed.
+
+    Raises:
+        ConfigError: it is another's.
+    """
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        expected = "a run folder that no other run is writing into"
+        raise ConfigError(folder, expected, "one that is at work") from None
+    return file
 
 
 def first_model(config: RunConfig, resume: str) -> ModelConfig:

@@ -1,0 +1,119 @@
+"""Where the time of updates goes, and what they send."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+COLLECTIVES = {
+    "all_reduce": "all_reduce",
+    "inference_all_reduce": "all_reduce",
+    "all_gather": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "all_to_all_single": "all_to_all",
+    "broadcast": "broadcast",
+    "reduce": "reduce",
+}
+"""Methods of DeepSpeed's communication backend, and what each is called here."""
+
+
+class Timeline:
+    """While entered, every second belongs to one phase, and every byte is counted.
+
+    Phases are `data` (waiting for it), `forward` (with augmentation and loss), `backward`,
+    `optimizer` and `communication`. To tell them apart, the device is waited for wherever one ends
+    and each collective where it begins: nothing hides behind anything else, and an update takes
+    longer than one that is left alone. A rank that waits in a collective for a slower one is in
+    communication.
+
+    Args:
+        trainer: a `Trainer`, whose engine and meter are watched.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._stack = ["forward"]
+        self._patches = ExitStack()
+        self.seconds: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        """Of the whole vectors, by collective: in for reductions, out for all-gathers."""
+
+    def __enter__(self) -> "Timeline":
+        from deepspeed.comm import comm
+
+        engine, meter = self._trainer.engine, self._trainer.meter
+        for owner, name, phase in (
+            (meter, "wait", "data"),
+            (engine, "backward", "backward"),
+            (engine, "step", "optimizer"),
+        ):
+            self._patch(owner, name, self._timed(getattr(owner, name), phase))
+        for name, kind in COLLECTIVES.items():
+            self._patch(comm.cdb, name, self._counted(getattr(comm.cdb, name), kind))
+        self._synchronize()
+        self._since = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._account()
+        self._patches.close()
+
+    def _patch(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        self._patches.enter_context(mock.patch.object(owner, name, function))
+
+    def _timed(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self._phase(phase):
+                return function(*args, **kwargs)
+
+        return timed
+
+    def _counted(self, function: Callable[..., Any], kind: str) -> Callable[..., Any]:
+        @wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if self._stack[-1] != "communication":  # one may be made of others
+                self.bytes[kind] += max(map(_size, (*args, *kwargs.values())))
+            with self._phase("communication"):
+                work = function(*args, **kwargs)
+                if hasattr(work, "wait"):
+                    work.wait()
+                return work
+
+        return counted
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self._account()
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self._account()
+            self._stack.pop()
+
+    def _account(self) -> None:
+        """Give the time since the last call to the phase that it was."""
+        self._synchronize()
+        now = time.perf_counter()
+        self.seconds[self._stack[-1]] += now - self._since
+        self._since = now
+
+    def _synchronize(self) -> None:
+        if self._trainer.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def _size(x: Any) -> int:
+    """Bytes of a tensor or of a list of them; of anything else none."""
+    if isinstance(x, list | tuple):
+        return sum(map(_size, x))
+    return x.numel() * x.element_size() if isinstance(x, Tensor) else 0

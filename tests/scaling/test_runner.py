@@ -1,0 +1,145 @@
+"""An experiment that is stopped, fails in a cell, hangs, or is called again."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from irpe_ds.errors import ConfigError
+from irpe_ds.scaling import runner
+from irpe_ds.scaling.experiment import Cell, Experiment, load_experiment
+from irpe_ds.scaling.runner import Results, read_results_file, run_experiment
+from irpe_ds.training.start import lock
+from tests.scaling.test_experiment import write
+
+STAND_IN = """
+import json, sys, time
+from pathlib import Path
+folder, speed = Path(sys.argv[1]), float(sys.argv[2])
+if speed == 0:
+    sys.exit("[rank 1] error: no speed: expected one, got 0")
+if speed < 0:
+    time.sleep(60)
+folder.mkdir()
+row = {"kind": "scaling", "update": 9, "images_per_s": speed, "step_ms": 1.0}
+(folder / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
+packages = {"torch": "2", "deepspeed": "0"}
+facts = {"attention_op": {"name": "cpu"}, "device": "CPU", "packages": packages, "commit": None}
+(folder / "environment.json").write_text(json.dumps(facts))
+"""
+"""What is started instead of ranks: logs the speed that it is given, fails, or hangs."""
+
+Speeds = dict[int, float]
+
+
+@pytest.fixture
+def speeds(monkeypatch: pytest.MonkeyPatch) -> Speeds:
+    """What cells give, by their ranks; and they are started without DeepSpeed."""
+    found: Speeds = {1: 100.0, 2: 190.0}
+
+    def command(_: Experiment, cell: Cell, __: Path) -> list[str]:
+        return [sys.executable, "-c", STAND_IN, str(cell.config.folder), str(found[cell.ranks])]
+
+    monkeypatch.setattr(runner, "command", command)
+    monkeypatch.setattr(runner, "check_data", lambda config: {})
+    return found
+
+
+def experiment(folder: Path, ranks: object = (1, 2), **scaling: Any) -> Experiment:
+    path = write(folder, {"ranks_per_node": list(ranks)}, **scaling)  # type: ignore[call-overload]
+    return load_experiment(path, [f"output={folder}"])
+
+
+def run(*args: Any, **options: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of the experiment and what it said."""
+    said: list[str] = []
+    results = run_experiment(*args, say=said.append, **options)
+    return list(results.rows.values()), said
+
+
+def test_every_cell_has_a_row(tmp_path: Path, speeds: Speeds) -> None:
+    rows, _ = run(experiment(tmp_path))
+    assert [(row["ranks"], row["images_per_s"]) for row in rows] == [(1, 100.0), (2, 190.0)]
+    assert [row["micro_batch"] for row in rows] == [64, 32]
+    assert read_results_file(tmp_path / "test/results.json")["rows"] == rows
+
+
+def test_goes_on_where_it_stopped(tmp_path: Path, speeds: Speeds) -> None:
+    run(experiment(tmp_path, [1]))
+    speeds[1] = 0  # would fail
+    rows, said = run(experiment(tmp_path))
+    assert [row.get("images_per_s") for row in rows] == [100.0, 190.0]
+    assert "(known)" in said[0]
+    assert "(known)" not in said[1]
+
+
+def test_a_cell_that_was_killed_is_run_anew(tmp_path: Path, speeds: Speeds) -> None:
+    under_way = experiment(tmp_path)
+    left = under_way.cells[0].config.folder
+    left.mkdir(parents=True)
+    (left / "metrics.jsonl").write_text("half a r")
+    assert [row.get("images_per_s") for row in run(under_way)[0]] == [100.0, 190.0]
+
+
+def test_a_cell_that_fails_is_a_row_and_not_the_end(tmp_path: Path, speeds: Speeds) -> None:
+    speeds[1] = 0
+    rows, said = run(experiment(tmp_path))
+    assert "no speed: expected one, got 0" in rows[0]["error"]
+    assert rows[1]["images_per_s"] == 190.0
+    assert "failed" in said[0]
+
+
+def test_retry_runs_what_has_failed(tmp_path: Path, speeds: Speeds) -> None:
+    speeds[1] = 0
+    run(experiment(tmp_path))
+    speeds |= {1: 100.0, 2: 0}
+    assert "error" in run(experiment(tmp_path))[0][0]
+    rows, _ = run(experiment(tmp_path), retry=True)
+    assert [row.get("images_per_s") for row in rows] == [100.0, 190.0]
+
+
+def test_a_cell_that_hangs_is_ended(tmp_path: Path, speeds: Speeds) -> None:
+    speeds[1] = -1
+    rows, _ = run(experiment(tmp_path, timeout=0.5))
+    assert "not finished after 0.5 s" in rows[0]["error"]
+    assert rows[0]["seconds"] < 30
+
+
+def test_a_batch_that_ranks_cannot_share_is_a_row(tmp_path: Path, speeds: Speeds) -> None:
+    rows, _ = run(experiment(tmp_path, [1, 3]))
+    assert "train.global_batch: expected a multiple of" in rows[1]["error"]
+
+
+def test_other_settings_are_refused_and_nothing_is_lost(tmp_path: Path, speeds: Speeds) -> None:
+    run(experiment(tmp_path))
+    before = (tmp_path / "test/results.json").read_text()
+    with pytest.raises(ConfigError) as caught:
+        run(experiment(tmp_path, updates=7))
+    assert caught.value.where == "scaling.updates"
+    assert (tmp_path / "test/results.json").read_text() == before
+
+
+def test_two_at_once_are_refused(tmp_path: Path, speeds: Speeds) -> None:
+    (tmp_path / "test").mkdir()
+    with lock(tmp_path / "test"), pytest.raises(ConfigError, match="at work"):
+        run(experiment(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": 3}', '{"rows": [{}]}', "{"])
+def test_another_file_is_no_results(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="results of a scaling experiment"):
+        read_results_file(path)
+
+
+def test_results_are_whole_after_every_row(tmp_path: Path) -> None:
+    planned = experiment(tmp_path)
+    (tmp_path / "test").mkdir()
+    results = Results(planned)
+    for speed in (1.0, 2.0):
+        results.add({"key": "a", "images_per_s": speed})
+        content = json.loads((tmp_path / "test/results.json").read_text())
+        assert content["rows"] == [{"key": "a", "images_per_s": speed}]
