@@ -16,7 +16,7 @@ from irpe_ds.errors import ConfigError
 from irpe_ds.scaling.calibrate import calibrate, read_results
 from irpe_ds.scaling.communication import collectives, released
 from irpe_ds.scaling.figure import draw
-from irpe_ds.scaling.hardware import Cluster, build_cluster, find_gpu
+from irpe_ds.scaling.hardware import BACKENDS, Cluster, build_cluster, find_gpu
 from irpe_ds.scaling.planner import (
     IMAGENET_IMAGES,
     IMAGENET_KB,
@@ -36,6 +36,8 @@ SHARES = {
     "memory_share": "of the GPU's memory bandwidth, for all other operators",
     "link_share": "of the links' rates",
     "launch_us": "microseconds of the host for each operator",
+    "latency": "times the latencies of the library's tables",
+    "hook_us": "microseconds of the host for each parameter, in a pass of ZeRO 3",
     "context_gib": "GiB for CUDA, NCCL and libraries",
     "host_gb_s": "GB/s of a host's memory, for what is offloaded",
     "pcie_share": "of PCIe's rate, for what is offloaded",
@@ -51,7 +53,13 @@ def main() -> None:
     gpu = find_gpu(arguments.gpu)
     intra = arguments.intra or ("nvlink" if gpu.nvlink_gb_s else "pcie")
     cluster = build_cluster(
-        gpu, arguments.gpus, arguments.per_node, intra, arguments.inter, arguments.nics
+        gpu,
+        arguments.gpus,
+        arguments.per_node,
+        intra,
+        arguments.inter,
+        arguments.nics,
+        arguments.backend,
     )
     scenario, origin = _scenario(arguments, cluster)
     if arguments.micro_batch is None:
@@ -85,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--intra", metavar="LINK", help="in a node: nvlink, pcie or a rate such as 300GB/s")
     add("--inter", default="400Gb/s", metavar="RATE", help="of a network card, such as 400Gb/s")
     add("--nics", type=int, metavar="N", help="network cards of a node; default: one for each GPU")
+    add("--backend", choices=BACKENDS, default="nccl", help="gloo: for runs on CPUs")
     add("--micro-batch", type=int, metavar="N", help="images on every GPU; default: the recipe's")
     add("--images", type=int, default=IMAGENET_IMAGES, metavar="N", help="of the training set")
     add("--image-kb", type=float, default=IMAGENET_KB, metavar="X", help="mean size, 1000 bytes")
@@ -120,7 +129,9 @@ def _scenario(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Scenario
     origin = {name: "assumed" if x is None else "given" for name, x in given.items()}
     if arguments.calibrate is None:
         return scenario, origin
-    results = read_results(arguments.calibrate, config.model.name, config.train.precision)
+    rpe = "none" if config.model.rpe is None else config.model.rpe.on
+    wanted = (config.model.name, config.train.precision, rpe)
+    results = read_results(arguments.calibrate, *wanted)
     files = _settings(config.train.deepspeed).values()
     plain = {zero.stage: zero for zero in files if "+" not in zero.name}
     zeros = plain | {scenario.zero.stage: scenario.zero}
@@ -170,7 +181,7 @@ def _print_sent(scenario: Scenario, row: Row) -> None:
     )
     for send in rows:
         ranks = send.ranks(row.cluster, scenario.zero.partition)
-        sent = send.sent(ranks) / 1e6
+        sent = send.sent(ranks, row.cluster.backend) / 1e6
         vector = f"{send.payload / 1e6:.2f} | {sent:.2f}"
         print(f"| {send.kind} | {send.what} | {ranks} | {send.calls} | {vector} |")
     if scenario.zero.stage == 3 and released(scenario.profile, scenario.zero):

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.scaling.hardware import Cluster
+from irpe_ds.scaling.hardware import Cluster, parse_rate
 from irpe_ds.scaling.planner import Scenario
 from irpe_ds.scaling.step import Assumptions, step
 from irpe_ds.scaling.zero import Zero
 
 COLUMNS = ("model", "ranks", "nodes", "stage", "micro_batch", "images_per_s")
-"""What a row must have; `accumulation` is 1 and `precision` the plan's where it has none."""
+"""What a row must have; without the others `accumulation` is 1, the rest as the plan has it."""
+
+UNKNOWNS = (("flop_share", "memory_share"), ("link_share",), ("hook_us",), ("latency",))
+"""What may be fitted, the most important first; what stands together moves together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class Result:
     micro_batch: int
     accumulation: int
     images_per_s: float
+    network: float | None = None
+    """Rate of the links between nodes, bytes per second. None: as the plan has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +49,11 @@ class Calibration:
     """Largest relative difference of a step's time."""
 
 
-def read_results(path: Path, model: str, precision: str) -> list[Result]:
-    """The rows of a CSV, or of a JSON list, that are about this model in this precision.
+def read_results(path: Path, model: str, precision: str, rpe: str = "none") -> list[Result]:
+    """The rows of a CSV, or of a JSON, that are about this model in this precision.
+
+    The files of `launch/scaling.py`, or lists of rows with COLUMNS; `rpe` is what the model carries
+    relative position on.
 
     Rows without a speed are runs that failed; they are left out.
 
@@ -61,16 +69,18 @@ def read_results(path: Path, model: str, precision: str) -> list[Result]:
         raise ConfigError("--calibrate", "a readable CSV or JSON", got) from None
     except ValueError as error:
         raise ConfigError(path, "valid JSON", error) from None
+    rows = rows.get("rows", rows) if isinstance(rows, dict) else rows
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ConfigError(path, "a list of rows", type(rows).__name__)
     found = []
     for number, row in enumerate(rows, 1):
-        missing = [column for column in COLUMNS if column not in row]
+        missing = [column for column in COLUMNS if column not in row and "error" not in row]
         if missing:
             expected = f"the columns {', '.join(COLUMNS)}"
             raise ConfigError(f"{path}, row {number}", expected, f"none named {missing[0]}")
-        same = row["model"] == model and row.get("precision", precision) == precision
-        if same and row["images_per_s"] not in ("", None):
+        wanted = {"model": model, "precision": precision, "rpe": rpe}
+        same = all(row.get(key, value) == value for key, value in wanted.items())
+        if same and row.get("images_per_s") not in ("", None):
             found.append(_result(row, f"{path}, row {number}"))
     if not found:
         got = f"none among {len(rows)}"
@@ -85,7 +95,9 @@ def _result(row: Mapping[str, Any], where: str) -> Result:
         accumulation, speed = int(row.get("accumulation") or 1), float(row["images_per_s"])
     except (TypeError, ValueError) as error:
         raise ConfigError(where, "numbers", error) from None
-    result = Result(**counts, accumulation=accumulation, images_per_s=speed)
+    network = row.get("network") or None
+    rate = None if network is None else parse_rate(f"{where}: network", network)
+    result = Result(**counts, accumulation=accumulation, images_per_s=speed, network=rate)
     sensible = min(result.ranks, result.nodes, result.micro_batch, accumulation) > 0 and speed > 0
     if not sensible or result.ranks % result.nodes or result.stage not in (0, 1, 2, 3):
         raise ConfigError(where, "positive numbers, whole nodes, a stage from 0 to 3", dict(row))
@@ -95,10 +107,9 @@ def _result(row: Mapping[str, Any], where: str) -> Result:
 def calibrate(
     scenario: Scenario, cluster: Cluster, results: Sequence[Result], zeros: Mapping[int, Zero]
 ) -> Calibration:
-    """Fit the speed of the GPU, and that of the links where several ranks were measured.
+    """Fit what the results depend on, of UNKNOWNS the first as many as there are different runs.
 
-    Least squares of the logarithm of the time of a step. Both shares of the GPU, of its products
-    and of its memory, move together.
+    Least squares of the logarithm of the time of a step.
 
     Args:
         zeros: the settings that each stage was measured with.
@@ -109,7 +120,6 @@ def calibrate(
     for result in results:
         if result.stage not in zeros:
             raise ConfigError("--calibrate", f"results of stages {sorted(zeros)}", result.stage)
-    several = any(result.ranks > 1 for result in results) and len(results) > 1
 
     def differences(logs: np.ndarray) -> np.ndarray:
         assumed = _scaled(scenario.assumed, logs)
@@ -121,10 +131,14 @@ def calibrate(
             ]
         )
 
-    logs, sensitive = _least_squares(differences, 2 if several else 1)
-    fitted = ["flop_share", "memory_share"] + (["link_share"] if len(sensitive) > 1 else [])
+    runs = {replace(result, images_per_s=1.0) for result in results}
+    slopes = _slopes(differences, np.zeros(len(UNKNOWNS)), range(len(UNKNOWNS)))
+    matter = [n for n, slope in enumerate(slopes.T) if np.abs(slope).max() > 1e-3]
+    matter = matter[: len(runs)]
+    logs = _least_squares(differences, matter)
+    fitted = tuple(name for n in matter for name in UNKNOWNS[n])
     worst = float(np.abs(np.expm1(differences(logs))).max())
-    assumed = replace(_scaled(scenario.assumed, logs), fitted=tuple(fitted))
+    assumed = replace(_scaled(scenario.assumed, logs), fitted=fitted)
     return Calibration(assumed=assumed, results=len(results), worst=worst)
 
 
@@ -133,13 +147,12 @@ def _images(result: Result) -> int:
 
 
 def _scaled(assumed: Assumptions, logs: np.ndarray) -> Assumptions:
-    factors = np.exp(np.append(logs, np.zeros(2 - len(logs))))
-    return replace(
-        assumed,
-        flop_share=assumed.flop_share * factors[0],
-        memory_share=assumed.memory_share * factors[0],
-        link_share=assumed.link_share * factors[1],
-    )
+    factors = {
+        name: float(factor)
+        for names, factor in zip(UNKNOWNS, np.exp(logs), strict=True)
+        for name in names
+    }
+    return replace(assumed, **{name: getattr(assumed, name) * x for name, x in factors.items()})
 
 
 def _seconds(
@@ -152,31 +165,34 @@ def _seconds(
     per_node = result.ranks // result.nodes
     # The network cards of a node stay what they are, however many of its GPUs take part.
     measured = replace(cluster, gpus=result.ranks, per_node=per_node)
+    if result.network is not None:
+        measured = replace(measured, inter=result.network)
     shape = (result.micro_batch, result.accumulation)
     zero = zeros[result.stage]
     return step(scenario.profile, zero, measured, scenario.config, *shape, assumed).total
 
 
-def _least_squares(function: Any, unknowns: int) -> tuple[np.ndarray, list[int]]:
-    """Gauss-Newton with halved steps; the unknowns, and which of them matter at all."""
-    x, small = np.zeros(unknowns), 1e-4
-    sensitive = list(range(unknowns))
-    for _ in range(50):
+def _slopes(function: Any, x: np.ndarray, unknowns: Iterable[int]) -> np.ndarray:
+    """Derivatives of the function by these unknowns, a column each."""
+    here, small, units = function(x), 1e-4, np.eye(len(x))
+    return np.stack([(function(x + small * units[n]) - here) / small for n in unknowns], 1)
+
+
+def _least_squares(function: Any, unknowns: Sequence[int]) -> np.ndarray:
+    """Gauss-Newton with halved steps over some of the unknowns; the others stay 0."""
+    x = np.zeros(len(UNKNOWNS))
+    for _ in range(50 if unknowns else 0):
         here = function(x)
-        columns = [(function(x + small * unit) - here) / small for unit in np.eye(unknowns)]
-        sensitive = [n for n in range(unknowns) if np.abs(columns[n]).max() > 1e-3]
-        if not sensitive:
-            break
-        jacobian = np.stack([columns[n] for n in sensitive], 1)
-        change = np.zeros(unknowns)
-        change[sensitive] = np.linalg.lstsq(jacobian, -here, rcond=1e-6)[0]
+        change = np.zeros(len(x))
+        slopes = _slopes(function, x, unknowns)
+        change[list(unknowns)] = np.linalg.lstsq(slopes, -here, rcond=1e-6)[0]
         change = np.clip(change, -2, 2)
         while np.abs(change).max() > 1e-9 and _norm(function(x + change)) > _norm(here):
             change = change / 2
         x = x + change
         if np.abs(change).max() < 1e-9:
             break
-    return x, sensitive
+    return x
 
 
 def _norm(values: np.ndarray) -> float:

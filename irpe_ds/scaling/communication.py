@@ -53,10 +53,13 @@ class Collective:
             "across": cluster.nodes,
         }[self.group]
 
-    def sent(self, ranks: int) -> float:
-        """Bytes that a rank sends by the ring algorithm."""
-        passes = 2 if self.kind == ALL_REDUCE else 1
-        return passes * (ranks - 1) / ranks * self.payload
+    def sent(self, ranks: int, backend: str = "nccl") -> float:
+        """Bytes that a rank sends by the ring algorithm.
+
+        Gloo has no reduce-scatter: PyTorch all-reduces with it and keeps a part.
+        """
+        twice = self.kind == ALL_REDUCE or (self.kind == REDUCE_SCATTER and backend == "gloo")
+        return (2 if twice else 1) * (ranks - 1) / ranks * self.payload
 
 
 def collectives(
@@ -272,7 +275,8 @@ def seconds(
     if nodes > 1:
         between = cluster.inter / (cluster.per_node if collective.group == "across" else 1)
         rate = min(cluster.intra, between) if local > 1 else between
-    transfer = collective.sent(ranks) / collective.calls / (rate * link_share)
+    sent = collective.sent(ranks, cluster.backend)
+    transfer = sent / collective.calls / (rate * link_share)
     reduces = collective.kind == ALL_REDUCE
     passes, across = 2 if reduces else 1, nodes if nodes > 1 else 0
     ways = []

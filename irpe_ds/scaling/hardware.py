@@ -76,7 +76,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """Microseconds of a collective under one of NCCL's protocols, once and for each step."""
+    """Microseconds of a collective under a protocol, once and for each step."""
 
     name: str
     rate: float
@@ -101,6 +101,11 @@ PCIE = (
 )
 """Of nodes without, from the same tables; LL128 needs NVLink."""
 
+TCP = (Protocol("TCP", 1.0, 200.0, 200.0, (100.0, 100.0), (100.0, 100.0)),)
+"""Of Gloo, as two processes of a Xeon had it over a virtual link, 200 to 700 us a collective."""
+
+BACKENDS = ("nccl", "gloo")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
@@ -114,6 +119,8 @@ class Cluster:
     inter: float
     """Of one node to the others, all its network cards together."""
     protocols: tuple[Protocol, ...]
+    backend: str = "nccl"
+    """nccl between GPUs, gloo between CPUs: which collectives it has, and how they are made."""
 
     @property
     def nodes(self) -> int:
@@ -159,7 +166,13 @@ def _own_gpu(name: str, text: str) -> GPU:
 
 
 def build_cluster(
-    gpu: GPU, gpus: int, per_node: int, intra: str, inter: str, nics: int | None = None
+    gpu: GPU,
+    gpus: int,
+    per_node: int,
+    intra: str,
+    inter: str,
+    nics: int | None = None,
+    backend: str = "nccl",
 ) -> Cluster:
     """So many GPUs in nodes, joined as the arguments of the planner say.
 
@@ -167,6 +180,7 @@ def build_cluster(
         intra: `nvlink`, `pcie`, or a rate such as `300GB/s`.
         inter: rate of one network card, such as `400Gb/s`.
         nics: network cards of a node. None: one for each of its GPUs.
+        backend: one of BACKENDS.
 
     Raises:
         ConfigError: a link that the GPU does not have, no rate, or GPUs that do not fill nodes.
@@ -176,7 +190,7 @@ def build_cluster(
             raise ConfigError(name, "a positive integer", count)
     if gpus > per_node and gpus % per_node:
         raise ConfigError("--gpus", f"whole nodes of {per_node} GPUs (--per-node)", gpus)
-    protocols = PCIE if intra == "pcie" else NVLINK
+    protocols = TCP if backend == "gloo" else PCIE if intra == "pcie" else NVLINK
     if intra == "nvlink":
         if gpu.nvlink_gb_s is None:
             expected = f"pcie or a rate: {gpu.name} has no NVLink to all GPUs of its node"
@@ -194,6 +208,7 @@ def build_cluster(
         intra=intra_rate,
         inter=inter_rate,
         protocols=protocols,
+        backend=backend,
     )
 
 

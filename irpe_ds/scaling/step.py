@@ -23,6 +23,10 @@ class Assumptions:
     """Share of the links' rates that collectives reach."""
     launch_us: float = 10.0
     """Host time of one operator, microseconds; a GPU that is faster waits for it."""
+    latency: float = 1.0
+    """Latency of collectives, as a multiple of what tables of their library say."""
+    hook_us: float = 100.0
+    """Host time of ZeRO 3 for a parameter in a pass, to gather it and to let it go."""
     context_gib: float = 1.5
     """Memory of CUDA, NCCL and libraries."""
     host_gb_s: float = 200.0
@@ -100,8 +104,12 @@ def step(
     passes, launches = [], 0.0
     for n in (0, 1):
         moved = micro_batch * profile.traffic[n] + profile.traffic_once[n]
-        started = 1e-6 * assumed.launch_us * profile.kernels[n]
-        passes.append(accumulation * max(products[n] + moved / bandwidth, started))
+        computed, started = products[n] + moved / bandwidth, assumed.launch_us * profile.kernels[n]
+        hooks = assumed.hook_us * len(profile.parameters) if zero.stage == 3 else 0.0
+        if cluster.backend == "gloo":  # host and device are one
+            computed, hooks = computed + 1e-6 * hooks, 0.0
+        started = 1e-6 * (started + hooks)
+        passes.append(accumulation * max(computed, started))
         launches += accumulation * started
     sends = collectives(profile, zero, cluster, accumulation)
     waited, hidden, latency = _communication(sends, zero, cluster, passes, assumed)
@@ -131,6 +139,7 @@ def _communication(
     beside = {"forward": 0.0, "backward": 0.0}
     for send in sends:
         late, transfer = seconds(send, cluster, zero.partition, assumed.link_share)
+        late *= assumed.latency
         latency += late
         share = send.waited if send.hides_in else 1.0
         waited += share * (late + transfer)

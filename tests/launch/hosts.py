@@ -105,6 +105,15 @@ class Hosts:
         """Set the bridge's end of a host's link up or down."""
         _call("ip", "link", "set", f"irpe-{name}", state)
 
+    def shape(self, rate: str | None) -> None:
+        """Let every host send at most at a rate, as tc spells it (200mbit); None: as it can."""
+        for name in self.names:
+            inside = ("ip", "netns", "exec", _space(name), "tc", "qdisc")
+            subprocess.run([*inside, "delete", "dev", "eth0", "root"], capture_output=True)
+            if rate is not None:
+                limits = ("tbf", "rate", rate, "burst", "128kb", "latency", "200ms")
+                _call(*inside, "add", "dev", "eth0", "root", *limits)
+
     def _configure(self) -> None:
         folder = self.folder
         (folder / "bin").mkdir(parents=True, exist_ok=True)

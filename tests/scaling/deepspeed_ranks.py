@@ -1,7 +1,9 @@
 """What DeepSpeed really sends and keeps on two CPU ranks; run as a script by the tests.
 
-Every rank trains a small ViT under each case; rank 0 prints one line of JSON for each: bytes of an
-update by collective, and bytes of all live tensors between two updates.
+Every rank trains a small ViT under each case; rank 0 prints one line of JSON for each, of one update:
+`sent`, bytes of whole vectors by collective, as PyTorch got them; `logged`, bytes by collective as
+DeepSpeed's communication logger has them; `wire`, bytes that the interface WIRE sent; and `live`,
+bytes of all live tensors after it.
 """
 
 import collections
@@ -9,6 +11,7 @@ import gc
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,14 @@ def live_bytes() -> int:
     return sum(found.values())
 
 
+def wire_bytes() -> int:
+    """Bytes that the interface has sent until now; 0 without one."""
+    if "WIRE" not in os.environ:
+        return 0
+    time.sleep(0.2)  # what is on its way
+    return int(Path(f"/sys/class/net/{os.environ['WIRE']}/statistics/tx_bytes").read_text())
+
+
 def measure(case: dict[str, Any], folder: Path, counter: Counter) -> dict[str, Any]:
     import copy
 
@@ -90,25 +101,36 @@ def measure(case: dict[str, Any], folder: Path, counter: Counter) -> dict[str, A
     state.start(dict(build_model(config.model).named_parameters()))
     for update in range(3):  # stage 3 needs two to know the order of its parameters
         if update == 2:
+            torch.distributed.barrier()
+            wire = wire_bytes()
             counter.bytes.clear()
+            deepspeed.comm.configure(enabled=True, prof_all=True)
         for _ in range(config.train.accumulation):
             images = torch.randn(2, 3, 24, 24, dtype=dtype)
             engine.backward(engine(images).float().square().mean())
             engine.step()
+    deepspeed.comm.configure(enabled=False, prof_all=False)
     sent = dict(counter.bytes)
+    wire = wire_bytes() - wire
+    logger = deepspeed.comm.comm.comms_logger
+    logged = {
+        name: sum(size * found[0] for size, found in sizes.items())
+        for name, sizes in logger.comms_dict.items()
+    }
+    logger.reset_data()
     del images
     kept = live_bytes() - before
     engine.destroy()
-    return {"sent": sent, "live": kept}
+    return {"sent": sent, "live": kept, "logged": logged, "wire": wire}
 
 
 def main() -> None:
-    rank, world_size, port, folder = sys.argv[1:5]
+    rank, world_size, address, port, folder = sys.argv[1:6]
     for key, value in {
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": world_size,
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": address,
         "MASTER_PORT": port,
     }.items():
         os.environ[key] = value

@@ -15,7 +15,7 @@ from irpe_ds.scaling.step import Assumptions, step
 from irpe_ds.scaling.zero import Zero, read_zero
 from tests.scaling.conftest import cluster
 
-TRUE = Assumptions(flop_share=0.35, memory_share=0.4, link_share=0.25)
+TRUE = Assumptions(flop_share=0.35, memory_share=0.4, link_share=0.25, hook_us=300, latency=2)
 ZEROS: dict[int, Zero] = {n: read_zero(Path(f"ds_configs/zero{n}.json")) for n in range(4)}
 HEADER = "model,ranks,nodes,stage,micro_batch,accumulation,images_per_s"
 
@@ -46,13 +46,17 @@ class TestCalibrate:
         assert found.assumed.flop_share == pytest.approx(TRUE.flop_share, rel=1e-3)
         assert found.assumed.memory_share == pytest.approx(TRUE.memory_share, rel=1e-3)
         assert found.assumed.link_share == pytest.approx(TRUE.link_share, rel=1e-2)
-        assert found.assumed.fitted == ("flop_share", "memory_share", "link_share")
+        assert found.assumed.hook_us == pytest.approx(TRUE.hook_us, rel=1e-2)
+        assert found.assumed.latency == pytest.approx(TRUE.latency, rel=1e-2)
+        shares = ("flop_share", "memory_share", "link_share")
+        assert found.assumed.fitted == (*shares, "hook_us", "latency")
         assert found.worst < 1e-3
         assert found.results == 12
 
     def test_one_link_calibrates_the_others(self, scenario: Scenario) -> None:
-        """Fitted at stage 1 on two nodes, right at stage 3 on sixteen."""
-        measured = [result(scenario, 1, 1, 0), result(scenario, 16, 2, 1)]
+        """Fitted on one and two nodes, right at stage 3 on sixteen."""
+        runs = ((1, 1, 0), (1, 1, 3), (16, 2, 1), (16, 2, 3))
+        measured = [result(scenario, *run) for run in runs]
         found = calibrate(scenario, cluster(16), measured, ZEROS).assumed
         at = cluster(128)
         times = [
@@ -88,6 +92,15 @@ class TestRead:
         assert read_results(path, "m", "bf16") == [
             Result(ranks=8, nodes=2, stage=1, micro_batch=64, accumulation=1, images_per_s=1000.0)
         ]
+
+    def test_results_of_a_scaling_experiment(self, tmp_path: Path) -> None:
+        path = tmp_path / "results.json"
+        row = dict(zip(HEADER.split(","), ("m", 8, 2, 1, 64, 1, 1000), strict=True))
+        row |= {"network": "200Mbit/s", "rpe": "k"}
+        failed = {"model": "m", "error": "gone"}
+        path.write_text(json.dumps({"rows": [row, failed, row | {"rpe": "qkv"}]}))
+        (found,) = read_results(path, "m", "bf16", "k")
+        assert found.network == 25e6
 
     def test_json(self, tmp_path: Path) -> None:
         path = tmp_path / "results.json"

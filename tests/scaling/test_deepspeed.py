@@ -58,7 +58,7 @@ def measured() -> dict[tuple[str, str, int], dict[str, Any]]:
     with TemporaryDirectory() as folder:
         ranks = [
             subprocess.Popen(
-                [*script, str(rank), "2", port, folder],
+                [*script, str(rank), "2", "127.0.0.1", port, folder],
                 cwd=Path(__file__).parents[2],
                 env={**os.environ, **ENVIRONMENT},
                 stdin=subprocess.PIPE,
