@@ -1,6 +1,6 @@
 """What DeepSpeed really sends and keeps on two CPU ranks; run as a script by the tests.
 
-Every rank trains a small ViT under each case; rank 0 prints one line of JSON for each, of one update:
+Every rank trains a small ViT under each case; rank 0 prints a line of JSON for each, of one update:
 `sent`, bytes of whole vectors by collective, as PyTorch got them; `logged`, bytes by collective as
 DeepSpeed's communication logger has them; `wire`, bytes that the interface WIRE sent; and `live`,
 bytes of all live tensors after it.
