@@ -82,13 +82,15 @@ class Hosts:
         path.write_text("".join(f"{name} slots={slots}\n" for name in names))
         return path
 
-    def start(self, command: Sequence[object], output: Path) -> "subprocess.Popen[bytes]":
-        """Start a command on node1, its output in a file."""
+    def start(
+        self, command: Sequence[object], output: Path, host: str = "node1"
+    ) -> "subprocess.Popen[bytes]":
+        """Start a command on a host, its output in a file."""
         environment = os.environ | self._environment | {"DS_ENV_FILE": str(self.folder / "env")}
         environment["PATH"] = f"{self.folder / 'bin'}:{self._environment['PATH']}"
         with output.open("wb") as file:
             return subprocess.Popen(
-                self._on(self.names[0], *command),
+                self._on(host, *command),
                 env=environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -125,7 +125,7 @@ def measure(case: dict[str, Any], folder: Path, counter: Counter) -> dict[str, A
 
 
 def main() -> None:
-    rank, world_size, address, port, folder = sys.argv[1:6]
+    rank, world_size, address, port, folder, cases = sys.argv[1:7]
     for key, value in {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -138,7 +138,7 @@ def main() -> None:
     import deepspeed
 
     deepspeed.init_distributed(verbose=False)
-    for case in json.load(sys.stdin):
+    for case in json.loads(cases):
         own = Path(folder) / rank
         own.mkdir(exist_ok=True)
         measured = measure(case, own, counter)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from irpe_ds.config import load_config
-from irpe_ds.scaling.communication import collectives
+from irpe_ds.scaling.communication import Collective, collectives
 from irpe_ds.scaling.memory import memory
 from irpe_ds.scaling.profile import profile
 from irpe_ds.scaling.zero import zero_of
@@ -29,7 +29,8 @@ ZERO = {
     "stage 3": {"stage": 3, **STAGE_3},
     "stage 3, small prefetch": {"stage": 3, "stage3_prefetch_bucket_size": 1000, **STAGE_3},
 }
-CASES: list[tuple[str, str, int]] = [
+Case = tuple[str, str, int]
+CASES: list[Case] = [
     *((name, "bf16", 2) for name in ZERO),
     *((name, "fp32", 1) for name in ("stage 0", "stage 1", "stage 3")),
     *((name, "autocast", 2) for name in ("stage 1", "stage 3")),
@@ -46,32 +47,37 @@ def overrides(precision: str, accumulation: int) -> list[str]:
     ]
 
 
+def settings(case: Case, *changes: str) -> dict[str, Any]:
+    """What the ranks are told of a case, with further overrides."""
+    name, precision, accumulation = case
+    return {"zero": ZERO[name], "overrides": [*overrides(precision, accumulation), *changes]}
+
+
+def counted(case: Case, *changes: str) -> list[Collective]:
+    """What the planner says that they send."""
+    name, _, accumulation = case
+    config = load_config(QUICKSTART, settings(case, *changes)["overrides"])
+    return collectives(profile(config), zero_of(ZERO[name]), cluster(RANKS), accumulation)
+
+
 @cache
-def measured() -> dict[tuple[str, str, int], dict[str, Any]]:
+def measured() -> dict[Case, dict[str, Any]]:
     """What two ranks do in all cases, one after the other."""
-    cases = [
-        {"zero": ZERO[name], "overrides": overrides(precision, accumulation)}
-        for name, precision, accumulation in CASES
-    ]
+    cases = json.dumps([settings(case) for case in CASES])
     port = str(free_port())
     script = [sys.executable, "-m", "tests.scaling.deepspeed_ranks"]
     with TemporaryDirectory() as folder:
         ranks = [
             subprocess.Popen(
-                [*script, str(rank), "2", "127.0.0.1", port, folder],
+                [*script, str(rank), "2", "127.0.0.1", port, folder, cases],
                 cwd=Path(__file__).parents[2],
                 env={**os.environ, **ENVIRONMENT},
-                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
             for rank in range(RANKS)
         ]
-        for rank in ranks:
-            assert rank.stdin is not None
-            rank.stdin.write(json.dumps(cases))
-            rank.stdin.close()
         outputs = []
         try:
             for rank in ranks:
@@ -81,21 +87,23 @@ def measured() -> dict[tuple[str, str, int], dict[str, Any]]:
         finally:
             for rank in ranks:
                 rank.kill()
-    lines = [line for line in outputs[0].splitlines() if line.startswith("MEASURED ")]
-    assert len(lines) == len(CASES), outputs[0][-3000:]
-    results = [json.loads(line.removeprefix("MEASURED ")) for line in lines]
-    return dict(zip(CASES, results, strict=True))
+    return dict(zip(CASES, results_of(outputs[0]), strict=True))
+
+
+def results_of(output: str) -> list[dict[str, Any]]:
+    """What the first rank has printed for each case."""
+    lines = [line for line in output.splitlines() if line.startswith("MEASURED ")]
+    assert lines, output[-3000:]
+    return [json.loads(line.removeprefix("MEASURED ")) for line in lines]
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[1]} x{case[2]}")
 class TestAgainstDeepSpeed:
-    def test_sends_the_bytes_that_were_counted(self, case: tuple[str, str, int]) -> None:
-        name, precision, accumulation = case
-        config = load_config(QUICKSTART, overrides(precision, accumulation))
+    def test_sends_the_bytes_that_were_counted(self, case: Case) -> None:
         expected: dict[str, int] = {}
-        for send in collectives(profile(config), zero_of(ZERO[name]), cluster(RANKS), accumulation):
+        for send in counted(case):
             expected[send.kind] = expected.get(send.kind, 0) + send.payload
         sent = measured()[case]["sent"]
         norms = 100  # a few numbers of the gradient's norm and of overflows
@@ -105,7 +113,13 @@ class TestAgainstDeepSpeed:
         if "all_reduce" not in expected:
             assert sent.get("all_reduce", 0) <= norms
 
-    def test_keeps_the_states_that_were_counted(self, case: tuple[str, str, int]) -> None:
+    def test_its_communication_logger_says_the_same(self, case: Case) -> None:
+        sent, logged = measured()[case]["sent"], dict(measured()[case]["logged"])
+        if "all_gather" in sent:  # logged is what a rank puts in
+            assert RANKS * logged.pop("all_gather_into_tensor") == sent.pop("all_gather")
+        assert {name.removesuffix("_tensor"): size for name, size in logged.items()} == sent
+
+    def test_keeps_the_states_that_were_counted(self, case: Case) -> None:
         name, precision, accumulation = case
         config = load_config(QUICKSTART, overrides(precision, accumulation))
         counted = memory(
