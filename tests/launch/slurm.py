@@ -38,6 +38,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
+SchedulerParameters=sched_interval=1,bf_interval=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 PreemptType=preempt/partition_prio
@@ -91,7 +92,7 @@ class Slurm:
             self._start("slurmctld", "slurmctld -D")
             for node in NODES:
                 names = f"mount --bind {self.folder}/hosts /etc/hosts"
-                self._start(node, f"hostname {node} && {names} && exec slurmd -D -N {node}")
+                self._start(node, f"hostname {node} && {names} && slurmd -D -N {node}")
             self._wait("nodes", lambda: self._run("sinfo", "-ho", "%D %t").stdout == "2 idle\n")
             self._daemons = stack.pop_all()
         return self
@@ -146,7 +147,7 @@ class Slurm:
         """A daemon whose processes all end with it."""
         with (self.folder / f"{name}.out").open("wb") as output:
             daemon = subprocess.Popen(
-                [*APART, "sh", "-c", command],
+                [*APART, "sh", "-c", f"{command}; exit"],  # not exec: a shell reaps orphans
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
