@@ -3,7 +3,7 @@
 import hashlib
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from irpe_ds.config import RunConfig
@@ -46,7 +46,13 @@ def inputs(data: Mapping[str, DatasetInfo], op: Choice) -> dict[str, str]:
 
 
 def compare(found: Sequence[tuple[str, Mapping[str, str]]]) -> None:
-    """Raise a ConfigError where facts are not those of most; of each (who, facts)."""
+    """Raise the first of the `differences`, if there is one."""
+    for difference in differences(found):
+        raise difference
+
+
+def differences(found: Sequence[tuple[str, Mapping[str, str]]]) -> Iterator[ConfigError]:
+    """Where facts are not those of most; of each (who, facts)."""
     for fact in dict.fromkeys(fact for _, facts in found for fact in facts):
         values = [facts.get(fact, "none") for _, facts in found]
         compared = [value.split()[0] if fact == SOURCE else value for value in values]
@@ -54,7 +60,8 @@ def compare(found: Sequence[tuple[str, Mapping[str, str]]]) -> None:
         for (who, _), value, own in zip(found, values, compared, strict=True):
             if own != usual:
                 first = compared.index(usual)
-                raise ConfigError(who, f"{fact} {values[first]}, as {found[first][0]} has", value)
+                expected = f"{fact} {values[first]}, as {found[first][0]} has"
+                yield ConfigError(who, expected, value)
 
 
 def source_hash() -> str:

@@ -91,10 +91,12 @@ def set_environment() -> None:
     """Complete what the launcher set; without one, a run of one rank.
 
     Raises:
-        ConfigError: several processes were started by something that does not number them.
+        ConfigError: several processes were started by something that does not number them, or by
+            `deepspeed` with a hostfile that does not exist or has a mistake.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    launchers.check_hostfile(launchers.parents())
     os.environ.update(launchers.numbers(os.environ))
     if "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1:
         os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task shows each task its own GPU alone

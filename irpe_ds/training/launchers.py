@@ -4,15 +4,18 @@ DeepSpeed's launcher and torchrun say it in PyTorch's variables; Open MPI and sr
 """
 
 import base64
+import contextlib
 import json
-import os
 import re
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 from irpe_ds.errors import ConfigError
+from irpe_ds.training.hostfile import read_hostfile
 
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """PyTorch's variables, all of which a run needs."""
@@ -60,16 +63,15 @@ def numbers(environment: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def hosts_of_ranks(environment: Mapping[str, str], launcher: list[str]) -> list[str] | None:
+def hosts_of_ranks(environment: Mapping[str, str], launcher: Sequence[str]) -> list[str] | None:
     """The host that every rank should be on; None where the launcher does not say.
 
     Args:
         launcher: command line of the parent process: DeepSpeed's has the hosts in --world_info.
     """
-    for argument in launcher:
-        if argument.startswith("--world_info="):
-            slots = json.loads(base64.urlsafe_b64decode(argument.removeprefix("--world_info=")))
-            return [host for host, numbers in slots.items() for _ in numbers]
+    for value in option(launcher, "--world_info"):
+        slots = json.loads(base64.urlsafe_b64decode(value))
+        return [host for host, numbers in slots.items() for _ in numbers]
     block = environment.get("SLURM_DISTRIBUTION", "block").startswith("block")
     if _is_step(environment) and _tasks(environment) > 1 and block:
         try:
@@ -81,12 +83,36 @@ def hosts_of_ranks(environment: Mapping[str, str], launcher: list[str]) -> list[
     return None
 
 
-def parent() -> list[str]:
-    """Command line of the process that started this one."""
-    try:
-        return Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
-        return []
+def check_hostfile(launchers: Sequence[Sequence[str]]) -> None:
+    """Raise a ConfigError where the `deepspeed` command took a hostfile that `read_hostfile` does
+    not: without one it would train on this host alone.
+
+    Args:
+        launchers: command lines of the processes that started this one.
+    """
+    for command in launchers:
+        names = [Path(word).name for word in command[:2]]
+        if "deepspeed" in names:
+            for value in option(command, "--hostfile", "-H"):
+                read_hostfile(Path(value))
+
+
+def option(command: Sequence[str], *names: str) -> Iterator[str]:
+    """Values of an option in a command line."""
+    for word, following in zip(command, [*command[1:], ""], strict=False):
+        if word in names:
+            yield following
+        elif word.startswith(tuple(f"{name}=" for name in names)):
+            yield word.split("=", 1)[1]
+
+
+def parents() -> list[list[str]]:
+    """Command lines of the processes that started this one, the nearest first."""
+    found = []
+    for process in psutil.Process().parents():
+        with contextlib.suppress(psutil.Error):
+            found.append(process.cmdline())
+    return found
 
 
 def _open_mpi(environment: Mapping[str, str]) -> dict[str, str]:

@@ -67,10 +67,15 @@ def set_interface(address: str) -> None:
 
     Left alone, gloo takes the one that the host's own name leads to: on Debian, 127.0.1.1.
     """
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in addresses):
-            os.environ.setdefault(INTERFACE, name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", os.environ[INTERFACE])
+    name = _interface(address)
+    if name is not None:
+        os.environ.setdefault(INTERFACE, name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", os.environ[INTERFACE])
+
+
+def interface_to(target: str, here: str) -> str | None:
+    """The interface by which packets to a host leave this one; loopback from a host to itself."""
+    return _interface(_local_address(target, here))
 
 
 def describe(ranks: list[int], hosts: list[str] | None) -> str:
@@ -107,7 +112,8 @@ def _wait_for_first(address: str, port: int, seconds: float) -> None:
     end = time.monotonic() + seconds
     while True:
         try:
-            socket.create_connection((address, port), max(1.0, end - time.monotonic())).close()
+            patience = min(5.0, max(1.0, end - time.monotonic()))
+            socket.create_connection((address, port), patience).close()
             return
         except OSError as error:
             if time.monotonic() > end:
@@ -135,7 +141,7 @@ def _wait_for_all(store: Store, world_size: int, seconds: float) -> dict[str, ob
 
 
 def _absent(absent: list[int], came: list[str], seconds: float) -> ConfigError:
-    hosts = launchers.hosts_of_ranks(os.environ, launchers.parent())
+    hosts = launchers.hosts_of_ranks(os.environ, next(iter(launchers.parents()), []))
     names = "" if hosts else f", only ranks on {', '.join(dict.fromkeys(came))}"
     expected = f"to join within {seconds:g} s ({SETTING})"
     return ConfigError(describe(absent, hosts), expected, f"no sign of life{names}")
@@ -164,6 +170,12 @@ def _local_address(target: str, here: str) -> str:
             return str(probe.getsockname()[0])
     except OSError as error:
         raise ConfigError(here, f"a way to {target}", error) from error
+
+
+def _interface(address: str) -> str | None:
+    """Name of the interface that has a local address."""
+    there = psutil.net_if_addrs().items()
+    return next((name for name, of in there if any(x.address == address for x in of)), None)
 
 
 def _is_loopback(address: str) -> bool:

@@ -1,10 +1,11 @@
 """Several hosts train as one: pdsh over ssh, ZeRO over a network, the death of a host."""
 
 import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -50,11 +51,15 @@ def common(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def launch(
-    hosts: Hosts, names: list[str], overrides: list[str], resume: str = "never"
+    hosts: Hosts,
+    names: list[str],
+    overrides: list[str],
+    resume: str = "never",
+    options: Sequence[str] = (),
 ) -> "tuple[subprocess.Popen[bytes], Path]":
     """deepspeed on node1, over these hosts; its process and its log."""
     config = ("--config", "launch/configs/quickstart.yaml", "--resume", resume)
-    command = ["deepspeed", "--hostfile", hosts.hostfile(names), "launch/train.py"]
+    command = ["deepspeed", "--hostfile", hosts.hostfile(names), *options, "launch/train.py"]
     log = hosts.folder / f"log-{time.monotonic_ns()}"
     return hosts.start([*command, *config, *overrides], log), log
 
@@ -151,3 +156,35 @@ def test_a_host_with_another_commit_is_named(hosts: Hosts, common: list[str]) ->
     assert found[1].startswith("rank 1 on node5: expected the source of irpe_ds")
     assert found[3] == "rank 0 on node1"
     assert found[2] != found[4]
+
+
+def test_the_check_before_a_run_names_every_fault(hosts: Hosts, common: list[str]) -> None:
+    config = ("--config", "launch/configs/quickstart.yaml", *common)
+    log = hosts.folder / "check"
+
+    def check(*names: str) -> tuple[int, str]:
+        hostfile = hosts.hostfile(names)
+        process = hosts.start(["python", "launch/check.py", "--hostfile", hostfile, *config], log)
+        return process.wait(120), log.read_text()
+
+    code, output = check("node1", "node2")
+    assert code == 0, output
+    assert re.search(r"^node1 +1 +- +lo +cpu +\w+ \(commit", output, re.MULTILINE)
+    assert re.search(r"^node2 +1 +- +eth0 +cpu +\w+ \(commit", output, re.MULTILINE)
+    code, output = check("node1", "node2", "absent", "node5")
+    assert code == 2
+    (absent, other) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert absent.startswith("error: absent: expected an answer over ssh")
+    assert other.startswith("error: node5: expected the source of irpe_ds")
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun (openmpi-bin)")
+def test_hosts_train_with_open_mpi(
+    hosts: Hosts, common: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+        monkeypatch.setenv(variable, "1")
+    options = ("--launcher", "openmpi", "--launcher_args=-x MASTER_ADDR=node1")
+    process, log = launch(hosts, hosts.names[:2], [*common, "name=mpi"], options=options)
+    assert process.wait(200) == 0, log.read_text()
+    assert "2 ranks on CPU, 2 nodes over eth0" in log.read_text()

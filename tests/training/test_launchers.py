@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.training.launchers import hosts_of_ranks, numbers
+from irpe_ds.training.launchers import check_hostfile, hosts_of_ranks, numbers
 
 TORCH = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 TORCH |= {"MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
@@ -114,3 +114,19 @@ def test_deepspeed_names_the_hosts() -> None:
     world = base64.urlsafe_b64encode(json.dumps({"a": [0, 1], "b": [0]}).encode()).decode()
     assert hosts_of_ranks({}, ["python", f"--world_info={world}"]) == ["a", "a", "b"]
     assert hosts_of_ranks({}, ["bash"]) is None
+
+
+@pytest.mark.parametrize("option", [["--hostfile", "{}"], ["-H", "{}"], ["--hostfile={}"]])
+def test_deepspeed_with_a_hostfile_that_is_not_there(option: list[str], tmp_path: Path) -> None:
+    """It warns, and would train on this host alone."""
+    path = tmp_path / "hosts"
+    words = [word.format(path) for word in option]
+    command = ["/env/bin/python", "/env/bin/deepspeed", *words, "launch/train.py"]
+    with pytest.raises(ConfigError, match=r"expected a hostfile, got .*No such file"):
+        check_hostfile([["python", "-m", "deepspeed.launcher.launch"], command])
+    path.write_text("a slots=1\n")
+    check_hostfile([command])
+    path.write_text("a slots=0\n")
+    with pytest.raises(ConfigError, match="at least one slot"):
+        check_hostfile([command])
+    check_hostfile([["bash", "-c", f"deepspeed --hostfile {path}"], ["mpirun", "--hostfile", "x"]])
