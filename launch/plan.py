@@ -129,7 +129,7 @@ def _scenario(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Scenario
     origin = {name: "assumed" if x is None else "given" for name, x in given.items()}
     if arguments.calibrate is None:
         return scenario, origin
-    rpe = "none" if config.model.rpe is None else config.model.rpe.on
+    rpe = "" if config.model.rpe is None else config.model.rpe.on
     wanted = (config.model.name, config.train.precision, rpe)
     results = read_results(arguments.calibrate, *wanted)
     files = _settings(config.train.deepspeed).values()

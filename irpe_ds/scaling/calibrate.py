@@ -37,6 +37,11 @@ class Result:
     network: float | None = None
     """Rate of the links between nodes, bytes per second. None: as the plan has it."""
 
+    @property
+    def seconds(self) -> float:
+        """Of an update."""
+        return self.micro_batch * self.accumulation * self.ranks / self.images_per_s
+
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
@@ -49,10 +54,10 @@ class Calibration:
     """Largest relative difference of a step's time."""
 
 
-def read_results(path: Path, model: str, precision: str, rpe: str = "none") -> list[Result]:
+def read_results(path: Path, model: str, precision: str, rpe: str = "") -> list[Result]:
     """The rows of a CSV, or of a JSON, that are about this model in this precision.
 
-    The files of `launch/scaling.py`, or lists of rows with COLUMNS; `rpe` is what the model carries
+    The files of `launch/scaling.py`, or lists of rows with COLUMNS; `rpe` is what `model.rpe` puts
     relative position on.
 
     Rows without a speed are runs that failed; they are left out.
@@ -125,8 +130,8 @@ def calibrate(
         assumed = _scaled(scenario.assumed, logs)
         return np.array(
             [
-                math.log(_seconds(scenario, cluster, result, zeros, assumed))
-                - math.log(_images(result) / result.images_per_s)
+                math.log(seconds(scenario, cluster, result, zeros, assumed))
+                - math.log(result.seconds)
                 for result in results
             ]
         )
@@ -142,10 +147,6 @@ def calibrate(
     return Calibration(assumed=assumed, results=len(results), worst=worst)
 
 
-def _images(result: Result) -> int:
-    return result.micro_batch * result.accumulation * result.ranks
-
-
 def _scaled(assumed: Assumptions, logs: np.ndarray) -> Assumptions:
     factors = {
         name: float(factor)
@@ -155,13 +156,14 @@ def _scaled(assumed: Assumptions, logs: np.ndarray) -> Assumptions:
     return replace(assumed, **{name: getattr(assumed, name) * x for name, x in factors.items()})
 
 
-def _seconds(
+def seconds(
     scenario: Scenario,
     cluster: Cluster,
     result: Result,
     zeros: Mapping[int, Zero],
     assumed: Assumptions,
 ) -> float:
+    """What an update of a result's run is planned to take."""
     per_node = result.ranks // result.nodes
     # The network cards of a node stay what they are, however many of its GPUs take part.
     measured = replace(cluster, gpus=result.ranks, per_node=per_node)

@@ -148,7 +148,7 @@ def _describe(experiment: Experiment, cell: Cell) -> Row:
         "ranks": cell.ranks,
         "model": config.model.name,
         "precision": config.train.precision,
-        "rpe": "none" if config.model.rpe is None else config.model.rpe.on,
+        "rpe": "" if config.model.rpe is None else config.model.rpe.on,
         "deepspeed": config.train.deepspeed.stem,
         "stage": cell.stage,
         "accumulation": config.train.accumulation,
