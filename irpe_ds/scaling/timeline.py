@@ -1,7 +1,7 @@
 """Where the time of updates goes, and what they send."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -42,7 +42,7 @@ class Timeline:
         self._trainer = trainer
         self._stack = ["forward"]
         self._patches = ExitStack()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.bytes: Counter[str] = Counter()
         """Of the whole vectors, by collective: in for reductions, out for all-gathers."""
 
