@@ -62,14 +62,14 @@ def main() -> None:
         arguments.backend,
     )
     scenario, origin = _scenario(arguments, cluster)
+    settings = _settings(scenario.config.train.deepspeed)
     if arguments.micro_batch is None:
-        row = plan(scenario, cluster)
+        row = plan(scenario, cluster, settings)
     else:
         row = plan_micro_batch(scenario, cluster, arguments.micro_batch)
-    per_gpu = arguments.micro_batch or min(128, scenario.largest(cluster.with_gpus(1)))
+    per_gpu = arguments.micro_batch or min(128, scenario.largest(cluster))
     same_batch = list(strong(scenario, cluster))
     same_load = list(weak(scenario, cluster, per_gpu))
-    settings = _settings(scenario.config.train.deepspeed)
     _print_answer(scenario, row)
     _print_sent(scenario, row)
     _print_memory(scenario, row, settings)

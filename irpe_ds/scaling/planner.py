@@ -1,7 +1,7 @@
 """A run on a cluster: what fits, how fast it is, what it costs, what holds it back."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from irpe_ds.config import RunConfig
 from irpe_ds.errors import ConfigError
@@ -86,8 +86,11 @@ class Row:
         return self.step.bottleneck(self.cluster)
 
 
-def plan(scenario: Scenario, cluster: Cluster) -> Row:
+def plan(scenario: Scenario, cluster: Cluster, settings: Mapping[str, Zero] | None = None) -> Row:
     """The recipe's global batch on these GPUs, in as few micro-steps as fit.
+
+    Args:
+        settings: other ZeRO settings by name, to tell which would do where not even one image fits.
 
     Raises:
         ConfigError: the global batch cannot be shared by them, or not even one image fits.
@@ -95,10 +98,7 @@ def plan(scenario: Scenario, cluster: Cluster) -> Row:
     train, gpus = scenario.config.train, cluster.gpus
     largest = scenario.largest(cluster)
     if not largest:
-        least = scenario.memory(cluster, scenario.multiple).total / 2**30
-        expected = f"a GPU with {least:.1f} GiB or more for {scenario.zero.name} on {gpus} GPUs"
-        got = f"{cluster.gpu.name} with {cluster.gpu.memory_gib:g} GiB"
-        raise ConfigError("--gpu", expected, got)
+        raise _does_not_fit(scenario, cluster, settings or {})
     for accumulation in range(train.accumulation, train.global_batch + 1):
         micro, rest = divmod(train.global_batch, gpus * accumulation)
         if micro < scenario.multiple:
@@ -108,6 +108,22 @@ def plan(scenario: Scenario, cluster: Cluster) -> Row:
     unit = f"a multiple of {scenario.multiple * gpus * train.accumulation}"
     expected = f"{unit}: {scenario.multiple} images or more for each of {gpus} GPUs"
     raise ConfigError("train.global_batch", expected, train.global_batch)
+
+
+def _does_not_fit(
+    scenario: Scenario, cluster: Cluster, settings: Mapping[str, Zero]
+) -> ConfigError:
+    found = {name: replace(scenario, zero=zero) for name, zero in settings.items()}
+    fitting = [name for name, other in found.items() if other.largest(cluster)]
+    least = scenario.memory(cluster, scenario.multiple).total / 2**30
+    expected = f"{least:.1f} GiB or more for {scenario.zero.name} on {cluster.gpus} GPUs"
+    if fitting:
+        expected += f", or train.deepspeed of {', '.join(fitting)}, which fit"
+    elif settings:
+        fullest = [other.memory(cluster, scenario.multiple).total for other in found.values()]
+        expected += f"; no other stage fits, the smallest needs {min(fullest) / 2**30:.1f} GiB"
+    got = f"{cluster.gpu.memory_gib:g} GiB of one {cluster.gpu.name}"
+    return ConfigError("memory", expected, got)
 
 
 def plan_micro_batch(scenario: Scenario, cluster: Cluster, micro_batch: int) -> Row:
@@ -163,16 +179,19 @@ def _row(
         step=taken,
         memory=scenario.memory(cluster, micro_batch),
         largest=largest,
-        efficiency=speed / best_of_one(scenario, cluster),
+        efficiency=speed / best_of_one(scenario, cluster, micro_batch),
         hours=updates / speed / 3600,
         image_kb=scenario.image_kb,
     )
 
 
-def best_of_one(scenario: Scenario, cluster: Cluster) -> float:
-    """Images per second of the passes alone on one GPU, with the largest micro-batch that fits."""
+def best_of_one(scenario: Scenario, cluster: Cluster, micro_batch: int) -> float:
+    """Images per second of the passes alone on one GPU, with the largest micro-batch that fits.
+
+    One of `micro_batch` where that is larger, as for models that do not fit on one GPU at all.
+    """
     alone = cluster.with_gpus(1)
-    images = max(scenario.multiple, scenario.largest(alone))
+    images = max(micro_batch, scenario.largest(alone))
     config, assumed = scenario.config, scenario.assumed
     taken = step(scenario.profile, scenario.zero, alone, config, images, 1, assumed)
     return images / (taken.forward + taken.backward)

@@ -84,8 +84,35 @@ class TestPlan:
 
     def test_too_small_a_gpu_is_one_line(self, deit: RunConfig, deit_profile: Profile) -> None:
         small = replace(find_gpu("H100"), memory_gib=1)
-        with pytest.raises(ConfigError, match=r"--gpu: expected a GPU with 2\.\d GiB or more"):
+        with pytest.raises(
+            ConfigError, match=r"memory: expected 2\.\d GiB or more for stage 1 on 1"
+        ):
             plan(scenario(deit, deit_profile), replace(cluster(1), gpu=small))
+
+    def test_stages_that_would_fit_are_named(self, deit: RunConfig, deit_profile: Profile) -> None:
+        settings = {name: read_zero(Path(f"ds_configs/{name}.json")) for name in ("zero1", "zero3")}
+        own, machines = scenario(deit, deit_profile, "zero0"), cluster(8)
+        least = {
+            name: replace(own, zero=zero).memory(machines, own.multiple).total / 2**30
+            for name, zero in {"zero0": own.zero, **settings}.items()
+        }
+        between = replace(
+            machines.gpu, memory_gib=(least["zero0"] + max(least["zero1"], least["zero3"])) / 2
+        )
+        with pytest.raises(ConfigError, match="of zero1, zero3, which fit"):
+            plan(own, replace(machines, gpu=between), settings)
+        tiny_gpu = replace(machines.gpu, memory_gib=1)
+        with pytest.raises(ConfigError, match="no other stage fits, the smallest needs"):
+            plan(own, replace(machines, gpu=tiny_gpu), settings)
+
+    def test_a_model_that_does_not_fit_on_one(self, deit: RunConfig, deit_profile: Profile) -> None:
+        own = scenario(deit, deit_profile, "zero3")
+        machines = cluster(64)
+        alone, all_of_them = (own.memory(c, 2).total / 2**30 for c in (cluster(1), machines))
+        small = replace(machines.gpu, memory_gib=(alone + all_of_them) / 2)
+        row = plan(own, replace(machines, gpu=small))
+        assert own.largest(replace(cluster(1), gpu=small)) == 0
+        assert 0 < row.efficiency <= 1
 
     def test_too_many_gpus_for_the_batch(self, deit: RunConfig, deit_profile: Profile) -> None:
         with pytest.raises(ConfigError, match=r"train\.global_batch: expected a multiple of 2048"):
