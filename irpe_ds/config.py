@@ -197,7 +197,7 @@ class TrainConfig(Section):
     """Newest checkpoints kept, beside the best."""
     max_skips: Natural = 10
     """Updates in a row that are left out when a gradient is not finite; one more stops the run."""
-    join_seconds: Positive = 60.0
+    join_seconds: Positive = 45.0
     """How long the ranks wait for each other at the start; then those that are absent are named.
     More where some hosts load Python much more slowly than others."""
 

@@ -143,7 +143,7 @@ def test_a_host_that_dies_ends_the_run_by_name(hosts: Hosts, common: list[str]) 
 def test_a_host_that_does_not_answer_is_named(hosts: Hosts, common: list[str]) -> None:
     process, log = launch(hosts, ["node1", "absent", "node2"], [*common, "name=absent"])
     assert process.wait(90) != 0
-    assert "error: rank 1 on absent: expected to join within 60 s" in log.read_text()
+    assert "error: rank 1 on absent: expected to join within 45 s" in log.read_text()
 
 
 def test_a_host_with_another_commit_is_named(hosts: Hosts, common: list[str]) -> None:
