@@ -18,6 +18,7 @@ from irpe_ds.config_file import apply, read_values
 from irpe_ds.errors import ConfigError
 from irpe_ds.scaling.hardware import parse_rate
 from irpe_ds.scaling.zero import read_zero
+from irpe_ds.training.hostfile import read_hostfile
 
 SECTION = "scaling"
 SHAPE = ("nodes", "ranks_per_node", "micro_batch")
@@ -118,10 +119,23 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
             cells[cell.key] = cell
     if not cells:
         raise ConfigError(f"{SECTION}.matrix", "a cell or more", "none")
-    nodes = max(cell.nodes for cell in cells.values())
-    if nodes > 1 and scaling.hostfile is None:
-        raise ConfigError(f"{SECTION}.hostfile", f"a hostfile with {nodes} hosts", "none")
+    for cell in cells.values():
+        _check_hosts(scaling.hostfile, cell)
     return Experiment(config=config, scaling=scaling, cells=list(cells.values()))
+
+
+def _check_hosts(hostfile: Path | None, cell: Cell) -> None:
+    if hostfile is None:
+        if cell.nodes > 1:
+            raise ConfigError(f"{SECTION}.hostfile", f"a hostfile with {cell.nodes} hosts", "none")
+        return
+    hosts = read_hostfile(hostfile)[: cell.nodes]
+    expected = f"{cell.nodes} hosts with {cell.ranks_per_node} slots each"
+    if len(hosts) < cell.nodes:
+        raise ConfigError(hostfile, expected, f"{len(hosts)} hosts")
+    for host in hosts:
+        if host.slots < cell.ranks_per_node:
+            raise ConfigError(hostfile, expected, f"{host.name} with {host.slots}")
 
 
 def _combinations(matrix: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

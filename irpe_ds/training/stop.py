@@ -15,8 +15,9 @@ _TOGETHER_SECONDS = 2.0  # a terminal and a launcher may both pass one wish on
 class StopSignals:
     """While entered, SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C only leave a note.
 
-    A second signal, seconds later, ends the process at once. A thread reads what the kernel
-    delivers, because Python's own handlers wait as long as the main thread waits for other ranks.
+    Ctrl-C, seconds after another signal, ends the process at once; a scheduler that repeats its own
+    does not cut the saving short. A thread reads what the kernel delivers, because Python's own
+    handlers wait as long as the main thread waits for other ranks.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,9 @@ class StopSignals:
                 continue
             if self.received is None:
                 self.received, first = signal.Signals(number).name, time.monotonic()
-            elif time.monotonic() - first > _TOGETHER_SECONDS and not self.finished:
+                continue
+            late = time.monotonic() - first > _TOGETHER_SECONDS
+            if number == signal.SIGINT and late and not self.finished:
                 os._exit(128 + number)
         os.close(self._reader)
 

@@ -67,7 +67,7 @@ def measure(rate: str, folder: Path) -> Path:
 
 def compare(files: dict[str, Path]) -> list[dict[str, Any]]:
     """Times measured and planned at every rate; prints them."""
-    config = load_experiment(Path(EXPERIMENT), ["scaling.hostfile=hosts"]).config
+    config = load_experiment(Path(EXPERIMENT), ["scaling.matrix=[{}]"]).config
     zeros = {stage: read_zero(Path(f"ds_configs/zero{stage}.json")) for stage in (1, 2, 3)}
     first, *_ = files
     cluster = build_cluster(find_gpu(CORE), 2, 1, "10GB/s", first, backend="gloo")

@@ -320,15 +320,17 @@ def slow_steps() -> None:
     Trainer.train_update = slow  # type: ignore[method-assign]
 
 
-def test_a_second_signal_ends_at_once(common: list[str], tmp_path: Path) -> None:
+def test_ctrl_c_after_another_signal_ends_at_once(common: list[str], tmp_path: Path) -> None:
     run = [*common, *zero(0), "name=impatient"]
     ranks = Ranks(tmp_path, 2, [(run, "never")], hang)
     ranks.wait_for("hanging")
     ranks.signal(signal.SIGTERM)
     time.sleep(2.5)
-    assert ranks.wait(0) == [None, None]
     ranks.signal(signal.SIGTERM)
-    assert ranks.wait(5) == [128 + signal.SIGTERM] * 2
+    time.sleep(0.5)
+    assert ranks.wait(0) == [None, None]
+    ranks.signal(signal.SIGINT)
+    assert ranks.wait(5) == [128 + signal.SIGINT] * 2
 
 
 def hang() -> None:

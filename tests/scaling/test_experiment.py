@@ -25,7 +25,8 @@ def load(folder: Path, *matrix: object, **scaling: object) -> Experiment:
 class TestCells:
     def test_are_all_combinations(self, tmp_path: Path) -> None:
         axes = {"nodes": [1, 2], "ranks_per_node": 4, "train.precision": ["fp32", "bf16"]}
-        cells = load(tmp_path, axes, hostfile="hosts").cells
+        (tmp_path / "hosts").write_text("a slots=4\nb slots=4\n")
+        cells = load(tmp_path, axes, hostfile=str(tmp_path / "hosts")).cells
         found = [(cell.nodes, cell.ranks, cell.config.train.precision) for cell in cells]
         assert found == [(1, 4, "fp32"), (1, 4, "bf16"), (2, 8, "fp32"), (2, 8, "bf16")]
 
@@ -83,6 +84,23 @@ def test_mistakes_are_named(
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, axes, **scaling)
     assert str(caught.value.where) == where
+
+
+@pytest.mark.parametrize(
+    ("hosts", "got"),
+    [
+        ("a slots=2\n", "got 1 hosts"),
+        ("a slots=2\nb slots=1\n", "got b with 1"),
+        ("a slots=2\nb slots=0\n", "line 2: expected at least one slot"),
+        (None, "expected a hostfile"),
+    ],
+)
+def test_hosts_that_are_not_there(hosts: str | None, got: str, tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    if hosts is not None:
+        path.write_text(hosts)
+    with pytest.raises(ConfigError, match=got):
+        load(tmp_path, {"nodes": [1, 2], "ranks_per_node": 2}, hostfile=str(path))
 
 
 def test_a_run_s_file_is_no_experiment() -> None:
