@@ -249,7 +249,8 @@ PAGE = f"""<!doctype html>
 body {{{{ font: 15px/1.5 system-ui, sans-serif; color: {INK}; margin: 2em auto; max-width: 1400px;
   padding: 0 1em }}}}
 table {{{{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }}}}
-th, td {{{{ padding: .25em .7em; text-align: right; border-bottom: 1px solid {FAINT} }}}}
+th, td {{{{ padding: .25em .6em; text-align: right; border-bottom: 1px solid {FAINT} }}}}
+td {{{{ white-space: nowrap }}}}
 th {{{{ font-weight: 600; vertical-align: bottom }}}} .text {{{{ text-align: left }}}}
 img {{{{ max-width: 100%; display: block; margin: 1.5em 0 }}}} .wide {{{{ overflow-x: auto }}}}
 pre {{{{ font-size: 12px }}}} p.note {{{{ color: {PALE}; font-size: 13px }}}}
@@ -261,23 +262,24 @@ pre {{{{ font-size: 12px }}}} p.note {{{{ color: {PALE}; font-size: 13px }}}}
 
 def _runs(rows: Sequence[Row]) -> str:
     names = varied(rows)
+    known = any("mfu" in row for row in rows)
     kinds = sorted({key for row in rows for key in row if key.endswith("_bytes")})
     head = ["nodes", "ranks", "ZeRO", "batch", *(name.split(".")[-1] for name in names)]
     head += ["img/s", "slowest to fastest", "ms an update", "efficiency %"]
     head += [f"{phase} %" for phase in PHASES]
     head += [f"{kind.removesuffix('_bytes').replace('_', '-')} MB" for kind in kinds]
-    head += ["GiB", "TFLOP/s", "MFU %"]
+    head += ["GiB", "TFLOP/s", *(["MFU %"] if known else [])]
     lines = []
     for row in rows:
         speed = f"{row['slowest_images_per_s']:,.0f} to {row['fastest_images_per_s']:,.0f}"
-        mfu = f"{100 * row['mfu']:.1f}" if "mfu" in row else ""
         cells = [row["nodes"], row["ranks"], row["deepspeed"], facet(row, ())]
         cells += [_value(row, name) for name in names]
         cells += [f"{row['images_per_s']:,.0f}", speed, f"{row['step_ms']:,.1f}"]
         cells += [f"{100 * row['efficiency']:.0f}"]
         cells += [f"{100 * row[f'{phase}_ms'] / row['apart_ms']:.1f}" for phase in PHASES]
         cells += [f"{row.get(kind, 0) / 1e6:,.3f}" for kind in kinds]
-        cells += [f"{row['memory_gib']:.2f}", f"{row['tflops']:.3g}", mfu]
+        cells += [f"{row['memory_gib']:.2f}", f"{row['tflops']:.3g}"]
+        cells += [f"{100 * row['mfu']:.1f}" if "mfu" in row else "?"] if known else []
         lines.append(cells)
     note = (
         "Throughput, time, TFLOP/s and MFU are those of the median repetition, left alone. Shares "
