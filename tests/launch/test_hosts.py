@@ -125,21 +125,6 @@ def test_a_link_that_is_cut_for_half_a_minute_costs_only_the_time(
     assert (folder / "checkpoints/update-00000400").exists()
 
 
-def test_a_host_that_dies_ends_the_run_by_name(hosts: Hosts, common: list[str]) -> None:
-    folder = Path(common[0].removeprefix("output=")) / "dying"
-    run = [*common, *LONG, "name=dying"]
-    process, log = launch(hosts, hosts.names[:2], run)
-    wait_for_checkpoints(folder, 2, log)
-    hosts.tear_down("node2")
-    assert process.wait(90) != 0
-    assert "error: rank 1 on node2 has not answered for 40 s" in log.read_text()
-    updates = max(int(p.name[-8:]) for p in (folder / "checkpoints").glob("update-*"))
-    more = f"train.max_updates={updates + 10}"
-    process, log = launch(hosts, ["node1", "node3"], [*run, more], "auto")
-    assert process.wait(200) == 0, log.read_text()
-    assert f"going on from {folder}" in log.read_text()
-
-
 def test_a_host_that_does_not_answer_is_named(hosts: Hosts, common: list[str]) -> None:
     process, log = launch(hosts, ["node1", "absent", "node2"], [*common, "name=absent"])
     assert process.wait(90) != 0
@@ -188,3 +173,19 @@ def test_hosts_train_with_open_mpi(
     process, log = launch(hosts, hosts.names[:2], [*common, "name=mpi"], options=options)
     assert process.wait(200) == 0, log.read_text()
     assert "2 ranks on CPU, 2 nodes over eth0" in log.read_text()
+
+
+def test_a_host_that_dies_ends_the_run_by_name(hosts: Hosts, common: list[str]) -> None:
+    """The last test of this file: node2 is gone after it."""
+    folder = Path(common[0].removeprefix("output=")) / "dying"
+    run = [*common, *LONG, "name=dying"]
+    process, log = launch(hosts, hosts.names[:2], run)
+    wait_for_checkpoints(folder, 2, log)
+    hosts.tear_down("node2")
+    assert process.wait(90) != 0
+    assert "error: rank 1 on node2 has not answered for 40 s" in log.read_text()
+    updates = max(int(p.name[-8:]) for p in (folder / "checkpoints").glob("update-*"))
+    more = f"train.max_updates={updates + 10}"
+    process, log = launch(hosts, ["node1", "node3"], [*run, more], "auto")
+    assert process.wait(200) == 0, log.read_text()
+    assert f"going on from {folder}" in log.read_text()
