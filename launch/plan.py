@@ -14,7 +14,7 @@ from irpe_ds.cli import run
 from irpe_ds.config import load_config
 from irpe_ds.errors import ConfigError
 from irpe_ds.scaling.calibrate import calibrate, read_results
-from irpe_ds.scaling.communication import collectives, released
+from irpe_ds.scaling.communication import collectives
 from irpe_ds.scaling.figure import draw
 from irpe_ds.scaling.hardware import BACKENDS, Cluster, build_cluster, find_gpu
 from irpe_ds.scaling.planner import (
@@ -184,8 +184,6 @@ def _print_sent(scenario: Scenario, row: Row) -> None:
         sent = send.sent(ranks, row.cluster.backend) / 1e6
         vector = f"{send.payload / 1e6:.2f} | {sent:.2f}"
         print(f"| {send.kind} | {send.what} | {ranks} | {send.calls} | {vector} |")
-    if scenario.zero.stage == 3 and released(scenario.profile, scenario.zero):
-        print("\nAll-gathers of the backward pass are an upper bound.")
 
 
 def _print_memory(scenario: Scenario, row: Row, settings: Mapping[str, Zero]) -> None:

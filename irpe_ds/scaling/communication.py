@@ -4,17 +4,18 @@ The counts follow its sources, and `tests/scaling/` holds them against what two 
 
 - stages 1 and 2 all-reduce gradients (use_multi_rank_bucket_allreduce); there is no reduce-scatter
 - stage 2 does so in every micro-step, stages 0 and 1 once an update
-- stage 3 gathers a parameter once in a micro-step, not twice, if its next use lies within
-  stage3_max_reuse_distance or stage3_prefetch_bucket_size elements; then it stays whole between
-  forward and backward
+- stage 3 gathers a parameter once in a micro-step or, where it was let go between forward and
+  backward, twice: gathering.py
 - parameters below stage3_param_persistence_threshold are gathered one by one, once an update
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from irpe_ds.scaling.gathering import gathered
 from irpe_ds.scaling.hardware import Cluster
 from irpe_ds.scaling.profile import Parameter, Profile
 from irpe_ds.scaling.zero import Zero
@@ -103,20 +104,12 @@ def split(profile: Profile, zero: Zero) -> tuple[list[Parameter], list[Parameter
 
 
 def released(profile: Profile, zero: Zero) -> list[Parameter]:
-    """Partitioned parameters that are let go after the forward pass, and gathered again.
+    """Partitioned parameters that are let go in a micro-step, and gathered again.
 
-    DeepSpeed keeps those whose next use is near, and those whose next use its prefetcher has
-    already seen; what that is depends on the model, so this is the most that may be gathered again.
-    None are with its defaults, in a model of less than 500 million parameters.
+    None are with DeepSpeed's defaults, in a model of less than 500 million parameters.
     """
-    after = profile.numel
-    near = max(zero.max_reuse_distance / 2, zero.prefetch_bucket)
-    found = []
-    for p in profile.parameters:
-        after -= p.numel
-        if p.numel >= zero.persistence_threshold and after >= near:
-            found.append(p)
-    return found
+    times = Counter(gathered(profile.call, profile.parameters, zero))
+    return [p for p in profile.parameters if times[p.name] > 1]
 
 
 def _stage_1_or_2(
@@ -183,7 +176,7 @@ def _gathers(
         part = padded((p for p in parameters if p.half_gradient == half), ranks)
         autocast = half and profile.precision == "autocast"
         payload += part * (2 if autocast else profile.bytes)
-    buckets = max(1, math.ceil(elements / zero.prefetch_bucket))
+    buckets = math.ceil(elements / max(zero.prefetch_bucket, elements / len(parameters)))
     if zero.quantized_weights:
         payload = elements + 4 * math.ceil(elements / QUANTIZED_GROUP)
         buckets *= 2

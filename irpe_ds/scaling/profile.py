@@ -42,11 +42,23 @@ class Parameter:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True)
+class Call:
+    """A module that ran in the forward pass."""
+
+    parameters: tuple[str, ...]
+    """Names of its own, those of modules in it left out."""
+    calls: tuple["Call", ...]
+    """Modules that ran in it, in order."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Profile:
     """Counts of one model in training; bytes and operations are of one image."""
 
     parameters: tuple[Parameter, ...]
+    call: Call
+    """The model itself."""
     precision: str
     impl: str
     """Implementation of attention that activations and traffic are counted for."""
@@ -95,8 +107,8 @@ def profile(config: RunConfig) -> Profile:
         raise ConfigError("model.impl", expected, config.model.impl)
     with torch.device("meta"):
         model = build_model(plain).train().to(MODEL[config.train.precision])
+    call, parameters = _call(model, config), tuple(_parameters(model, config))
     impl = _replace_attention(model, config.model.impl, PRODUCTS[config.train.precision])
-    parameters = tuple(_parameters(model, config))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
         one, two = (_count(model, config, images) for images in (2, 4))
@@ -107,6 +119,7 @@ def profile(config: RunConfig) -> Profile:
     per_image = [(b - a) // 2 for a, b in zip(one.bytes, two.bytes, strict=True)]
     return Profile(
         parameters=parameters,
+        call=call,
         precision=config.train.precision,
         impl=impl,
         flops=forward_flops(config.model),
@@ -119,6 +132,39 @@ def profile(config: RunConfig) -> Profile:
         kernels=two.kernels,
         recompute=config.model.grad_checkpointing,
     )
+
+
+def _call(model: nn.Module, config: RunConfig) -> Call:
+    """Run a model without memory once, to see which of its modules run, and in which order."""
+    running: list[list[Call]] = [[]]
+
+    def begin(*_: Any) -> None:
+        running.append([])
+
+    def end(own: tuple[str, ...]) -> None:
+        inner = running.pop()
+        running[-1].append(Call(own, tuple(inner)))
+
+    handles = []
+    for prefix, module in model.named_modules():
+        if isinstance(module, RPEAttention):
+            module.impl = "reference"
+        names = module.named_parameters(prefix, recurse=False)
+        own = tuple(name for name, _ in names)
+        handles.append(module.register_forward_pre_hook(begin))
+        handles.append(module.register_forward_hook(lambda *_, own=own: end(own)))
+    model(_images(config, 1, "meta"))
+    for handle in handles:
+        handle.remove()
+    ((call,),) = running
+    return call
+
+
+def _images(config: RunConfig, number: int, device: str) -> Tensor:
+    size = config.model.img_size
+    height, width = (size, size) if isinstance(size, int) else size
+    dtype = MODEL[config.train.precision]
+    return torch.empty(number, 3, height, width, dtype=dtype, device=device)
 
 
 def _parameters(model: nn.Module, config: RunConfig) -> Iterator[Parameter]:
@@ -170,9 +216,6 @@ class _Traffic(TorchDispatchMode):
 
 def _count(model: nn.Module, config: RunConfig, images: int) -> _Counts:
     """One forward and backward pass of so many images on tensors without memory."""
-    size = config.model.img_size
-    height, width = (size, size) if isinstance(size, int) else size
-    dtype = MODEL[config.train.precision]
     kept: dict[int, Tensor] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -180,7 +223,7 @@ def _count(model: nn.Module, config: RunConfig, images: int) -> _Counts:
         return x
 
     weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
-    batch = torch.empty(images, 3, height, width, dtype=dtype)
+    batch = _images(config, images, "cpu")
     cast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "autocast")
     with _Traffic() as forward, cast:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):

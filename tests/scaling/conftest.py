@@ -6,7 +6,7 @@ import pytest
 
 from irpe_ds.config import RunConfig, load_config
 from irpe_ds.scaling.hardware import Cluster, build_cluster, find_gpu
-from irpe_ds.scaling.profile import Parameter, Profile, profile
+from irpe_ds.scaling.profile import Call, Parameter, Profile, profile
 from irpe_ds.scaling.zero import Zero, zero_of
 
 QUICKSTART = "launch/configs/quickstart.yaml"
@@ -29,6 +29,7 @@ def tiny(precision: str = "bf16") -> Profile:
             Parameter(name=str(n), shape=s, group=len(s) - 1, half_gradient=n != 1)
             for n, s in enumerate(shapes)
         ),
+        call=Call((), tuple(Call((str(n),), ()) for n in range(len(shapes)))),
         precision=precision,
         impl="fused",
         flops=1_000_000,

@@ -22,12 +22,16 @@ from tests.scaling.conftest import QUICKSTART, cluster
 RANKS = 2
 BUCKETS = {"reduce_bucket_size": 60_000, "allgather_bucket_size": 60_000}
 STAGE_3 = {"reduce_bucket_size": 60_000, "stage3_param_persistence_threshold": 3000}
+LETS_GO = {**STAGE_3, "stage3_max_reuse_distance": 0}
 ZERO = {
     "stage 0": {"stage": 0},
     "stage 1": {"stage": 1, **BUCKETS},
     "stage 2": {"stage": 2, **BUCKETS},
     "stage 3": {"stage": 3, **STAGE_3},
     "stage 3, small prefetch": {"stage": 3, "stage3_prefetch_bucket_size": 1000, **STAGE_3},
+    "stage 3, lets go": {"stage": 3, "stage3_prefetch_bucket_size": 1000, **LETS_GO},
+    "stage 3, larger prefetch": {"stage": 3, "stage3_prefetch_bucket_size": 20_000, **LETS_GO},
+    "stage 3, no prefetch": {"stage": 3, "stage3_prefetch_bucket_size": 0, **LETS_GO},
 }
 Case = tuple[str, str, int]
 CASES: list[Case] = [
