@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.runlog import METRICS, read_rows, replace_file
@@ -102,13 +102,13 @@ def run_experiment(
     folder = experiment.config.folder
     check_data(experiment.config)
     check_folder(experiment.config)
-    with lock(folder):
+    with lock(folder) as held:
         results = Results(experiment)
         for number, cell in enumerate(experiment.cells, 1):
             place = f"[{number}/{len(experiment.cells)}] {cell}"
             known = results.rows.get(cell.key)
             if known is None or (retry and "error" in known):
-                results.add(run_cell(experiment, cell))
+                results.add(run_cell(experiment, cell, held))
             else:
                 place += " (known)"
             say(f"{place}: {_summary(results.rows[cell.key])}")
@@ -121,13 +121,13 @@ def _summary(row: Row) -> str:
     return f"{row['images_per_s']:,.0f} img/s, {row['step_ms']:,.0f} ms an update"
 
 
-def run_cell(experiment: Experiment, cell: Cell) -> Row:
-    """The row of a cell, from a run of its own."""
+def run_cell(experiment: Experiment, cell: Cell, held: TextIO) -> Row:
+    """The row of a cell, from a run of its own; it holds on to a lock as long as it runs."""
     row = _describe(experiment, cell)
     started = time.monotonic()
     try:
         row |= {"micro_batch": micro_batch(cell.config, cell.ranks)}
-        row |= _measure(experiment, cell)
+        row |= _measure(experiment, cell, held)
     except (ConfigError, CellError) as error:
         row["error"] = str(error)
     return row | {"seconds": round(time.monotonic() - started, 1)}
@@ -158,17 +158,16 @@ def _describe(experiment: Experiment, cell: Cell) -> Row:
     }
 
 
-def _measure(experiment: Experiment, cell: Cell) -> Row:
+def _measure(experiment: Experiment, cell: Cell, held: TextIO) -> Row:
     """Start the run, wait for it, and read what it has logged."""
     folder = cell.config.folder
     if folder.exists():  # of a run that was killed
-        lock(folder).close()
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     file = folder.with_suffix(".yaml")
     file.write_text(cell.config.dump())
     output = folder.with_suffix(".log")
-    _launch(command(experiment, cell, file), output, experiment.scaling.timeout)
+    _launch(command(experiment, cell, file), output, experiment.scaling.timeout, held)
     rows = [row for row in read_rows(folder / METRICS) if row["kind"] == KIND]
     environment = json.loads((folder / "environment.json").read_text())
     numbers = {key: value for key, value in rows[-1].items() if key not in ("kind", "update")}
@@ -199,8 +198,10 @@ def _port() -> int:
         return int(free.getsockname()[1])
 
 
-def _launch(command: list[str], output: Path, timeout: float) -> None:
+def _launch(command: list[str], output: Path, timeout: float, held: TextIO) -> None:
     """Run a command to its end, with all that it starts.
+
+    It inherits the lock: should this process be killed, no other can start before it has ended.
 
     Raises:
         CellError: it failed, or took too long.
@@ -211,6 +212,7 @@ def _launch(command: list[str], output: Path, timeout: float) -> None:
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
+            pass_fds=[held.fileno()],
             start_new_session=True,
         )
         try:

@@ -1,7 +1,9 @@
 """An experiment that is stopped, fails in a cell, hangs, or is called again."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,27 @@ def test_two_at_once_are_refused(tmp_path: Path, speeds: Speeds) -> None:
     (tmp_path / "test").mkdir()
     with lock(tmp_path / "test"), pytest.raises(ConfigError, match="at work"):
         run(experiment(tmp_path))
+
+
+def test_what_a_killed_one_has_started_is_not_disturbed(tmp_path: Path) -> None:
+    """Another may start when it has ended, and not before."""
+    script = (
+        "import sys; from pathlib import Path; from irpe_ds.scaling.runner import _launch\n"
+        "from irpe_ds.training.start import lock\n"
+        "with lock(Path('.')) as held:\n"
+        "    _launch(['sh', '-c', 'touch begun; sleep 2'], Path('output'), 60, held)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    end = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    with pytest.raises(ConfigError, match="at work"):
+        lock(tmp_path)
+    time.sleep(3)
+    lock(tmp_path).close()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": 3}', '{"rows": [{}]}', "{"])
