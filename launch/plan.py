@@ -132,9 +132,9 @@ def _scenario(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Scenario
     rpe = "" if config.model.rpe is None else config.model.rpe.on
     wanted = (config.model.name, config.train.precision, rpe)
     results = read_results(arguments.calibrate, *wanted)
-    files = _settings(config.train.deepspeed).values()
-    plain = {zero.stage: zero for zero in files if "+" not in zero.name}
-    zeros = plain | {scenario.zero.stage: scenario.zero}
+    files = _settings(config.train.deepspeed)
+    plain = {zero.stage: zero for zero in files.values() if "+" not in zero.name}
+    zeros: dict[int | str, Zero] = {**files, **plain, scenario.zero.stage: scenario.zero}
     found = calibrate(scenario, cluster, results, zeros)
     source = f"fitted to {found.results} results in {arguments.calibrate}"
     worst = f"; the worst is {100 * found.worst:.1f} % off"

@@ -33,7 +33,8 @@ def main() -> None:
     from irpe_ds.scaling.runner import read_results_file, run_experiment
 
     if args.report is None:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the run that it has started
+        for number in (signal.SIGTERM, signal.SIGHUP):  # the run that it has started ends with it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
         path = run_experiment(load_experiment(args.config, args.overrides), args.retry).path
     else:
         path = args.report

@@ -20,6 +20,12 @@ from irpe_ds.scaling.zero import Zero
 COLUMNS = ("model", "ranks", "nodes", "stage", "micro_batch", "images_per_s")
 """What a row must have; without the others `accumulation` is 1, the rest as the plan has it."""
 
+KNOWN_AXES = {
+    *("nodes", "ranks_per_node", "micro_batch", "model.name", "model.rpe"),
+    *(f"train.{key}" for key in ("global_batch", "accumulation", "precision", "deepspeed")),
+}
+"""What runs of an experiment may differ in for the plan to know of it; others are left out."""
+
 UNKNOWNS = (("flop_share", "memory_share"), ("link_share",), ("hook_us",), ("latency",))
 """What may be fitted, the most important first; what stands together moves together."""
 
@@ -35,7 +41,9 @@ class Result:
     accumulation: int
     images_per_s: float
     network: float | None = None
-    """Rate of the links between nodes, bytes per second. None: as the plan has it."""
+    """Rate of a network card, bytes per second. None: as the plan has it."""
+    file: str | None = None
+    """Name of the ZeRO settings. None: those of the stage."""
 
     @property
     def seconds(self) -> float:
@@ -60,7 +68,8 @@ def read_results(path: Path, model: str, precision: str, rpe: str = "") -> list[
     The files of `launch/scaling.py`, or lists of rows with COLUMNS; `rpe` is what `model.rpe` puts
     relative position on.
 
-    Rows without a speed are runs that failed; they are left out.
+    Rows without a speed are runs that failed; they are left out, as are runs that differ from the
+    others in what the plan does not tell apart.
 
     Raises:
         ConfigError: the file cannot be read, lacks a column, or has no such row.
@@ -85,6 +94,9 @@ def read_results(path: Path, model: str, precision: str, rpe: str = "") -> list[
             raise ConfigError(f"{path}, row {number}", expected, f"none named {missing[0]}")
         wanted = {"model": model, "precision": precision, "rpe": rpe}
         same = all(row.get(key, value) == value for key, value in wanted.items())
+        axes = row.get("axes") or {}
+        axes = json.loads(axes) if isinstance(axes, str) else axes
+        same = same and axes.keys() <= KNOWN_AXES
         if same and row.get("images_per_s") not in ("", None):
             found.append(_result(row, f"{path}, row {number}"))
     if not found:
@@ -102,7 +114,13 @@ def _result(row: Mapping[str, Any], where: str) -> Result:
         raise ConfigError(where, "numbers", error) from None
     network = row.get("network") or None
     rate = None if network is None else parse_rate(f"{where}: network", network)
-    result = Result(**counts, accumulation=accumulation, images_per_s=speed, network=rate)
+    result = Result(
+        **counts,
+        accumulation=accumulation,
+        images_per_s=speed,
+        network=rate,
+        file=row.get("deepspeed") or None,
+    )
     sensible = min(result.ranks, result.nodes, result.micro_batch, accumulation) > 0 and speed > 0
     if not sensible or result.ranks % result.nodes or result.stage not in (0, 1, 2, 3):
         raise ConfigError(where, "positive numbers, whole nodes, a stage from 0 to 3", dict(row))
@@ -110,21 +128,22 @@ def _result(row: Mapping[str, Any], where: str) -> Result:
 
 
 def calibrate(
-    scenario: Scenario, cluster: Cluster, results: Sequence[Result], zeros: Mapping[int, Zero]
+    scenario: Scenario, cluster: Cluster, results: Sequence[Result], zeros: Mapping[int | str, Zero]
 ) -> Calibration:
     """Fit what the results depend on, of UNKNOWNS the first as many as there are different runs.
 
     Least squares of the logarithm of the time of a step.
 
     Args:
-        zeros: the settings that each stage was measured with.
+        zeros: the settings that results were measured with, by name or else by stage.
 
     Raises:
-        ConfigError: a result of a stage that there are no settings of.
+        ConfigError: a result with settings that are not among them.
     """
     for result in results:
-        if result.stage not in zeros:
-            raise ConfigError("--calibrate", f"results of stages {sorted(zeros)}", result.stage)
+        if _settings_of(result) not in zeros:
+            expected = f"results of {', '.join(map(str, zeros))}"
+            raise ConfigError("--calibrate", expected, result.file or f"stage {result.stage}")
 
     def differences(logs: np.ndarray) -> np.ndarray:
         assumed = _scaled(scenario.assumed, logs)
@@ -156,11 +175,15 @@ def _scaled(assumed: Assumptions, logs: np.ndarray) -> Assumptions:
     return replace(assumed, **{name: getattr(assumed, name) * x for name, x in factors.items()})
 
 
+def _settings_of(result: Result) -> int | str:
+    return result.stage if result.file is None else result.file
+
+
 def seconds(
     scenario: Scenario,
     cluster: Cluster,
     result: Result,
-    zeros: Mapping[int, Zero],
+    zeros: Mapping[int | str, Zero],
     assumed: Assumptions,
 ) -> float:
     """What an update of a result's run is planned to take."""
@@ -168,9 +191,9 @@ def seconds(
     # The network cards of a node stay what they are, however many of its GPUs take part.
     measured = replace(cluster, gpus=result.ranks, per_node=per_node)
     if result.network is not None:
-        measured = replace(measured, inter=result.network)
+        measured = replace(measured, inter=result.network * cluster.nics)
     shape = (result.micro_batch, result.accumulation)
-    zero = zeros[result.stage]
+    zero = zeros[_settings_of(result)]
     return step(scenario.profile, zero, measured, scenario.config, *shape, assumed).total
 
 

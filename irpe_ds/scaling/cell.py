@@ -1,13 +1,11 @@
 """One run of a scaling experiment: started by it on every rank, as DeepSpeed starts training."""
 
 import argparse
-from collections.abc import Generator
 from contextlib import closing
 from functools import partial
 
 from irpe_ds.cli import run
 from irpe_ds.config import load_config
-from irpe_ds.data.loaders import Batch
 from irpe_ds.runlog import RunLog
 from irpe_ds.scaling.timeline import Timeline
 from irpe_ds.training.distributed import leave
@@ -39,23 +37,21 @@ def measure(trainer: Trainer, log: RunLog, *, warmup: int, updates: int, repeats
     over the updates of the one that is taken apart (see Timeline), times over the ranks too.
     `memory_gib` is the most of any rank, from its start.
     """
-    with closing(endless(trainer)) as batches:
-
-        def run_updates(number: int) -> None:
-            for _ in range(number):
-                trainer.train_update(batches, log)
-
-        run_updates(warmup)
-        rows = []
+    trainer.vote.restart()
+    stream, rows = Stream(trainer, warmup), []
+    with closing(stream):
+        stream.run(warmup, log)
         for _ in range(repeats):
+            stream.prepare(updates, log)
             trainer.meter.read()  # all ranks start together
-            run_updates(updates)
+            stream.run(updates, log)
             rows.append(trainer.report(trainer.meter.read()))
+        stream.prepare(updates, log)
         trainer.ranks.any(False)
         with Timeline(trainer) as timeline:
-            run_updates(updates)
+            stream.run(updates, log)
     rows.sort(key=lambda row: row["images_per_s"])
-    row = rows[len(rows) // 2]
+    row = rows[(len(rows) - 1) // 2]
     row["slowest_images_per_s"] = rows[0]["images_per_s"]
     row["fastest_images_per_s"] = rows[-1]["images_per_s"]
     found = trainer.ranks.gather((dict(timeline.seconds), row["memory_gib"]))
@@ -69,12 +65,42 @@ def measure(trainer: Trainer, log: RunLog, *, warmup: int, updates: int, repeats
     return True
 
 
-def endless(trainer: Trainer) -> Generator[Batch, None, None]:
-    """The batches of one epoch after another, at the first one's resolution."""
-    size, epoch = trainer.config.model.size_at(0), 0
-    while True:
-        yield from trainer.train_batches.epoch(epoch, first_pass=0, img_size=size)
-        epoch += 1
+class Stream:
+    """Updates of one epoch after another, at the first one's resolution."""
+
+    def __init__(self, trainer: Trainer, warmup: int) -> None:
+        self._trainer, self._warmup = trainer, warmup
+        self._epoch, self._left = -1, 0
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._epoch >= 0:
+            self.close()
+        self._epoch, self._left = self._epoch + 1, self._trainer.plan.updates_per_epoch
+        size = self._trainer.config.model.size_at(0)
+        self._batches = self._trainer.train_batches.epoch(self._epoch, img_size=size)
+
+    def prepare(self, updates: int, log: RunLog) -> None:
+        """Go on to the next epoch if this one ends too soon, where epochs are long enough.
+
+        What a loader needs to start is no part of a repetition then.
+        """
+        whole = self._trainer.plan.updates_per_epoch >= updates + self._warmup
+        if self._left < updates and whole:
+            self._begin()
+            self.run(self._warmup, log)
+
+    def run(self, updates: int, log: RunLog) -> None:
+        """Train so many updates, stopping at a signal as training does."""
+        for _ in range(updates):
+            if not self._left:
+                self._begin()
+            self._trainer.train_update(self._batches, log)
+            self._left -= 1
+            self._trainer.raise_if_stopped()
+
+    def close(self) -> None:
+        self._batches.close()
 
 
 if __name__ == "__main__":

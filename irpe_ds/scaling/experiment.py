@@ -47,7 +47,7 @@ class Scaling(Section):
     hostfile: Path | None = None
     """Hosts and slots as DeepSpeed reads them. None: this machine alone."""
     network: Annotated[str | None, AfterValidator(_rate)] = None
-    """Rate of the links between nodes, such as 100Gb/s, noted for the planner's calibration."""
+    """Rate of a network card, such as 100Gb/s, noted for the planner's calibration."""
     timeout: Positive = 900
     """Seconds after which a run has failed."""
 
@@ -61,6 +61,8 @@ class Cell:
     config: RunConfig
     stage: int
     """Of ZeRO."""
+    zero: str
+    """Hash of its settings: a cell is measured again when the file has changed."""
 
     @property
     def nodes(self) -> int:
@@ -155,8 +157,10 @@ def _cell(config: RunConfig, axes: dict[str, Any], where: str) -> Cell:
         if key not in SHAPE:
             apply(values, key, value)
     cell_config = validate(RunConfig, values)
-    stage = read_zero(cell_config.train.deepspeed).stage
-    cell = Cell(axes=axes, config=cell_config, stage=stage)
+    file = cell_config.train.deepspeed
+    stage = read_zero(file).stage
+    zero = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    cell = Cell(axes=axes, config=cell_config, stage=stage, zero=zero)
     if "micro_batch" in axes:
         batch = axes["micro_batch"] * cell.ranks * cell_config.train.accumulation
         apply(values, "train.global_batch", batch)

@@ -118,6 +118,8 @@ class Cluster:
     """Of one GPU to the others of its node."""
     inter: float
     """Of one node to the others, all its network cards together."""
+    nics: int
+    """Network cards of a node."""
     protocols: tuple[Protocol, ...]
     backend: str = "nccl"
     """nccl between GPUs, gloo between CPUs: which collectives it has, and how they are made."""
@@ -200,13 +202,15 @@ def build_cluster(
         intra_rate = 1e9 * gpu.pcie_gb_s
     else:
         intra_rate = parse_rate("--intra", intra, "nvlink, pcie or a rate such as 300GB/s")
-    inter_rate = parse_rate("--inter", inter, "a rate such as 400Gb/s") * (nics or per_node)
+    nics = nics or per_node
+    inter_rate = parse_rate("--inter", inter, "a rate such as 400Gb/s") * nics
     return Cluster(
         gpu=gpu,
         gpus=gpus,
         per_node=per_node,
         intra=intra_rate,
         inter=inter_rate,
+        nics=nics,
         protocols=protocols,
         backend=backend,
     )

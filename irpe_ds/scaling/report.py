@@ -45,19 +45,14 @@ def write_report(results: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def _add_derived(rows: Sequence[Row]) -> None:
-    """Efficiency, of the same thing on fewest ranks, and the share of communication."""
-    for row in rows:
-        same = [r for r in rows if _group(r) == _group(row)]
-        first = min(same, key=lambda r: (r["ranks"], r["nodes"]))
-        speeds = [r["images_per_s"] / r["ranks"] for r in (row, first)]
-        row["efficiency"] = speeds[0] / speeds[1]
+    """Efficiency, of the same line on fewest ranks, and the share of communication."""
+    names = varied(rows)
+    first: dict[tuple[str, str], Row] = {}
+    for row in sorted(rows, key=lambda row: (row["ranks"], row["nodes"])):
+        line = first.setdefault((facet(row, names), row["deepspeed"]), row)
+        speed, before = (r["images_per_s"] / r["ranks"] for r in (row, line))
+        row["efficiency"] = speed / before
         row["communication_share"] = row["communication_ms"] / row["apart_ms"]
-
-
-def _group(row: Row) -> tuple[Any, ...]:
-    """What rows have in common that differ in nodes and ranks alone."""
-    own = {k: v for k, v in row["axes"].items() if k not in ("nodes", "ranks_per_node")}
-    return row["scaling"], json.dumps(own, sort_keys=True)
 
 
 def to_csv(rows: Sequence[Row]) -> str:

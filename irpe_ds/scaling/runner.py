@@ -23,6 +23,8 @@ from irpe_ds.training.evaluation import check_data
 from irpe_ds.training.start import check_folder, lock
 
 RESULTS = "results.json"
+END_SECONDS = 40
+"""For a run that is to end: DeepSpeed's launcher leaves 30 to a rank."""
 Row = dict[str, Any]
 
 
@@ -107,7 +109,7 @@ def run_experiment(
         for number, cell in enumerate(experiment.cells, 1):
             place = f"[{number}/{len(experiment.cells)}] {cell}"
             known = results.rows.get(cell.key)
-            if known is None or (retry and "error" in known):
+            if known is None or known["zero"] != cell.zero or (retry and "error" in known):
                 results.add(run_cell(experiment, cell, held))
             else:
                 place += " (known)"
@@ -151,6 +153,7 @@ def _describe(experiment: Experiment, cell: Cell) -> Row:
         "rpe": "" if config.model.rpe is None else config.model.rpe.on,
         "deepspeed": config.train.deepspeed.stem,
         "stage": cell.stage,
+        "zero": cell.zero,
         "accumulation": config.train.accumulation,
         "global_batch": config.train.global_batch,
         "network": experiment.scaling.network,
@@ -168,9 +171,12 @@ def _measure(experiment: Experiment, cell: Cell, held: TextIO) -> Row:
     file.write_text(cell.config.dump())
     output = folder.with_suffix(".log")
     _launch(command(experiment, cell, file), output, experiment.scaling.timeout, held)
-    rows = [row for row in read_rows(folder / METRICS) if row["kind"] == KIND]
-    environment = json.loads((folder / "environment.json").read_text())
-    numbers = {key: value for key, value in rows[-1].items() if key not in ("kind", "update")}
+    try:
+        (row,) = (row for row in read_rows(folder / METRICS) if row["kind"] == KIND)
+        environment = json.loads((folder / "environment.json").read_text())
+    except (OSError, ValueError):
+        raise CellError(f"it ended without a result; see {output}") from None
+    numbers = {key: value for key, value in row.items() if key not in ("kind", "update")}
     packages = environment["packages"]
     return numbers | {
         "impl": environment["attention_op"]["name"],
@@ -187,6 +193,7 @@ def command(experiment: Experiment, cell: Cell, file: Path) -> list[str]:
     runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
     hosts = ["--num_nodes", str(cell.nodes), "--num_accelerators", str(cell.ranks_per_node)]
     hosts += ["--hostfile", str(scaling.hostfile or "/dev/null"), "--master_port", str(_port())]
+    hosts += ["--force_multi"] if scaling.hostfile else []  # one node as several are started
     shape = {"warmup": scaling.warmup, "updates": scaling.updates, "repeats": scaling.repeats}
     options = [f"--{name}={number}" for name, number in shape.items()]
     return [*runner, *hosts, "--module", "irpe_ds.scaling.cell", f"--config={file}", *options]
@@ -220,11 +227,18 @@ def _launch(command: list[str], output: Path, timeout: float, held: TextIO) -> N
         except subprocess.TimeoutExpired:
             raise CellError(f"not finished after {timeout:g} s; see {output}") from None
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
     if code:
         lines = output.read_text(errors="replace").splitlines()
         told = [line for line in lines if "error: " in line.lower()]
         what = told[0].strip() if told else f"exit code {code}"
         raise CellError(f"{what}; see {output}")
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End a process and what it has started; DeepSpeed's runner ends what is on other hosts."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END_SECONDS)

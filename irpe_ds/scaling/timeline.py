@@ -80,7 +80,8 @@ class Timeline:
     def _counted(self, function: Callable[..., Any], kind: str) -> Callable[..., Any]:
         @wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            if self._stack[-1] != "communication":  # one may be made of others
+            alone = self._trainer.ranks.world_size == 1
+            if not alone and self._stack[-1] != "communication":  # one may be made of others
                 self.bytes[kind] += max(map(_size, (*args, *kwargs.values())))
             with self._phase("communication"):
                 work = function(*args, **kwargs)

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -40,11 +40,15 @@ class Ranks:
         dist.all_reduce(values)
         return values
 
+    def most(self, values: Sequence[float]) -> list[float]:
+        """The largest of each value over the ranks."""
+        found = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.hosts)
+        return cast(list[float], found.tolist())
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on one of the ranks."""
-        found = torch.tensor(int(flag))
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.hosts)
-        return bool(found)
+        return bool(self.most([flag])[0])
 
     def gather(self, found: Result) -> list[Result]:
         """What every rank has found, by rank; all ranks get it."""

@@ -63,14 +63,14 @@ def meet(rank: int, world_size: int, seconds: float, fault: ConfigError | None =
 
 
 def set_interface(address: str) -> None:
-    """Let gloo and NCCL use the interface of a local address, each unless the user has chosen.
+    """Let gloo use the interface of a local address, unless the user has chosen.
 
-    Left alone, gloo takes the one that the host's own name leads to: on Debian, 127.0.1.1.
+    Left alone, gloo takes the one that the host's own name leads to: on Debian, 127.0.1.1. NCCL
+    looks for itself, and may use several.
     """
     name = _interface(address)
     if name is not None:
         os.environ.setdefault(INTERFACE, name)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", os.environ[INTERFACE])
 
 
 def interface_to(target: str, here: str) -> str | None:

@@ -85,15 +85,17 @@ def lock(folder: Path) -> TextIO:
     """A file of the folder that is this process's alone until it is closed.
 
     Raises:
-        ConfigError: it is another's.
+        ConfigError: it is another's, or cannot be locked.
     """
-    file = (folder / ".lock").open("w")
     try:
+        file = (folder / ".lock").open("w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
+    except BlockingIOError:
         expected = "a run folder that no other run is writing into"
         raise ConfigError(folder, expected, "one that is at work") from None
+    except OSError as error:
+        expected = "a file system on which files can be locked (flock)"
+        raise ConfigError(folder, expected, error.strerror) from None
     return file
 
 

@@ -5,11 +5,48 @@ import signal
 import time
 from threading import Thread
 
+from irpe_ds.training.distributed import Ranks
+
 REQUEUE = 75
 """Exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _TOGETHER_SECONDS = 2.0  # a terminal and a launcher may both pass one wish on
+
+
+ASK_SECONDS = 2.0
+"""How long a signal to one rank may take to reach the others."""
+ASK_CALLS = 100
+"""Calls after which they are asked however little time has passed."""
+
+
+class StopVote:
+    """Has a signal come to one of the ranks? Asked on all of them at the same call, now and then.
+
+    To ask takes two messages for each rank, one after the other: at hundreds of ranks longer than
+    an update. The answer has each rank's pace, so all know when to ask next. Every rank calls it
+    as often as the others.
+    """
+
+    def __init__(self, ranks: Ranks, stop: "StopSignals") -> None:
+        self._ranks, self._stop = ranks, stop
+        self.restart()
+
+    def restart(self) -> None:
+        """Ask at the next call: what is done between calls is going to be something else."""
+        self._calls, self._next, self._since = 0, 1, time.monotonic()
+
+    def __call__(self) -> bool:
+        """Whether to stop."""
+        self._calls += 1
+        if self._calls < self._next:
+            return False
+        now = time.monotonic()
+        slowest = (now - self._since) / self._calls
+        found, seconds = self._ranks.most([self._stop.received is not None, slowest])
+        wait = int(ASK_SECONDS / max(seconds, 1e-9))
+        self._calls, self._next, self._since = 0, min(max(wait, 1), ASK_CALLS), now
+        return bool(found)
 
 
 class StopSignals:

@@ -29,7 +29,7 @@ from irpe_ds.training.optim import build_optimizer, build_schedule
 from irpe_ds.training.plan import Plan
 from irpe_ds.training.start import Start
 from irpe_ds.training.state import EMA, WEIGHTS, EngineState
-from irpe_ds.training.stop import StopSignals
+from irpe_ds.training.stop import StopSignals, StopVote
 
 SKIPPED = "skipped.jsonl"
 """File of the run folder: the updates that were left out, and the samples of each."""
@@ -63,6 +63,7 @@ class Trainer:
         stop: StopSignals,
     ) -> None:
         self.config, self.plan, self.ranks, self.stop = config, plan, ranks, stop
+        self.vote = StopVote(ranks, stop)
         self.manifest, self.folder = manifest, config.folder / checkpoint.FOLDER
         self.loss = loss.to(ranks.device)
         self.dtype = precision.MODEL[config.train.precision]
@@ -148,7 +149,7 @@ class Trainer:
 
     def raise_if_stopped(self) -> None:
         """Raise Stopped on all ranks when a signal has come to one of them."""
-        if self.ranks.any(self.stop.received is not None):
+        if self.vote():
             raise Stopped
 
     def train_epoch(self, log: RunLog) -> None:
@@ -162,6 +163,7 @@ class Trainer:
         batches = self.train_batches.epoch(epoch, first_pass=first_pass, img_size=size)
         with closing(batches), self.progress_bar(epoch, done) as bar:
             self.meter.start_clock()
+            self.vote.restart()
             while self.update < end:
                 self.train_update(batches, log)
                 bar.update()
@@ -292,6 +294,7 @@ class Trainer:
 
     def evaluate(self, model: Any) -> dict[str, float]:
         """Scores of one model; raises Stopped between batches."""
+        self.vote.restart()
 
         def batches() -> Iterator[EvalBatch]:
             for batch in self.val_batches:

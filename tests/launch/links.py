@@ -68,11 +68,13 @@ def measure(rate: str, folder: Path) -> Path:
 def compare(files: dict[str, Path]) -> list[dict[str, Any]]:
     """Times measured and planned at every rate; prints them."""
     config = load_experiment(Path(EXPERIMENT), ["scaling.matrix=[{}]"]).config
-    zeros = {stage: read_zero(Path(f"ds_configs/zero{stage}.json")) for stage in (1, 2, 3)}
+    zeros = {
+        name: read_zero(Path(f"ds_configs/{name}.json")) for name in ("zero1", "zero2", "zero3")
+    }
     first, *_ = files
     cluster = build_cluster(find_gpu(CORE), 2, 1, "10GB/s", first, backend="gloo")
     counted = profile(config)
-    scenario = Scenario(config=config, profile=counted, zero=zeros[1], assumed=Assumptions())
+    scenario = Scenario(config=config, profile=counted, zero=zeros["zero1"], assumed=Assumptions())
 
     def results(path: Path) -> list[Result]:
         return read_results(path, config.model.name, config.train.precision, "k")

@@ -8,15 +8,16 @@ import pytest
 
 from irpe_ds.config import RunConfig
 from irpe_ds.errors import ConfigError
-from irpe_ds.scaling.calibrate import Result, calibrate, read_results
+from irpe_ds.scaling.calibrate import Result, calibrate, read_results, seconds
 from irpe_ds.scaling.planner import Scenario
 from irpe_ds.scaling.profile import Profile
+from irpe_ds.scaling.report import to_csv
 from irpe_ds.scaling.step import Assumptions, step
 from irpe_ds.scaling.zero import Zero, read_zero
 from tests.scaling.conftest import cluster
 
 TRUE = Assumptions(flop_share=0.35, memory_share=0.4, link_share=0.25, hook_us=300, latency=2)
-ZEROS: dict[int, Zero] = {n: read_zero(Path(f"ds_configs/zero{n}.json")) for n in range(4)}
+ZEROS: dict[int | str, Zero] = {n: read_zero(Path(f"ds_configs/zero{n}.json")) for n in range(4)}
 HEADER = "model,ranks,nodes,stage,micro_batch,accumulation,images_per_s"
 
 
@@ -81,7 +82,7 @@ class TestCalibrate:
         assert found.assumed.flop_share == pytest.approx(TRUE.flop_share, rel=1e-3)
 
     def test_a_stage_without_settings(self, scenario: Scenario) -> None:
-        with pytest.raises(ConfigError, match=r"--calibrate: expected results of stages \[1\]"):
+        with pytest.raises(ConfigError, match="--calibrate: expected results of 1, got stage 0"):
             calibrate(scenario, cluster(16), [result(scenario, 1, 1, 0)], {1: ZEROS[1]})
 
 
@@ -97,10 +98,24 @@ class TestRead:
         path = tmp_path / "results.json"
         row = dict(zip(HEADER.split(","), ("m", 8, 2, 1, 64, 1, 1000), strict=True))
         row |= {"network": "200Mbit/s", "rpe": "k"}
+        row |= {"axes": {"nodes": 2, "train.deepspeed": "ds_configs/zero1_offload.json"}}
+        row |= {"deepspeed": "zero1_offload"}
         failed = {"model": "m", "error": "gone"}
-        path.write_text(json.dumps({"rows": [row, failed, row | {"rpe": "qkv"}]}))
+        others = [row | {"rpe": "qkv"}, row | {"axes": {"model.img_size": 384}}]
+        path.write_text(json.dumps({"rows": [row, failed, *others]}))
         (found,) = read_results(path, "m", "bf16", "k")
-        assert found.network == 25e6
+        assert (found.network, found.file) == (25e6, "zero1_offload")
+        path = tmp_path / "results.csv"
+        path.write_text(to_csv([row, *others]))
+        assert read_results(path, "m", "bf16", "k") == [found]
+
+    def test_a_card_s_rate_is_that_of_each_card(self, scenario: Scenario) -> None:
+        slow = replace(result(scenario, 16, 2, 1), network=1e9)
+        machines = replace(cluster(16), per_node=8, nics=4)
+        expected = replace(machines, inter=4e9)
+        settings = (scenario.config, 128, 2, TRUE)
+        taken = step(scenario.profile, ZEROS[1], expected, *settings).total
+        assert seconds(scenario, machines, slow, ZEROS, TRUE) == pytest.approx(taken)
 
     def test_json(self, tmp_path: Path) -> None:
         path = tmp_path / "results.json"

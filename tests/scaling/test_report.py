@@ -69,6 +69,14 @@ def test_efficiency_compares_the_same_thing_only(tmp_path: Path) -> None:
         assert [line["efficiency"] for line in csv.DictReader(file)] == ["1.0", "1.0", "1.0"]
 
 
+def test_efficiency_is_of_the_line_that_is_drawn(tmp_path: Path) -> None:
+    alone = row(1, 100)
+    del alone["axes"]["train.deepspeed"]  # as the configuration has it, which is the same
+    write_report(results(alone, row(2, 150)), tmp_path)
+    with (tmp_path / "results.csv").open() as file:
+        assert [line["efficiency"] for line in csv.DictReader(file)] == ["1.0", "0.75"]
+
+
 def test_panels_are_told_apart_by_what_differs() -> None:
     rows = [row(1, 1), row(1, 1, precision="fp32"), row(1, 1, axes={"optim.lr": 3})]
     names = varied(rows)

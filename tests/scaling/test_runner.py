@@ -102,6 +102,28 @@ def test_retry_runs_what_has_failed(tmp_path: Path, speeds: Speeds) -> None:
     assert [row.get("images_per_s") for row in rows] == [100.0, 190.0]
 
 
+def test_a_cell_is_run_again_when_its_zero_settings_have_changed(
+    tmp_path: Path, speeds: Speeds
+) -> None:
+    def under(settings: str) -> list[float]:
+        (tmp_path / "zero.json").write_text(settings)
+        axes = {"train.deepspeed": str(tmp_path / "zero.json")}
+        planned = load_experiment(write(tmp_path, axes), [f"output={tmp_path}"])
+        return [row["images_per_s"] for row in run(planned)[0]]
+
+    assert under('{"zero_optimization": {"stage": 1}}') == [100.0]
+    speeds[1] = 120.0
+    assert under('{"zero_optimization": {"stage": 1}}') == [100.0]
+    assert under('{"zero_optimization": {"stage": 2}}') == [120.0]
+
+
+def test_a_cell_without_a_result_is_a_row(
+    tmp_path: Path, speeds: Speeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "command", lambda *_: ["true"])
+    assert "ended without a result" in run(experiment(tmp_path))[0][0]["error"]
+
+
 def test_a_cell_that_hangs_is_ended(tmp_path: Path, speeds: Speeds) -> None:
     speeds[1] = -1
     rows, _ = run(experiment(tmp_path, timeout=0.5))

@@ -22,7 +22,7 @@ def _place(monkeypatch: pytest.MonkeyPatch) -> None:
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in (variables | {"LOCAL_WORLD_SIZE": "1"}).items():
         monkeypatch.setenv(name, value)
-    for name in (meeting.INTERFACE, "NCCL_SOCKET_IFNAME"):
+    for name in (meeting.INTERFACE,):
         monkeypatch.setenv(name, "")  # for pytest to take back what a test leaves
         monkeypatch.delenv(name)
 
@@ -47,7 +47,6 @@ def meet(
 def test_all_come() -> None:
     assert meet(0, 1) == [None, None]
     assert os.environ[meeting.INTERFACE] == "lo"
-    assert os.environ["NCCL_SOCKET_IFNAME"] == "lo"
 
 
 def test_on_one_node_the_interface_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +117,7 @@ class Address:
 def test_the_users_choice_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"lo": [Address("127.0.0.1")], "ib0": [Address("fe80::1%ib0"), Address("10.9.0.1")]}
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: there)
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=ib1")
     meeting.set_interface("10.9.0.1")
     assert os.environ[meeting.INTERFACE] == "ib0"
-    assert os.environ["NCCL_SOCKET_IFNAME"] == "=ib1"
+    meeting.set_interface("127.0.0.1")
+    assert os.environ[meeting.INTERFACE] == "ib0"
