@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, get_ident
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,7 +63,8 @@ def calls_until_stopped(
         local[get_ident()] = number
         return run(number)
 
-    monkeypatch.setattr(stop.time, "monotonic", lambda: clocks[local[get_ident()]])
+    clock = SimpleNamespace(monotonic=lambda: clocks[local[get_ident()]])
+    monkeypatch.setattr(stop, "time", clock)
     with ThreadPoolExecutor(len(paces)) as pool:
         return list(pool.map(start, range(len(paces)))), together.asked
 
