@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _TOGETHER_SECONDS = 2.0  # a terminal and a launcher may both pass one wish on
 
 
-ASK_SECONDS = 2.0
+ASK_SECONDS = 1.0
 """How long a signal to one rank may take to reach the others."""
 ASK_CALLS = 100
 """Calls after which they are asked however little time has passed."""

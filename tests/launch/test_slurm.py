@@ -17,7 +17,7 @@ with_slurm = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 pytestmark = pytest.mark.dist
 
 SCRIPT = Path(__file__).parents[2] / "launch/slurm/train.sbatch"
-UPDATES = 80
+UPDATES = 160
 Job = Callable[..., tuple[int, dict[str, list[str]]]]
 
 

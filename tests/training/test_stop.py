@@ -79,4 +79,4 @@ def test_all_stop_at_the_same_call_and_soon(
     assert 0 <= late <= stop.ASK_CALLS
     assert late * max(paces) <= stop.ASK_SECONDS
     if max(paces) < 1:
-        assert asked < 201 / 5
+        assert asked < 201 / 4
