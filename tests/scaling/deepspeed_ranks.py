@@ -2,8 +2,8 @@
 
 Every rank trains a small ViT under each case; rank 0 prints a line of JSON for each, of one update:
 `sent`, bytes of whole vectors by collective, as PyTorch got them; `logged`, bytes by collective as
-DeepSpeed's communication logger has them; `wire`, bytes that the interface WIRE sent, in that of four
-updates with the fewest packets sent again; and `live`, bytes of all live tensors after it.
+DeepSpeed's communication logger has them; `wire`, bytes that the interface WIRE sent, in that of
+four updates with the fewest packets sent again; and `live`, bytes of all live tensors after it.
 """
 
 import collections
