@@ -29,7 +29,7 @@ def gathered(call: Call, parameters: Sequence[Parameter], zero: Zero) -> list[st
     """
     every = {p.name: p.numel for p in parameters}
     size = {name: n for name, n in every.items() if n >= zero.persistence_threshold}
-    events: Events = [*_forward(call), *_backward(call)]
+    events: Events = [*_events(call, 1), *_events(call, -1)]
     steps = [names for begins, names in events if begins]
     uses: dict[str, list[int]] = {name: [] for name in every}
     passed = [0]
@@ -73,15 +73,9 @@ def gathered(call: Call, parameters: Sequence[Parameter], zero: Zero) -> list[st
     return found
 
 
-def _forward(call: Call) -> Iterator[tuple[bool, Sequence[str]]]:
+def _events(call: Call, turn: int) -> Iterator[tuple[bool, Sequence[str]]]:
+    """Of a module and those in it, in order (turn 1) or backwards (turn -1)."""
     yield True, call.parameters
-    for inner in call.calls:
-        yield from _forward(inner)
-    yield False, call.parameters
-
-
-def _backward(call: Call) -> Iterator[tuple[bool, Sequence[str]]]:
-    yield True, call.parameters
-    for inner in reversed(call.calls):
-        yield from _backward(inner)
+    for inner in call.calls[::turn]:
+        yield from _events(inner, turn)
     yield False, call.parameters

@@ -145,12 +145,13 @@ def _call(model: nn.Module, config: RunConfig) -> Call:
         inner = running.pop()
         running[-1].append(Call(own, tuple(inner)))
 
+    known = dict(model.named_parameters())  # a shared one by its first name alone
     handles = []
     for prefix, module in model.named_modules():
         if isinstance(module, RPEAttention):
             module.impl = "reference"
         names = module.named_parameters(prefix, recurse=False)
-        own = tuple(name for name, _ in names)
+        own = tuple(name for name, _ in names if name in known)
         handles.append(module.register_forward_pre_hook(begin))
         handles.append(module.register_forward_hook(lambda *_, own=own: end(own)))
     model(_images(config, 1, "meta"))

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from irpe_ds.scaling.cell import KIND
 from irpe_ds.scaling.experiment import Cell, Experiment
 from irpe_ds.training.deepspeed_config import micro_batch
 from irpe_ds.training.evaluation import check_data
+from irpe_ds.training.launchers import free_port
 from irpe_ds.training.start import check_folder, lock
 
 RESULTS = "results.json"
@@ -192,17 +192,11 @@ def command(experiment: Experiment, cell: Cell, file: Path) -> list[str]:
     scaling = experiment.scaling
     runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
     hosts = ["--num_nodes", str(cell.nodes), "--num_accelerators", str(cell.ranks_per_node)]
-    hosts += ["--hostfile", str(scaling.hostfile or "/dev/null"), "--master_port", str(_port())]
+    hosts += ["--hostfile", str(scaling.hostfile or "/dev/null"), "--master_port", str(free_port())]
     hosts += ["--force_multi"] if scaling.hostfile else []  # one node as several are started
     shape = {"warmup": scaling.warmup, "updates": scaling.updates, "repeats": scaling.repeats}
     options = [f"--{name}={number}" for name, number in shape.items()]
     return [*runner, *hosts, "--module", "irpe_ds.scaling.cell", f"--config={file}", *options]
-
-
-def _port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return int(free.getsockname()[1])
 
 
 def _launch(command: list[str], output: Path, timeout: float, held: TextIO) -> None:

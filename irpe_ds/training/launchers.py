@@ -53,14 +53,18 @@ def numbers(environment: Mapping[str, str]) -> dict[str, str]:
                 expected = "srun, deepspeed, torchrun or Open MPI's mpirun to start the ranks"
                 alone = "; srun -n 1 starts one alone" if variable == "SLURM_NTASKS" else ""
                 raise ConfigError("launch", expected, f"{variable}={environment[variable]}{alone}")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         found = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if "LOCAL_WORLD_SIZE" not in environment:
         found.setdefault("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", "1"))  # DeepSpeed's
     return found
+
+
+def free_port() -> int:
+    """A port of this host that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return int(free.getsockname()[1])
 
 
 def hosts_of_ranks(environment: Mapping[str, str], launcher: Sequence[str]) -> list[str] | None:
