@@ -1,6 +1,5 @@
 """The same images from every kind of source; kills, full disks and damaged archives."""
 
-import multiprocessing
 import resource
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from irpe_ds.data.manifest import SKIPPED, Manifest, beside, read_hashes, read_m
 from irpe_ds.data.sources import open_source
 from irpe_ds.data.verify import verify
 from irpe_ds.errors import ConfigError
+from tests.forks import start
 
 ImageNet = tuple[Path, Synthetic]
 
@@ -136,8 +136,6 @@ def test_every_source_of_validation_gives_the_same_file(imagenet: ImageNet, tmp_
 def test_killed_at_random_moments_the_file_is_the_same(
     imagenet: ImageNet, converted: dict[str, Path], tmp_path: Path
 ) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["irpe_ds.data.convert"])
     source = open_source([imagenet[0] / "ILSVRC2012_img_train.tar"])
     rng = np.random.default_rng(0)
     out = tmp_path / "killed.beton"
@@ -145,13 +143,8 @@ def test_killed_at_random_moments_the_file_is_the_same(
     assert expected is not None
     kills, finished, gone_on = 0, 0, 0
     while kills < 20 or not finished:
-        process = context.Process(
-            target=convert,
-            args=(source, out, StorageOptions()),
-            kwargs={"workers": 1, "on_bad": "skip"},
-        )
         before = beside(out, ".partial").exists()
-        process.start()
+        process = start(convert, source, out, StorageOptions(), workers=1, on_bad="skip")
         process.join(rng.uniform(0.1, 1.7) if kills < 20 else None)
         if process.is_alive():
             process.kill()

@@ -1,7 +1,6 @@
-"""Ranks of a run, forked from a server that has paid for the imports, to be killed at will."""
+"""Ranks of a run, to be killed at will."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -10,11 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-CONTEXT = multiprocessing.get_context("forkserver")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-PRELOAD = ["tests.launch.ranks", "irpe_ds.training.trainer", "deepspeed", "ffcv"]
+from tests.forks import start
+
 CONFIG = "launch/configs/quickstart.yaml"
 
 
@@ -41,17 +38,11 @@ class Ranks:
         spy: Callable[[], None] | None = None,
     ) -> None:
         self.log = folder / f"ranks-{time.monotonic_ns()}"
-        CONTEXT.set_forkserver_preload(PRELOAD)
         port = free_port()
         self.processes = [
-            CONTEXT.Process(
-                target=_train, args=(rank, world_size, port, list(runs), spy, f"{self.log}.{rank}")
-            )
+            start(_train, rank, world_size, port, list(runs), spy, f"{self.log}.{rank}")
             for rank in range(world_size)
         ]
-        with mock.patch.dict(os.environ, ENVIRONMENT):  # the server keeps what it starts with
-            for process in self.processes:
-                process.start()
 
     def signal(self, number: int, ranks: Sequence[int] | None = None) -> None:
         """Send a signal to some ranks, or to all."""
@@ -104,8 +95,8 @@ def _train(
     os.dup2(output, 2)
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     numbers["LOCAL_WORLD_SIZE"] = world_size
-    os.environ.update({key: str(value) for key, value in numbers.items()})
-    os.environ |= ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {key: str(value) for key, value in numbers.items()}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
     sys.argv = ["launch/train.py"]
 
     from irpe_ds.cli import run

@@ -16,7 +16,8 @@ from irpe_ds.scaling.communication import Collective, collectives
 from irpe_ds.scaling.memory import memory
 from irpe_ds.scaling.profile import profile
 from irpe_ds.scaling.zero import zero_of
-from tests.launch.ranks import ENVIRONMENT, free_port
+from tests.forks import ENVIRONMENT
+from tests.launch.ranks import free_port
 from tests.scaling.conftest import QUICKSTART, cluster
 
 RANKS = 2
