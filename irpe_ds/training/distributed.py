@@ -156,6 +156,17 @@ def join(seconds: float) -> Ranks:
     return Ranks(rank=rank, world_size=world_size, device=device, hosts=hosts, names=names)
 
 
+def without_shared_memory() -> None:
+    """Keep DeepSpeed from its all-reduce in shared memory, which is for inference, on CPUs.
+
+    Its first run would compile it, and every run leave 66 MB a rank in /dev/shm for good.
+    """
+    if device_type() == "cpu":
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def leave() -> None:
     """Close the connections of `join`, if there are any."""
     if dist.is_initialized():

@@ -21,7 +21,7 @@ from irpe_ds.models.vision_transformer import set_resolution
 from irpe_ds.runlog import RunLog
 from irpe_ds.training import checkpoint, precision, throughput
 from irpe_ds.training.batch import Normalize, build_augment, build_mixup, seed_step
-from irpe_ds.training.distributed import Ranks
+from irpe_ds.training.distributed import Ranks, without_shared_memory
 from irpe_ds.training.evaluation import EvalBatch, evaluate
 from irpe_ds.training.loss import Loss
 from irpe_ds.training.meter import Meter
@@ -112,6 +112,7 @@ class Trainer:
         self.ema_model = None
         if config.train.ema_decay is not None:
             self.ema_model = copy.deepcopy(model).to(self.ranks.device, self.dtype).eval()
+        without_shared_memory()
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model, config, settings), config=settings
         )

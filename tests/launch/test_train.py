@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.cpp_extension import get_default_build_root
 
 from irpe_ds.config import load_config
 from irpe_ds.models.build import build_model
@@ -222,10 +221,6 @@ def test_without_the_operators_it_trains_on_the_reference_and_says_so_once(
 ) -> None:
     extensions = tmp_path / "extensions"
     extensions.mkdir()
-    python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    shared = Path(get_default_build_root()) / f"{python}_cu{torch.version.cuda.replace('.', '')}"
-    if (shared / "deepspeed_shm_comm").exists():  # DeepSpeed's own, which it cannot do without
-        (extensions / "deepspeed_shm_comm").symlink_to(shared / "deepspeed_shm_comm")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
     IRPEBuilder().folder.parent.touch()  # a file where the operators' folder would be
     done = run(
@@ -240,3 +235,20 @@ def test_without_the_operators_it_trains_on_the_reference_and_says_so_once(
     assert (done.stdout + done.stderr).count("cannot build in ") == 1
     environment = json.loads((tmp_path / "fallback" / "environment.json").read_text())
     assert environment["attention_op"]["name"] == "reference"
+
+
+def test_on_a_cpu_deepspeed_builds_nothing_and_leaves_nothing_in_shared_memory(
+    run: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "extensions").mkdir()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    port = free_port()
+    done = run(
+        *("deepspeed", "--num_accelerators", 2, "--master_port", port, "launch/train.py"),
+        *("--config", "launch/configs/quickstart.yaml", f"output={tmp_path}", "name=clean"),
+        *(f"data.train={digits}/train.beton", f"data.val={digits}/val.beton"),
+        *("model.options.depth=1", "model.impl=reference", "train.max_updates=2"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not list((tmp_path / "extensions").iterdir())
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))
