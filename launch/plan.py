@@ -78,7 +78,10 @@ def main() -> None:
     _print_scaling(f"{per_gpu} images on every GPU (weak scaling)", same_load)
     _print_origin(scenario, cluster, origin)
     if arguments.out is not None:
-        _draw(arguments.out, scenario, row, (same_batch, same_load), settings, origin)
+        try:
+            _draw(arguments.out, scenario, row, (same_batch, same_load), settings, origin)
+        except OSError as error:
+            raise ConfigError("--out", "a file that can be written", error) from None
         print(f"\n{arguments.out}")
 
 
@@ -131,11 +134,16 @@ def _scenario(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Scenario
         return scenario, origin
     rpe = "" if config.model.rpe is None else config.model.rpe.on
     wanted = (config.model.name, config.train.precision, rpe)
-    results = read_results(arguments.calibrate, *wanted)
+    model = config.model.model_dump(mode="json")
+    shape = {key: model[key] for key in ("img_size", "options", "grad_checkpointing")}
+    results = read_results(arguments.calibrate, *wanted, shape)
     files = _settings(config.train.deepspeed)
     plain = {zero.stage: zero for zero in files.values() if "+" not in zero.name}
     zeros: dict[int | str, Zero] = {**files, **plain, scenario.zero.stage: scenario.zero}
     found = calibrate(scenario, cluster, results, zeros)
+    for name in found.assumed.fitted:
+        if given[name] is not None:
+            raise ConfigError(f"--{name.replace('_', '-')}", "no value: it is fitted", given[name])
     source = f"fitted to {found.results} results in {arguments.calibrate}"
     worst = f"; the worst is {100 * found.worst:.1f} % off"
     origin |= {name: source + worst for name in found.assumed.fitted}
@@ -143,9 +151,15 @@ def _scenario(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Scenario
 
 
 def _settings(path: Path) -> dict[str, Zero]:
-    """ZeRO settings by name: those of the run, and of the files beside them."""
-    files = sorted({path, *path.parent.glob("*.json")})
-    return {file.stem: read_zero(file) for file in files}
+    """ZeRO settings by name: those of the run, and of the files beside them that have some."""
+    found = {}
+    for file in sorted({path, *path.parent.glob("*.json")}):
+        try:
+            found[file.stem] = read_zero(file)
+        except ConfigError:
+            if file == path:
+                raise
+    return found
 
 
 def _print_answer(scenario: Scenario, row: Row) -> None:
@@ -162,7 +176,8 @@ def _print_answer(scenario: Scenario, row: Row) -> None:
     parts = [f"{name} {1e3 * x:.2f}" for name, x in row.step.split.items()]
     print(f"- update: {1e3 * row.step.total:.2f} ms ({', '.join(parts)} exposed)")
     print(f"- throughput: {row.images_per_s:,.0f} img/s, efficiency {100 * row.efficiency:.0f} %")
-    print(f"- {train.epochs} epochs: {row.hours:,.2f} hours, {row.gpu_hours:,.1f} GPU-hours")
+    epochs = f"{train.epochs} epochs of {scenario.images:,} images"
+    print(f"- {epochs}: {row.hours:,.2f} hours, {row.gpu_hours:,.1f} GPU-hours")
     nodes = row.cluster.nodes
     print(
         f"- loader: {row.images_per_s / nodes:,.0f} img/s and {row.storage_gb_s / nodes:.2f} GB/s "
@@ -171,6 +186,8 @@ def _print_answer(scenario: Scenario, row: Row) -> None:
     used = f"{row.memory.gib()['total']:.1f} of {cluster.gpu.memory_gib:g} GiB"
     print(f"- memory: {used}; up to {row.largest} images fit")
     print(f"- bottleneck: {row.bottleneck}")
+    for what in scenario.uncounted:
+        print(f"- not counted: {what}")
 
 
 def _print_sent(scenario: Scenario, row: Row) -> None:

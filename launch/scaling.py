@@ -22,6 +22,8 @@ def main() -> None:
     parser.add_argument("--retry", action="store_true", help="run again what has failed")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
+    if args.report is not None and (args.retry or args.overrides):
+        parser.error("--report takes no --retry and no overrides: it only reads")
 
     import torch
 

@@ -62,17 +62,24 @@ class Calibration:
     """Largest relative difference of a step's time."""
 
 
-def read_results(path: Path, model: str, precision: str, rpe: str = "") -> list[Result]:
+def read_results(
+    path: Path,
+    model: str,
+    precision: str,
+    rpe: str = "",
+    shape: Mapping[str, Any] | None = None,
+) -> list[Result]:
     """The rows of a CSV, or of a JSON, that are about this model in this precision.
 
     The files of `launch/scaling.py`, or lists of rows with COLUMNS; `rpe` is what `model.rpe` puts
-    relative position on.
+    relative position on, `shape` what else of the section `model` must be as in the experiment,
+    which a JSON tells and a CSV does not.
 
     Rows without a speed are runs that failed; they are left out, as are runs that differ from the
     others in what the plan does not tell apart.
 
     Raises:
-        ConfigError: the file cannot be read, lacks a column, or has no such row.
+        ConfigError: the file cannot be read, lacks a column, has no such row, or another shape.
     """
     try:
         text = path.read_text()
@@ -83,12 +90,19 @@ def read_results(path: Path, model: str, precision: str, rpe: str = "") -> list[
         raise ConfigError("--calibrate", "a readable CSV or JSON", got) from None
     except ValueError as error:
         raise ConfigError(path, "valid JSON", error) from None
-    rows = rows.get("rows", rows) if isinstance(rows, dict) else rows
+    if isinstance(rows, dict):
+        measured = rows.get("settings", {}).get("model", {})
+        for key, value in (shape or {}).items():
+            if measured.get(key, value) != value:
+                raise ConfigError(f"{path}: model.{key}", value, measured[key])
+        rows = rows.get("rows", rows)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ConfigError(path, "a list of rows", type(rows).__name__)
     found = []
     for number, row in enumerate(rows, 1):
-        missing = [column for column in COLUMNS if column not in row and "error" not in row]
+        if "error" in row and row.get("images_per_s") in ("", None):
+            continue
+        missing = [column for column in COLUMNS if column not in row]
         if missing:
             expected = f"the columns {', '.join(COLUMNS)}"
             raise ConfigError(f"{path}, row {number}", expected, f"none named {missing[0]}")

@@ -115,9 +115,13 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     scaling = validate(Scaling, values.pop(SECTION), SECTION)
     config = validate(RunConfig, values)
     cells = {}
-    for number, matrix in enumerate(scaling.matrix):
+    for number, matrix in enumerate(scaling.matrix, 1):
+        where = f"{SECTION}.matrix, {number}"
+        for key, value in matrix.items():
+            if value == []:
+                raise ConfigError(f"{where}: {key}", "a value or more", "none")
         for axes in _combinations(matrix):
-            cell = _cell(config, axes, f"{SECTION}.matrix, {number + 1}")
+            cell = _cell(config, axes, where)
             cells[cell.key] = cell
     if not cells:
         raise ConfigError(f"{SECTION}.matrix", "a cell or more", "none")

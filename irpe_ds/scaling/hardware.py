@@ -24,12 +24,21 @@ class GPU:
     """Products of fp32 matrices without TF32."""
     tf32: bool = True
     """Whether products of fp32 matrices may use TF32, at half the rate of bf16."""
+    bf16: bool = True
+    """Whether it multiplies bf16 at the rate of fp16."""
     peak_tflops: float | None = None
     """Dense products of half precision with fp32 sums. None: the row of PEAK_TFLOPS."""
     source: str
 
     def peak_flops(self, precision: str, tf32: bool) -> float:
-        """Operations per second of matrix products under `train.precision`."""
+        """Operations per second of matrix products under `train.precision`.
+
+        Raises:
+            ConfigError: the GPU has no products in it.
+        """
+        if precision in ("bf16", "autocast") and not self.bf16:
+            expected = f"fp16 or fp32: {self.name} has no products of bf16"
+            raise ConfigError("train.precision", expected, precision)
         half = PEAK_TFLOPS[self.name] if self.peak_tflops is None else self.peak_tflops
         if precision != "fp32":
             return 1e12 * half
@@ -44,7 +53,7 @@ def _gpu(
     pcie: float,
     fp32: float,
     source: str,
-    tf32: bool = True,
+    ampere: bool = True,
 ) -> GPU:
     return GPU(
         name=name,
@@ -53,7 +62,8 @@ def _gpu(
         nvlink_gb_s=nvlink,
         pcie_gb_s=pcie,
         fp32_tflops=fp32,
-        tf32=tf32,
+        tf32=ampere,
+        bf16=ampere,
         source=source,
     )
 
@@ -68,7 +78,7 @@ GPUS = {
         _gpu("L40S", 48, 864, None, 32, 91.6, "NVIDIA L40S data sheet"),
         _gpu("RTX 4090", 24, 1008, None, 32, 82.6, "NVIDIA Ada architecture white paper"),
         _gpu("RTX 3090", 24, 936, None, 32, 35.6, "NVIDIA GA102 architecture white paper"),
-        _gpu("V100", 32, 900, 150, 16, 15.7, "NVIDIA V100 data sheet, 32 GB SXM2", tf32=False),
+        _gpu("V100", 32, 900, 150, 16, 15.7, "NVIDIA V100 data sheet, 32 GB SXM2", ampere=False),
     )
 }
 """Memory in GiB as the data sheet names it; NVLink bridges of pairs of cards are left out."""
@@ -187,7 +197,8 @@ def build_cluster(
     Raises:
         ConfigError: a link that the GPU does not have, no rate, or GPUs that do not fill nodes.
     """
-    for name, count in (("--gpus", gpus), ("--per-node", per_node), ("--nics", nics or 1)):
+    nics = per_node if nics is None else nics
+    for name, count in (("--gpus", gpus), ("--per-node", per_node), ("--nics", nics)):
         if count < 1:
             raise ConfigError(name, "a positive integer", count)
     if gpus > per_node and gpus % per_node:
@@ -202,7 +213,6 @@ def build_cluster(
         intra_rate = 1e9 * gpu.pcie_gb_s
     else:
         intra_rate = parse_rate("--intra", intra, "nvlink, pcie or a rate such as 300GB/s")
-    nics = nics or per_node
     inter_rate = parse_rate("--inter", inter, "a rate such as 400Gb/s") * nics
     return Cluster(
         gpu=gpu,

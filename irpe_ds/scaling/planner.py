@@ -16,7 +16,7 @@ IMAGENET_KB = 110.0
 """Training images of ImageNet-1K, and the mean size of its JPEG files in 1000 bytes."""
 
 SIZES = tuple(2**n for n in range(13))
-"""Numbers of GPUs of tables and figures, 1 to 4096."""
+"""Numbers of GPUs, or of nodes, of tables and figures: 1 to 4096."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,18 @@ class Scenario:
     images: int = IMAGENET_IMAGES
     """Of the training set."""
     image_kb: float = IMAGENET_KB
+
+    @property
+    def uncounted(self) -> list[str]:
+        """What the configuration asks for that the plan leaves out."""
+        found = []
+        if self.config.distill.kind != "none":
+            found.append("the teacher (distill.teacher), its passes and its memory")
+        if self.config.model.resolutions:
+            found.append(
+                f"model.resolutions: every epoch is of {self.config.model.img_size} pixels"
+            )
+        return found
 
     @property
     def multiple(self) -> int:
@@ -130,8 +142,11 @@ def plan_micro_batch(scenario: Scenario, cluster: Cluster, micro_batch: int) -> 
     """So many images on every GPU, whatever the global batch becomes.
 
     Raises:
-        ConfigError: they do not fit.
+        ConfigError: they do not fit, or no run can have so many.
     """
+    if micro_batch < 1 or micro_batch % scenario.multiple:
+        expected = f"a positive multiple of {scenario.multiple}"
+        raise ConfigError("--micro-batch", expected, micro_batch)
     largest = scenario.largest(cluster)
     if micro_batch > largest:
         expected = f"at most {largest}, which is what fits under {scenario.zero.name}"
@@ -158,8 +173,11 @@ def weak(scenario: Scenario, cluster: Cluster, micro_batch: int) -> Iterator[Row
 
 
 def _sizes(cluster: Cluster) -> Iterator[Cluster]:
-    for gpus in SIZES:
-        if gpus <= cluster.per_node or gpus % cluster.per_node == 0:
+    """A part of a node, nodes, and the cluster itself."""
+    within = {gpus for gpus in SIZES if gpus <= cluster.per_node}
+    nodes = {cluster.per_node * number for number in SIZES}
+    for gpus in sorted(within | nodes | {cluster.gpus}):
+        if gpus <= max(SIZES[-1], cluster.gpus):
             yield cluster.with_gpus(gpus)
 
 

@@ -17,7 +17,8 @@ from irpe_ds.scaling.style import FAINT, INK, PALE, frame, titled
 Row = dict[str, Any]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#999933")
 MARKERS = "osD^vPX*"
-BASIC = ("model", "rpe", "precision", "impl", "accumulation", "network")
+WHERE = ("device", "torch", "deepspeed_version")
+BASIC = ("model", "rpe", "precision", "impl", "accumulation", "network", *WHERE)
 """Columns that tell lines of one panel from those of another, beside the batch and other axes."""
 PANELS_IN_A_ROW = 4
 
@@ -82,11 +83,11 @@ def varied(rows: Sequence[Row]) -> list[str]:
 
 
 def _value(row: Row, name: str) -> Any:
-    return row["axes"].get(name) if "." in name else row.get(name)
+    return row["axes"].get(name, row.get(name))
 
 
 def _spell(name: str, value: Any) -> str:
-    if name in ("model", "precision", "network"):
+    if name in ("model", "precision", "network", "device"):
         return str(value)
     return f"{name.split('.')[-1]} {value}"
 
@@ -221,7 +222,7 @@ def _page(results: Mapping[str, Any], rows: Sequence[Row], figures: Sequence[Pat
     )
     facts = {
         key: ", ".join(sorted({str(row[key]) for row in good}))
-        for key in ("device", "torch", "deepspeed_version", "commit")
+        for key in (*WHERE, "commit")
         if good
     }
     parts = [

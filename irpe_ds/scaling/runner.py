@@ -18,6 +18,7 @@ from irpe_ds.runlog import METRICS, read_rows, replace_file
 from irpe_ds.scaling.cell import KIND
 from irpe_ds.scaling.experiment import Cell, Experiment
 from irpe_ds.training.deepspeed_config import micro_batch
+from irpe_ds.training.distributed import device_type
 from irpe_ds.training.evaluation import check_data
 from irpe_ds.training.launchers import free_port
 from irpe_ds.training.start import check_folder, lock
@@ -69,7 +70,9 @@ def read_results_file(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
         rows = content["rows"]
-        if {"name", "settings"} <= content.keys() and all("key" in row for row in rows):
+        if {"name", "settings"} <= content.keys() and all(
+            {"key", "axes"} <= row.keys() for row in rows
+        ):
             return dict(content)
     except OSError as error:
         raise ConfigError(path, "the results of a scaling experiment", error.strerror) from None
@@ -188,10 +191,20 @@ def _measure(experiment: Experiment, cell: Cell, held: TextIO) -> Row:
 
 
 def command(experiment: Experiment, cell: Cell, file: Path) -> list[str]:
-    """What starts the ranks of a cell."""
+    """What starts the ranks of a cell.
+
+    Raises:
+        ConfigError: this machine shows fewer GPUs than the cell has ranks.
+    """
     scaling = experiment.scaling
     runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
     hosts = ["--num_nodes", str(cell.nodes), "--num_accelerators", str(cell.ranks_per_node)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # which DeepSpeed ignores beside a number
+    if visible and scaling.hostfile is None and device_type() == "cuda":
+        gpus = visible.split(",")
+        if len(gpus) < cell.ranks_per_node:
+            raise ConfigError("CUDA_VISIBLE_DEVICES", f"{cell.ranks_per_node} GPUs", visible)
+        hosts = ["--include", f"localhost:{','.join(gpus[: cell.ranks_per_node])}"]
     hosts += ["--hostfile", str(scaling.hostfile or "/dev/null"), "--master_port", str(free_port())]
     hosts += ["--force_multi"] if scaling.hostfile else []  # one node as several are started
     shape = {"warmup": scaling.warmup, "updates": scaling.updates, "repeats": scaling.repeats}

@@ -48,12 +48,21 @@ def test_answers_and_draws(tmp_path: Path) -> None:
         assert picture.width > 1000
 
 
+def test_says_what_it_leaves_out() -> None:
+    distill = ["--config", "launch/configs/imagenet/distill_hard.yaml"]
+    resolutions = "model.resolutions=[[0, 160], [150, 224]]"
+    done = call(*distill, "--gpu", "H100", "--gpus", "8", resolutions)
+    assert "- not counted: the teacher" in done.stdout, done.stderr
+    assert "- not counted: model.resolutions" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([*DEIT, "--gpu", "H1000", "--gpus", "8"], "--gpu: expected one of H200, H100"),
         ([*ON_H100, "--out", "plan.pdf"], "--out: expected a name that ends in .png"),
         ([*ON_H100, "--link-share", "0"], "--link-share: expected a number above 0"),
+        ([*ON_H100, "--out", "/dev/null/plan.png"], "--out: expected a file that can be written"),
         ([*ON_H100, "model.impl=flex"], "model.impl: expected one of auto, fused, gather"),
         ([*ON_H100, "train.deepspeed=no.json"], "no.json: expected a readable JSON file"),
     ],

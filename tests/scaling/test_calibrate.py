@@ -109,6 +109,14 @@ class TestRead:
         path.write_text(to_csv([row, *others]))
         assert read_results(path, "m", "bf16", "k") == [found]
 
+    def test_of_another_model_of_that_name(self, tmp_path: Path) -> None:
+        path = tmp_path / "results.json"
+        row = dict(zip(HEADER.split(","), ("m", 8, 2, 1, 64, 1, 1000), strict=True))
+        path.write_text(json.dumps({"settings": {"model": {"img_size": 24}}, "rows": [row]}))
+        assert read_results(path, "m", "bf16", shape={"img_size": 24, "options": {}})
+        with pytest.raises(ConfigError, match=r"model\.img_size: expected 224, got 24"):
+            read_results(path, "m", "bf16", shape={"img_size": 224, "options": {}})
+
     def test_a_card_s_rate_is_that_of_each_card(self, scenario: Scenario) -> None:
         slow = replace(result(scenario, 16, 2, 1), network=1e9)
         machines = replace(cluster(16), per_node=8, nics=4)
@@ -132,6 +140,8 @@ class TestRead:
             ("x.csv", f"{HEADER}\nm,8,3,1,64,1,9\n", "row 1: expected positive numbers, whole"),
             ("x.csv", f"{HEADER}\nm,8,2,1,64,1,nan\n", "row 1: expected positive numbers"),
             ("x.csv", f"{HEADER}\nother,8,2,1,64,1,9\n", "expected results of m in bf16, got none"),
+            ("x.csv", f"{HEADER},error\nm,8\n", "got none among 1"),
+            ("x.csv", "model,images_per_s,error\nm,9,\n", "columns .* named ranks"),
             ("x.json", "{", "expected valid JSON"),
             ("x.json", "{}", "expected a list of rows, got dict"),
         ],

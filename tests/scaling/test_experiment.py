@@ -71,7 +71,7 @@ class TestCells:
         ({"train.precison": "bf16"}, {}, "train.precison"),
         ({"stage": 2}, {}, "stage"),
         ({"train.precision": "int8"}, {}, "train.precision"),
-        ({"ranks_per_node": []}, {}, "scaling.matrix"),
+        ({"ranks_per_node": []}, {}, "scaling.matrix, 1: ranks_per_node"),
         ({"nodes": 2}, {}, "scaling.hostfile"),
         ({}, {"repeat": 3}, "scaling.repeat"),
         ({}, {"updates": 0}, "scaling.updates"),

@@ -82,6 +82,8 @@ def test_panels_are_told_apart_by_what_differs() -> None:
     names = varied(rows)
     assert names == ["precision", "optim.lr"]
     assert facet(rows[1], names) == "32 images per rank, fp32, lr None"
+    gpu = row(2, 1, device="H100", axes={"seed": 1})
+    assert varied([row(1, 1, axes={"seed": 0}), gpu]) == ["device", "seed"]
     strong = row(2, 1, scaling="strong")
     assert facet(strong, []) == "64 in all"
 

@@ -93,6 +93,20 @@ def test_a_cell_that_fails_is_a_row_and_not_the_end(tmp_path: Path, speeds: Spee
     assert "failed" in said[0]
 
 
+def test_a_cell_gets_the_gpus_that_its_user_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = experiment(tmp_path, [2])
+    monkeypatch.setattr(runner, "device_type", lambda: "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    started = runner.command(two, two.cells[0], tmp_path)
+    assert started[started.index("--include") + 1] == "localhost:4,5"
+    assert "--num_accelerators" not in started
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES: expected 2 GPUs, got 4"):
+        runner.command(two, two.cells[0], tmp_path)
+
+
 def test_retry_runs_what_has_failed(tmp_path: Path, speeds: Speeds) -> None:
     speeds[1] = 0
     run(experiment(tmp_path))

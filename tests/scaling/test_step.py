@@ -122,6 +122,17 @@ class TestPlan:
         with pytest.raises(ConfigError, match="--micro-batch: expected at most 2"):
             plan_micro_batch(scenario(deit, deit_profile), cluster(8), 10_000)
 
+    @pytest.mark.parametrize("images", [0, -4, 65])
+    def test_a_batch_that_no_run_can_have(
+        self, images: int, deit: RunConfig, deit_profile: Profile
+    ) -> None:
+        with pytest.raises(ConfigError, match="--micro-batch: expected a positive multiple of 2"):
+            plan_micro_batch(scenario(deit, deit_profile), cluster(8), images)
+
+    def test_nodes_of_six_gpus(self, deit: RunConfig, deit_profile: Profile) -> None:
+        rows = weak(scenario(deit, deit_profile), cluster(18, per_node=6), 64)
+        assert [row.cluster.gpus for row in rows][:7] == [1, 2, 4, 6, 12, 18, 24]
+
     @pytest.mark.parametrize("file", ["zero0", "zero1", "zero2", "zero3", "zeropp"])
     def test_efficiency_falls_with_gpus(
         self, deit: RunConfig, deit_profile: Profile, file: str
@@ -230,6 +241,16 @@ class TestHardware:
     def test_mistakes(self, arguments: tuple[int, int, str, str], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             build_cluster(find_gpu("H100"), *arguments)
+
+    def test_no_network_cards(self) -> None:
+        with pytest.raises(ConfigError, match="--nics: expected a positive integer, got 0"):
+            build_cluster(find_gpu("H100"), 8, 8, "nvlink", "400Gb/s", nics=0)
+
+    def test_a_gpu_without_bf16(self) -> None:
+        volta = find_gpu("V100")
+        assert volta.peak_flops("fp16", True) == 125e12
+        with pytest.raises(ConfigError, match=r"train\.precision: expected fp16 or fp32: V100 has"):
+            volta.peak_flops("bf16", True)
 
     def test_a_gpu_without_nvlink(self) -> None:
         with pytest.raises(ConfigError, match="--intra: expected pcie or a rate: L40S has no"):
