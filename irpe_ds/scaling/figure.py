@@ -96,15 +96,19 @@ def _efficiency(axes: Any, curves: Mapping[str, Sequence[Row]]) -> None:
 def _step(axes: Any, rows: Sequence[Row], name: str) -> None:
     frame(axes, f"Parts of an update, {name}", "% of its time")
     _over_gpus(axes)
-    below = [0.0] * len(rows)
-    places = [row.cluster.gpus for row in rows]
+    apart = [rows[0]]  # a bar is as wide as half its place
+    for row in rows:
+        if row.cluster.gpus >= 2 * apart[-1].cluster.gpus:
+            apart.append(row)
+    below = [0.0] * len(apart)
+    places = [row.cluster.gpus for row in apart]
     for part, colour in PARTS.items():
-        shares = [100 * row.step.split[part] / row.step.total for row in rows]
+        shares = [100 * row.step.split[part] / row.step.total for row in apart]
         wide = [0.5 * place for place in places]
         label = "communication, exposed" if part == "communication" else part
         axes.bar(places, shares, bottom=below, width=wide, color=colour, label=label)
         below = [a + b for a, b in zip(below, shares, strict=True)]
-    for place, row in zip(places, rows, strict=True):
+    for place, row in zip(places, apart, strict=True):
         text = f"{1e3 * row.step.total:.3g}"
         axes.annotate(text, (place, 100), (0, 3), ha="center", color=INK, **_TEXT)
     axes.annotate("ms", (places[-1], 100), (16, 3), color=INK, **_TEXT)
