@@ -222,8 +222,7 @@ def test_a_signal_saves_and_ends(
     name = signal.Signals(number).name
     run = [*common, *zero(1, "bf16"), f"name={name}", "train.log_every=4"]
     ranks = Ranks(tmp_path, 2, [(run, "never")], slow_steps)
-    ranks.wait_for("attention op")
-    time.sleep(4)
+    ranks.wait_for(", loss ")  # it trains
     ranks.signal(number, [1])  # to one rank: all must agree
     asked = time.monotonic()
     assert ranks.wait() == [75, 75], ranks.output()
@@ -295,8 +294,7 @@ def test_a_signal_to_every_process_finds_no_worker_dead(
     """As launchers send it, who end whole trees of processes."""
     run = [*common, *zero(0), "name=workers", "data.pipeline=timm", "train.epochs=50"]
     ranks = Ranks(tmp_path, 1, [([*run, "train.max_updates=600"], "never")], slow_steps)
-    ranks.wait_for("attention op")
-    time.sleep(4)
+    ranks.wait_for(", loss ")  # it trains
     rank = psutil.Process(ranks.processes[0].pid)
     workers = rank.children()
     assert workers
@@ -347,8 +345,7 @@ def hang() -> None:
 def test_the_others_end_with_a_rank_that_dies(common: list[str], tmp_path: Path) -> None:
     run = [*common, *zero(1, "bf16"), "name=dead"]
     ranks = Ranks(tmp_path, 2, [(run, "never")], slow_steps)
-    ranks.wait_for("attention op")
-    time.sleep(3)
+    ranks.wait_for(", loss ")  # it trains
     ranks.signal(signal.SIGKILL, [1])
     code, killed = ranks.wait(60)
     assert killed == -signal.SIGKILL
@@ -368,8 +365,7 @@ def test_a_rank_that_falls_silent_is_named(silent: int, common: list[str], tmp_p
     """As when a host hangs: its connections stay open."""
     run = [*common, *zero(1), f"name=silent-{silent}", "train.epochs=50", "train.max_updates=600"]
     ranks = Ranks(tmp_path, 3, [(run, "never")], be_impatient)
-    ranks.wait_for("attention op")
-    time.sleep(3)
+    ranks.wait_for(", loss ")  # it trains
     ranks.signal(signal.SIGSTOP, [silent])
     others = [rank for rank in range(3) if rank != silent]
     end = time.monotonic() + 60
