@@ -1,6 +1,8 @@
 """A run from its configuration: check everything, build, train, keep the record."""
 
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from typing import NamedTuple
 
@@ -23,7 +25,7 @@ from irpe_ds.training.loss import Loss, build_loss
 from irpe_ds.training.plan import Plan, make_plan
 from irpe_ds.training.record import attention_op, write_record
 from irpe_ds.training.start import FolderLock, check_folder, find_start, first_model
-from irpe_ds.training.stop import StopSignals
+from irpe_ds.training.stop import StopSignals, lasting
 from irpe_ds.training.trainer import Trainer
 
 
@@ -56,7 +58,12 @@ def train(
     settings = deepspeed_config(config, world_size)
     ranks = join(config.train.join_seconds)
     check_agreement(ranks, software(config))
-    with StopSignals() as stop, Heartbeat(ranks):
+    with (
+        redirect_stdout(lasting(sys.stdout)),
+        redirect_stderr(lasting(sys.stderr)),
+        StopSignals() as stop,
+        Heartbeat(ranks),
+    ):
         ready = ranks.together(partial(prepare, config, resume))
         plan, model, op = ready.plan, ready.model, ready.op
         check_agreement(ranks, inputs(ready.data, op))

@@ -1,9 +1,11 @@
 """Signals that ask a run to stop: it finishes its update, saves and ends with a code of its own."""
 
+import errno
 import os
 import signal
 import time
 from threading import Thread
+from typing import Any, TextIO, cast
 
 from irpe_ds.training.distributed import Ranks
 
@@ -18,6 +20,31 @@ ASK_SECONDS = 1.0
 """How long a signal to one rank may take to reach the others."""
 ASK_CALLS = 100
 """Calls after which they are asked however little time has passed."""
+
+
+class Lasting:
+    """A stream whose reader may go, as ssh does when a launcher ends: what follows is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def lasting(stream: TextIO) -> TextIO:
+    """The stream, without an error when its reader has gone."""
+    return cast(TextIO, Lasting(stream))
 
 
 class StopVote:

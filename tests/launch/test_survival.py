@@ -318,6 +318,42 @@ def slow_steps() -> None:
     Trainer.train_update = slow  # type: ignore[method-assign]
 
 
+def lose_the_terminal() -> None:
+    """Nobody reads what the ranks write after their third update."""
+    from irpe_ds.training.trainer import Trainer
+
+    slow_steps()
+    update = Trainer.train_update
+
+    def lonely(self: Any, *arguments: Any) -> None:
+        if self.update == 3:
+            reads, writes = os.pipe()
+            os.close(reads)
+            os.dup2(writes, 1)
+            os.dup2(writes, 2)
+        update(self, *arguments)
+
+    Trainer.train_update = lonely  # type: ignore[method-assign]
+
+
+def test_a_signal_saves_when_the_launcher_has_gone(
+    common: list[str], output: Path, tmp_path: Path
+) -> None:
+    """As under pdsh, which a signal ends before the ranks."""
+    run = [*common, *zero(1), "name=lonely"]
+    ranks = Ranks(tmp_path, 2, [(run, "never")], lose_the_terminal)
+    end = time.monotonic() + 120
+    while (
+        not (output / "lonely/metrics.jsonl").exists() or len(rows(output / "lonely", "train")) < 5
+    ):
+        assert time.monotonic() < end, ranks.output()
+        time.sleep(0.1)
+    ranks.signal(signal.SIGTERM)
+    assert ranks.wait() == [75, 75], ranks.output()
+    (saved,) = (output / "lonely/checkpoints").iterdir()
+    assert int(saved.name[-8:]) >= 5
+
+
 def test_ctrl_c_after_another_signal_ends_at_once(common: list[str], tmp_path: Path) -> None:
     run = [*common, *zero(0), "name=impatient"]
     ranks = Ranks(tmp_path, 2, [(run, "never")], hang)
