@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -123,6 +124,19 @@ def test_a_link_that_is_cut_for_half_a_minute_costs_only_the_time(
     hosts.link("node2", "up")
     assert process.wait(200) == 0, log.read_text()
     assert (folder / "checkpoints/update-00000400").exists()
+
+
+def test_a_signal_to_the_command_saves(hosts: Hosts, common: list[str]) -> None:
+    """Over pdsh it tells the hosts, and does not wait for them."""
+    folder = Path(common[0].removeprefix("output=")) / "asked"
+    process, log = launch(hosts, hosts.names[:2], [*common, *LONG, "name=asked"])
+    wait_for_checkpoints(folder, 1, log)
+    process.send_signal(signal.SIGTERM)
+    end = time.monotonic() + 60
+    while all(path.name.endswith(("00", "50")) for path in folder.glob("checkpoints/update-*")):
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.2)
+    assert process.wait(60) != 0
 
 
 def test_a_host_that_does_not_answer_is_named(hosts: Hosts, common: list[str]) -> None:
