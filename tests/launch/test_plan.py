@@ -1,5 +1,6 @@
 """launch/plan.py as its user calls it."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,10 @@ def test_answers_and_draws(tmp_path: Path) -> None:
         f"{name},1,1,1,256,3000\n{name},16,2,1,256,40000\n"
     )
     figure = tmp_path / "plans" / "plan.png"
-    done = call(*ON_H100, "--calibrate", str(results), "--out", str(figure))
+    fitted = (*ON_H100, "--calibrate", str(results))
+    done = call(*fitted, "--flop-share", "0.5")
+    assert "error: --flop-share: expected no value: it is fitted, got 0.5" in done.stderr
+    done = call(*fitted, "--out", str(figure))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{name}: 22.09 M parameters")
     for said in (
@@ -48,11 +52,15 @@ def test_answers_and_draws(tmp_path: Path) -> None:
         assert picture.width > 1000
 
 
-def test_says_what_it_leaves_out() -> None:
+def test_says_what_it_leaves_out(tmp_path: Path) -> None:
     distill = ["--config", "launch/configs/imagenet/distill_hard.yaml"]
+    shutil.copy("ds_configs/zero1.json", tmp_path)
+    (tmp_path / "package.json").write_text("{}")  # of something else
+    settings = f"train.deepspeed={tmp_path}/zero1.json"
     resolutions = "model.resolutions=[[0, 160], [150, 224]]"
-    done = call(*distill, "--gpu", "H100", "--gpus", "8", resolutions)
-    assert "- not counted: the teacher" in done.stdout, done.stderr
+    done = call(*distill, "--gpu", "H100", "--gpus", "8", settings, resolutions)
+    assert done.returncode == 0, done.stderr
+    assert "- not counted: the teacher" in done.stdout
     assert "- not counted: model.resolutions" in done.stdout
 
 
