@@ -44,8 +44,6 @@ bench: $(READY) ## Time the operators against plain attention
 lint: $(READY) ## Check style and types
 	@ruff check .
 	ruff format --check .
-	rm -rf build/lib
-	python setup.py -q build_py --build-lib build/lib
 	mypy
 
 format: $(READY) ## Apply the style

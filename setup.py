@@ -1,4 +1,4 @@
-"""Package irpe_ds; the folder ops/ is imported, and shipped, as irpe_ds.ops.
+"""Package irpe_ds; irpe_ds/ops is a link to the folder ops/.
 
 DS_BUILD_IRPE=1 pip install --no-build-isolation .     compiles the operators, where PyTorch and
                                                        DeepSpeed are installed already
@@ -10,7 +10,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from setuptools import find_packages, setup
@@ -42,18 +41,16 @@ EXTRAS = {
 
 def compiled() -> tuple[dict[str, Any], contextlib.AbstractContextManager[None]]:
     """Arguments of setup that compile the operators, and what the compilation runs in."""
-    source = ModuleType("irpe_ds")  # the package as it lies here, before it is installed
-    source.__path__ = [str(ROOT / "irpe_ds"), str(ROOT)]
-    sys.modules["irpe_ds"] = source
+    sys.path.insert(0, str(ROOT))
     try:
         from torch.utils.cpp_extension import BuildExtension
 
-        from irpe_ds.ops import library, toolchain
-        from irpe_ds.ops.builder import IRPEBuilder
+        from irpe_ds.ops.build import library, toolchain
+        from irpe_ds.ops.build.builder import IRPEBuilder
     except ImportError as error:
         sys.exit(
-            f"error: DS_BUILD_IRPE=1 needs PyTorch and DeepSpeed ({error}): install them first, "
-            "and use pip install --no-build-isolation"
+            f"error: DS_BUILD_IRPE=1 needs PyTorch, timm and DeepSpeed ({error}): install them "
+            "first, and use pip install --no-build-isolation"
         )
 
     class Build(BuildExtension):
@@ -85,12 +82,7 @@ with environment:
         description=DESCRIPTION,
         license="Apache-2.0",
         python_requires=">=3.10",
-        package_dir={"irpe_ds.ops": "ops"},
-        packages=[
-            *find_packages(include=["irpe_ds", "irpe_ds.*"]),
-            "irpe_ds.ops",
-            *(f"irpe_ds.ops.{name}" for name in find_packages("ops")),
-        ],
+        packages=find_packages(include=["irpe_ds", "irpe_ds.*"]),
         package_data={
             "irpe_ds": ["py.typed"],
             "irpe_ds.ops": ["csrc/**/*"],

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import get_args
 
 from irpe_ds.cli import run
-from irpe_ds.data.convert import Forecast, OnBad, convert, forecast
-from irpe_ds.data.images import Check, Mode, StorageOptions
-from irpe_ds.data.manifest import SKIPPED, Manifest, beside
-from irpe_ds.data.sources import open_source
+from irpe_ds.data.beton.convert import Forecast, OnBad, convert, forecast
+from irpe_ds.data.beton.images import Check, Mode, StorageOptions
+from irpe_ds.data.beton.manifest import SKIPPED, Manifest, beside
+from irpe_ds.data.beton.sources import open_source
 
 
 def arguments() -> argparse.Namespace:

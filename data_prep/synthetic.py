@@ -307,8 +307,8 @@ def _write_devkit(path: Path, made: Synthetic, seed: int) -> None:
 
 def _synset_table(made: Synthetic, ids: dict[str, int]) -> np.ndarray:
     """meta.mat's struct array `synsets`, (N, 1), by ID; two synsets with children come last."""
-    fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children")
-    fields += ("wordnet_height", "num_train_images")
+    fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children"]
+    fields += ["wordnet_height", "num_train_images"]
     leaves = sorted((number, synset) for synset, number in ids.items())
     counts = {synset: 0 for synset in made.synsets}
     for path in made.train:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from irpe_ds.cli import run
-from irpe_ds.data.verify import verify
+from irpe_ds.data.beton.verify import verify
 
 
 def main() -> None:

@@ -1,15 +1,18 @@
 """iRPE-DS: vision transformers with image relative position encoding, trained at scale."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from irpe_ds.errors import ConfigError
-from irpe_ds.models import equip
-from irpe_ds.ops import irpe_attention, irpe_gather
-from irpe_ds.rpe import BucketMap, RPEConfig
+from irpe_ds import timm_hook
 
 if TYPE_CHECKING:
     from irpe_ds.config import RunConfig, load_config
-    from irpe_ds.ops.builder import IRPEBuilder
+    from irpe_ds.errors import ConfigError
+    from irpe_ds.models import equip
+    from irpe_ds.ops import irpe_attention, irpe_gather
+    from irpe_ds.ops.build.builder import IRPEBuilder
+    from irpe_ds.rpe.buckets import BucketMap
+    from irpe_ds.rpe.config import RPEConfig
     from irpe_ds.runlog import RunLog
 
 __version__ = "0.1.0"
@@ -25,18 +28,25 @@ __all__ = [
     "irpe_gather",
     "load_config",
 ]
-_LAZY = {
-    "IRPEBuilder": "ops.builder",
+_HOME = {
+    "BucketMap": "rpe.buckets",
+    "ConfigError": "errors",
+    "IRPEBuilder": "ops.build.builder",
+    "RPEConfig": "rpe.config",
     "RunConfig": "config",
     "RunLog": "runlog",
+    "equip": "models",
+    "irpe_attention": "ops",
+    "irpe_gather": "ops",
     "load_config": "config",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """What needs more than torch and timm is imported on first use."""
-    if name not in _LAZY:
+    """Public names are imported on first use: reading a YAML takes no torch."""
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
-    return getattr(import_module(f"irpe_ds.{_LAZY[name]}"), name)
+
+timm_hook.install()

@@ -10,7 +10,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StrictBool
 
 from irpe_ds.config_file import read_values
-from irpe_ds.errors import ConfigError
+from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.rpe.config import RPEConfig
 
 Count = Annotated[int, Field(strict=True, gt=0)]
@@ -308,7 +308,7 @@ def _explain(error: pydantic.ValidationError, section: type[Section], above: str
     if first["type"].startswith("missing"):
         return ConfigError(where, "a value", "nothing: the key is required")
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigError):  # RPEConfig names its field, other validators leave it out
+    if isinstance(cause, UserError):  # RPEConfig names its field, other validators leave it out
         parts = [str(part) for part in (where, cause.where) if part]
         return ConfigError(".".join(parts), cause.expected, cause.got)
     expected = first["msg"].removeprefix("Input should be ")

@@ -20,16 +20,18 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
 
+    from irpe_ds.cluster.hostfile import read_hostfile
     from irpe_ds.config import load_config
-    from irpe_ds.training.hostfile import read_hostfile
 
     config = load_config(args.config, args.overrides)  # before the imports that take seconds
     hosts = [] if args.here else read_hostfile(args.hostfile)
 
-    from irpe_ds.training import preflight
+    from irpe_ds.cluster import preflight
 
     if args.here:
-        preflight.report(config, args.here)
+        from irpe_ds.training.run import input_facts
+
+        preflight.report(config, args.here, input_facts)
         return
     found = preflight.ask(hosts, [sys.executable, *sys.argv, "--here", hosts[0].name])
     print(preflight.table(hosts, found))

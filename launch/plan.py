@@ -12,12 +12,11 @@ from pathlib import Path
 
 from irpe_ds.cli import run
 from irpe_ds.config import load_config
-from irpe_ds.errors import ConfigError
-from irpe_ds.scaling.calibrate import calibrate, read_results
-from irpe_ds.scaling.communication import collectives
-from irpe_ds.scaling.figure import draw
-from irpe_ds.scaling.hardware import BACKENDS, Cluster, build_cluster, find_gpu
-from irpe_ds.scaling.planner import (
+from irpe_ds.errors import ConfigError, UserError
+from irpe_ds.planner.calibrate import calibrate, read_results
+from irpe_ds.planner.communication import collectives
+from irpe_ds.planner.hardware import BACKENDS, Cluster, build_cluster, find_gpu
+from irpe_ds.planner.plan import (
     IMAGENET_IMAGES,
     IMAGENET_KB,
     Row,
@@ -27,9 +26,10 @@ from irpe_ds.scaling.planner import (
     strong,
     weak,
 )
-from irpe_ds.scaling.profile import profile
-from irpe_ds.scaling.step import Assumptions
-from irpe_ds.scaling.zero import Zero, read_zero
+from irpe_ds.planner.profile import profile
+from irpe_ds.planner.step import Assumptions
+from irpe_ds.planner.zero import Zero, read_zero
+from irpe_ds.plots.plan import draw
 
 SHARES = {
     "flop_share": "of the peak of matrix products",
@@ -138,8 +138,9 @@ def _scenario(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Scenario
     shape = {key: model[key] for key in ("img_size", "options", "grad_checkpointing")}
     results = read_results(arguments.calibrate, *wanted, shape)
     files = _settings(config.train.deepspeed)
-    plain = {zero.stage: zero for zero in files.values() if "+" not in zero.name}
-    zeros: dict[int | str, Zero] = {**files, **plain, scenario.zero.stage: scenario.zero}
+    zeros: dict[int | str, Zero] = dict(files.items())
+    zeros |= {zero.stage: zero for zero in files.values() if "+" not in zero.name}
+    zeros[scenario.zero.stage] = scenario.zero
     found = calibrate(scenario, cluster, results, zeros)
     for name in found.assumed.fitted:
         if given[name] is not None:
@@ -156,7 +157,7 @@ def _settings(path: Path) -> dict[str, Zero]:
     for file in sorted({path, *path.parent.glob("*.json")}):
         try:
             found[file.stem] = read_zero(file)
-        except ConfigError:
+        except UserError:
             if file == path:
                 raise
     return found

@@ -30,9 +30,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-    from irpe_ds.scaling.experiment import load_experiment
-    from irpe_ds.scaling.report import write_report
-    from irpe_ds.scaling.runner import read_results_file, run_experiment
+    from irpe_ds.benchmark.experiment import load_experiment
+    from irpe_ds.benchmark.report import write_report
+    from irpe_ds.benchmark.runner import read_results_file, run_experiment
 
     if args.report is None:
         for number in (signal.SIGTERM, signal.SIGHUP):  # the run that it has started ends with it

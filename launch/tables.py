@@ -21,7 +21,7 @@ from torch import Tensor, device
 
 from irpe_ds.cli import run
 from irpe_ds.config import RunConfig, load_config
-from irpe_ds.data.decoders import open_decoder
+from irpe_ds.data.pipelines.pipeline import open_decoder
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_model, load_weights
 from irpe_ds.models.offset_maps import offset_maps, targets

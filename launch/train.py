@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from irpe_ds.cli import run
+from irpe_ds.errors import ExitCode
 
 
 def main() -> None:
@@ -27,14 +28,13 @@ def main() -> None:
 
     config = load_config(args.config, args.overrides)  # before the imports that take seconds
 
-    from irpe_ds.training.distributed import leave
+    from irpe_ds.cluster.process_group import destroy_process_group
     from irpe_ds.training.run import train
-    from irpe_ds.training.stop import REQUEUE
 
     finished = train(config, args.resume)
-    leave()
+    destroy_process_group()
     if not finished:
-        sys.exit(REQUEUE)
+        sys.exit(ExitCode.REQUEUE)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from irpe_ds.ops import dispatch, library, toolchain
-from irpe_ds.ops.toolchain import Unavailable
+from irpe_ds.ops import dispatch
+from irpe_ds.ops.build import library, toolchain
+from irpe_ds.ops.build.toolchain import Unavailable
 
 NAME_WIDTH, STATE_WIDTH = 24, 12
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops.dispatch import IMPLEMENTATIONS, decided
 from irpe_ds.ops.inputs import Case, Inputs, kinds_of
-from irpe_ds.rpe import BucketMap, Term
+from irpe_ds.rpe.buckets import BucketMap
+from irpe_ds.rpe.tables import Term
 
 
 def irpe_attention(

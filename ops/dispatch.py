@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.ops import cpu, flex, fused, gather, library, low_rank, reference
+from irpe_ds.ops import cpu, flex, fused, gather, low_rank, reference
+from irpe_ds.ops.build import library
 from irpe_ds.ops.inputs import Case, Inputs, TermKind
 
 

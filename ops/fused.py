@@ -12,7 +12,7 @@ from torch import Tensor
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops.inputs import Case, Inputs
-from irpe_ds.rpe import BucketMap
+from irpe_ds.rpe.buckets import BucketMap
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (32, 64)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.ops import library
+from irpe_ds.ops.build import library
 from irpe_ds.ops.inputs import Inputs
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from irpe_ds.rpe import Term
+from irpe_ds.rpe.tables import Term
 
 Terms = tuple[Term, ...]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from irpe_ds.ops.gather import irpe_gather, lookup_of
 from irpe_ds.ops.inputs import Case, Inputs
-from irpe_ds.rpe import BucketMap
+from irpe_ds.rpe.buckets import BucketMap
 
 METHODS = ("cross_rows", "cross_cols")
 MULTIPLE = 8

@@ -14,7 +14,13 @@ from unittest import mock
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["tests.launch.ranks", "irpe_ds.data.convert", "irpe_ds.training.trainer", "deepspeed", "ffcv"]
+    [
+        "tests.launch.ranks",
+        "irpe_ds.data.beton.convert",
+        "irpe_ds.training.trainer",
+        "deepspeed",
+        "ffcv",
+    ]
 )
 
 

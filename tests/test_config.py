@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from irpe_ds.config import RunConfig, load_config
 from irpe_ds.errors import ConfigError
-from irpe_ds.rpe import RPEConfig
+from irpe_ds.rpe.config import RPEConfig
 
 MINIMAL = """
 name: run

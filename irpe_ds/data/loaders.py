@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from irpe_ds.config import AugmentConfig
-from irpe_ds.data.decoders import Decoder, open_decoder
-from irpe_ds.data.draws import Keys, image_keys
 from irpe_ds.data.order import eval_order, train_order
+from irpe_ds.data.pipelines.pipeline import Decoder, open_decoder
+from irpe_ds.data.rng import Keys, image_keys
 from irpe_ds.errors import ConfigError
 
 

@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops import Case, irpe_attention, kinds_of
-from irpe_ds.rpe import BucketMap, CrossRPETable, RPEConfig, RPETable, Term, build_table
+from irpe_ds.rpe.buckets import BucketMap
+from irpe_ds.rpe.config import RPEConfig
+from irpe_ds.rpe.tables import CrossRPETable, RPETable, Term, build_table
 
 
 class RPEAttention(nn.Module):

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from irpe_ds.config import ModelConfig
-from irpe_ds.errors import ConfigError
+from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.models.vision_transformer import equip, set_resolution
 from irpe_ds.models.zoo import ZOO
 
@@ -33,7 +33,7 @@ def build_model(config: ModelConfig) -> nn.Module:
     model: Any
     try:
         model = timm.create_model(config.name, **_arguments(config))
-    except ConfigError as error:
+    except UserError as error:
         raise ConfigError(f"model.{error.where}", error.expected, error.got) from None
     except Exception as error:  # timm's models raise many kinds for arguments they do not take
         got = f"{_arguments(config)}: {_first_line(error)}"
@@ -41,7 +41,7 @@ def build_model(config: ModelConfig) -> nn.Module:
     if config.rpe is not None:
         try:
             model = equip(model, config.rpe, config.impl)
-        except ConfigError as error:
+        except UserError as error:
             where = "model.impl" if error.where == "impl" else "model.rpe"
             raise ConfigError(where, error.expected, error.got) from None
     elif config.impl != "auto" and config.name not in ZOO:
@@ -49,7 +49,7 @@ def build_model(config: ModelConfig) -> nn.Module:
     for _, pixels in (*config.resolutions, (0, config.img_size)):  # the last one stays
         try:
             set_resolution(model, pixels)
-        except ConfigError as error:
+        except UserError as error:
             raise ConfigError("model.resolutions", error.expected, error.got) from None
     if config.weights is not None:
         renewed = _classifier(model) if config.new_head else ()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.attention import RPEAttention
-from irpe_ds.rpe import BucketMap
+from irpe_ds.rpe.buckets import BucketMap
 
 MULTIPLIED = {"k": "q_norm", "q": "k_norm"}
 """Whose output the tables on keys and on queries are multiplied with."""

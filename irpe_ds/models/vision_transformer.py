@@ -10,7 +10,9 @@ from torch import nn
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.ops.dispatch import check_name
-from irpe_ds.rpe import BucketMap, RPEConfig, RPETable, build_maps
+from irpe_ds.rpe.buckets import BucketMap
+from irpe_ds.rpe.config import RPEConfig
+from irpe_ds.rpe.tables import RPETable, build_maps
 
 
 def equip(model: nn.Module, rpe: RPEConfig, impl: str = "auto") -> VisionTransformer:

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch.utils.flop_counter import FlopCounterMode
 
 from irpe_ds.models.vision_transformer import equip
-from irpe_ds.rpe import RPEConfig
+from irpe_ds.rpe.config import RPEConfig
 
 RELEASES = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0"
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irpe_ds.training.state import EMA
+from irpe_ds.training.engine_state import EMA
 
 
 class _Averaging:

@@ -6,7 +6,7 @@ from timm.data import Mixup
 from torch import Tensor
 
 from irpe_ds.config import DataConfig, RunConfig
-from irpe_ds.data.augment import Augment
+from irpe_ds.data.augment.policies import Augment
 
 
 class Normalize:

@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from irpe_ds.config import RunConfig
-from irpe_ds.data.manifest import file_sha256
-from irpe_ds.errors import ConfigError
-from irpe_ds.training.plan import Plan
-from irpe_ds.training.state import EMA, MOMENTS, WEIGHTS, State
+from irpe_ds.data.beton.manifest import file_sha256
+from irpe_ds.errors import CheckpointError, UserError
+from irpe_ds.training.engine_state import EMA, MOMENTS, WEIGHTS, State
+from irpe_ds.training.run_length import RunLength
 
 FORMAT = 2
 FOLDER, MANIFEST = "checkpoints", "checkpoint.json"
@@ -99,7 +99,7 @@ MUST_AGREE = ("num_samples", "updates_per_epoch", "global_batch", "seed")
 def describe(
     config: RunConfig,
     settings: Mapping[str, Any],
-    plan: Plan,
+    plan: RunLength,
     model: nn.Module,
     world_size: int,
     op: Mapping[str, str],
@@ -130,7 +130,7 @@ def save(
         The manifest as it was written.
 
     Raises:
-        ConfigError: it cannot be written; the checkpoints before it are as they were.
+        CheckpointError: it cannot be written; the checkpoints before it are as they were.
     """
     moments = {f"{kind}.{name}": t for kind in MOMENTS for name, t in state[kind].items()}
     contents = {OPTIMIZER: moments}
@@ -155,7 +155,7 @@ def save(
         partial.rename(path)
         _to_disk(folder)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(folder, "room for a checkpoint", str(error)) from None
+        raise CheckpointError(folder, "room for a checkpoint", str(error)) from None
     _prune(path, keep)
     return manifest
 
@@ -166,7 +166,7 @@ def add_scores(folder: Path, manifest: Manifest) -> Manifest:
     try:
         _write(path, manifest)
     except OSError as error:
-        raise ConfigError(path, "a checkpoint that can be written", str(error)) from None
+        raise CheckpointError(path, "a checkpoint that can be written", str(error)) from None
     return manifest
 
 
@@ -204,7 +204,7 @@ def _prune(newest: Path, keep: int) -> None:
 def _score(path: Path) -> float:
     try:
         return read_manifest(path).score
-    except ConfigError:
+    except UserError:
         return -1.0
 
 
@@ -239,17 +239,17 @@ def weights_of(run: Path, *, best: bool = False, ema: bool = False) -> Path:
         ema: take the moving average instead.
 
     Raises:
-        ConfigError: the run has none, or it is damaged.
+        CheckpointError: the run has none, or it is damaged.
     """
     found = complete(run / FOLDER)
     if not found:
-        raise ConfigError(run, "a run folder with a checkpoint", "none")
+        raise CheckpointError(run, "a run folder with a checkpoint", "none")
     path = max(found, key=lambda path: (_score(path), path)) if best else found[-1]
     file = path / file_of(EMA if ema else WEIGHTS)
     if damage := fault(path):
-        raise ConfigError(path, "an undamaged checkpoint", damage)
+        raise CheckpointError(path, "an undamaged checkpoint", damage)
     if not file.exists():
-        raise ConfigError(path, f"a checkpoint with {file.name} (train.ema_decay)", "none")
+        raise CheckpointError(path, f"a checkpoint with {file.name} (train.ema_decay)", "none")
     return file
 
 
@@ -257,20 +257,20 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        ConfigError: it cannot be read, is damaged, or another version's.
+        CheckpointError: it cannot be read, is damaged, or another version's.
     """
     file = path / MANIFEST
-    damaged = ConfigError(file, "the manifest that was saved", "a damaged one")
+    damaged = CheckpointError(file, "the manifest that was saved", "a damaged one")
     try:
         text = file.read_text(encoding="utf-8")
         values = json.loads(text)
         values.pop("sha256", None)
     except OSError as error:
-        raise ConfigError(file, "a manifest", error.strerror) from None
+        raise CheckpointError(file, "a manifest", error.strerror) from None
     except (ValueError, AttributeError):
         raise damaged from None
     if values.get("format") != FORMAT:
-        raise ConfigError(file, f"a manifest of format {FORMAT}", values.get("format"))
+        raise CheckpointError(file, f"a manifest of format {FORMAT}", values.get("format"))
     try:
         manifest = Manifest(**values)
     except TypeError:
@@ -284,7 +284,7 @@ def fault(path: Path) -> str | None:
     """What is damaged in a checkpoint, if anything; every byte is read."""
     try:
         files = read_manifest(path).files
-    except ConfigError as error:
+    except UserError as error:
         return str(error)
     for name, recorded in files.items():
         file = path / name
@@ -310,7 +310,7 @@ def newest_good(folder: Path) -> Found:
     """The newest checkpoint whose every byte is as it was saved.
 
     Raises:
-        ConfigError: there are checkpoints, all damaged.
+        CheckpointError: there are checkpoints, all damaged.
     """
     damaged: list[str] = []
     # A folder without a manifest is one whose manifest was lost: saving shows them together.
@@ -320,7 +320,7 @@ def newest_good(folder: Path) -> Found:
             return Found(path, damaged)
         damaged.append(f"{path}: {found}")
     if damaged:
-        raise ConfigError(folder, "an undamaged checkpoint", "; ".join(damaged))
+        raise CheckpointError(folder, "an undamaged checkpoint", "; ".join(damaged))
     return Found(None, [])
 
 
@@ -328,7 +328,7 @@ def check(path: Path, present: Manifest) -> Manifest:
     """The manifest of a checkpoint that the run described by `present` can go on from.
 
     Raises:
-        ConfigError: it belongs to another model, or to data in another order.
+        CheckpointError: it belongs to another model, or to data in another order.
     """
     saved = read_manifest(path)
     if saved.shapes != present.shapes:
@@ -336,10 +336,12 @@ def check(path: Path, present: Manifest) -> Manifest:
         name = min(n for n in names if saved.shapes.get(n) != present.shapes.get(n))
         there, here = (manifest.shapes.get(name, "absent") for manifest in (saved, present))
         got = f"another's: {name} of shape {there}, which is {here} here"
-        raise ConfigError(path, "the parameters of this model", got)
+        raise CheckpointError(path, "the parameters of this model", got)
     for key in MUST_AGREE:
         if getattr(saved, key) != getattr(present, key):
-            raise ConfigError(path, f"{key} {getattr(present, key)}, as here", getattr(saved, key))
+            raise CheckpointError(
+                path, f"{key} {getattr(present, key)}, as here", getattr(saved, key)
+            )
     return saved
 
 

@@ -7,14 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from irpe_ds.cluster.process_group import (
+    Ranks,
+    destroy_process_group,
+    init_process_group,
+    set_environment,
+)
 from irpe_ds.config import RunConfig
-from irpe_ds.data.dataset import DatasetInfo, read_beton
-from irpe_ds.data.decoders import describe
+from irpe_ds.data.beton.reader import DatasetInfo, read_beton
 from irpe_ds.data.loaders import EvalLoader
+from irpe_ds.data.pipelines.pipeline import describe
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_model, load_weights
 from irpe_ds.training.batch import Normalize
-from irpe_ds.training.distributed import Ranks, join, leave, set_environment
 
 EvalBatch = tuple[Tensor, Tensor, Tensor]
 """Images, labels and which of them count."""
@@ -45,7 +50,7 @@ def evaluate(
         totals[:3] += torch.stack([hits[:, :1].sum(), hits.sum(), loss])
         totals[3] += len(labels)
     model.train(was_training)
-    top1, top5, loss_sum, count = ranks.sum(totals).tolist()
+    top1, top5, loss_sum, count = ranks.all_reduce_sum(totals).tolist()
     return {
         "top1": 100 * top1 / count,
         "top5": 100 * top5 / count,
@@ -67,7 +72,7 @@ def evaluate_weights(config: RunConfig, weights: Path, batch_size: int) -> dict[
     open_checked(config, "val")
     model = build_model(config.model.model_copy(update={"weights": None}))
     load_weights(model, weights, where="--weights")
-    ranks = join(config.train.join_seconds)
+    ranks = init_process_group(config.train.join_seconds)
     batches = EvalLoader(
         config.data.val,
         batch_size=batch_size,
@@ -80,8 +85,8 @@ def evaluate_weights(config: RunConfig, weights: Path, batch_size: int) -> dict[
     )
     normalize = Normalize(config.data, ranks.device)
     scores = evaluate(model.to(ranks.device), batches, normalize, ranks)
-    leave()
-    return scores if ranks.is_first else None
+    destroy_process_group()
+    return scores if ranks.is_main else None
 
 
 def check_data(config: RunConfig) -> dict[str, DatasetInfo]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from irpe_ds.config import DistillConfig, ModelConfig, RunConfig
-from irpe_ds.errors import ConfigError
+from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.models.build import build_model, load_weights
 from irpe_ds.models.vision_transformer import set_resolution
 from irpe_ds.training.precision import PRODUCTS
@@ -117,7 +117,7 @@ def _build_teacher(config: RunConfig) -> nn.Module:
     )
     try:
         teacher = build_model(model)
-    except ConfigError as error:
+    except UserError as error:
         raise ConfigError("distill.teacher", error.expected, error.got) from None
     load_weights(teacher, distill.weights, where="distill.weights")
     return teacher

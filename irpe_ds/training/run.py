@@ -9,23 +9,23 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from irpe_ds.cluster.consistency import check_consistency, software
+from irpe_ds.cluster.heartbeat import Heartbeat
+from irpe_ds.cluster.process_group import device_type, init_process_group, launched, set_environment
+from irpe_ds.cluster.signals import StopSignals, lasting
 from irpe_ds.config import RunConfig
-from irpe_ds.data.dataset import DatasetInfo
+from irpe_ds.data.beton.reader import DatasetInfo
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_model
 from irpe_ds.ops.dispatch import Choice
 from irpe_ds.runlog import RunLog
 from irpe_ds.training import checkpoint
-from irpe_ds.training.agreement import check_agreement, inputs, software
 from irpe_ds.training.deepspeed_config import deepspeed_config
-from irpe_ds.training.distributed import device_type, join, launched, set_environment
 from irpe_ds.training.evaluation import check_data
-from irpe_ds.training.heartbeat import Heartbeat
 from irpe_ds.training.loss import Loss, build_loss
-from irpe_ds.training.plan import Plan, make_plan
-from irpe_ds.training.record import attention_op, write_record
+from irpe_ds.training.run_length import RunLength, run_length
+from irpe_ds.training.run_metadata import attention_op, inputs, write_run_metadata
 from irpe_ds.training.start import FolderLock, check_folder, find_start, first_model
-from irpe_ds.training.stop import StopSignals, lasting
 from irpe_ds.training.trainer import Trainer
 
 
@@ -33,7 +33,7 @@ class Ready(NamedTuple):
     """What every rank makes by itself, and finds mistakes by."""
 
     data: dict[str, DatasetInfo]
-    plan: Plan
+    plan: RunLength
     model: nn.Module
     loss: Loss
     op: Choice
@@ -56,25 +56,25 @@ def train(
     set_environment()
     _, world_size = launched()
     settings = deepspeed_config(config, world_size)
-    ranks = join(config.train.join_seconds)
-    check_agreement(ranks, software(config))
+    ranks = init_process_group(config.train.join_seconds)
+    check_consistency(ranks, software(config))
     with (
         redirect_stdout(lasting(sys.stdout)),
         redirect_stderr(lasting(sys.stderr)),
         StopSignals() as stop,
         Heartbeat(ranks),
     ):
-        ready = ranks.together(partial(prepare, config, resume))
+        ready = ranks.run_checked(partial(prepare, config, resume))
         plan, model, op = ready.plan, ready.model, ready.op
-        check_agreement(ranks, inputs(ready.data, op))
+        check_consistency(ranks, inputs(ready.data, op))
         manifest = checkpoint.describe(config, settings, plan, model, world_size, op._asdict())
-        start = ranks.from_first(partial(find_start, config, resume, manifest))
-        if start.path is not None and ranks.any(not start.path.exists()):
+        start = ranks.on_rank0(partial(find_start, config, resume, manifest))
+        if start.path is not None and ranks.any_rank(not start.path.exists()):
             expected = "a run folder that all nodes share"
             raise ConfigError(config.folder, expected, f"no {start.path} on one of them")
         saved = start.saved
         if saved.update > plan.last_update or (saved.update == plan.last_update and saved.scores):
-            if ranks.is_first:
+            if ranks.is_main:
                 done = f"{config.folder} is trained already, {saved.update} updates"
                 print(f"{done}; name=... starts another")
             return True
@@ -85,7 +85,7 @@ def train(
             )
             with RunLog(
                 config.folder,
-                active=ranks.is_first,
+                active=ranks.is_main,
                 name=config.name,
                 config=config.model_dump(mode="json"),
                 wandb=config.log.wandb.model_dump(),
@@ -93,8 +93,8 @@ def train(
                 resume_update=None if resume == "never" else saved.update,
                 again=() if saved.scores else ("eval",),
             ) as log:
-                if ranks.is_first:
-                    log.note(write_record(config, settings, ranks, op))
+                if ranks.is_main:
+                    log.note(write_run_metadata(config, settings, ranks, op))
                 for text in start.notes:
                     log.note(text)
                 return work(trainer, log)
@@ -103,7 +103,7 @@ def train(
 def prepare(config: RunConfig, resume: str) -> Ready:
     """Check the data, build the model and, where they are not built, the operators."""
     data = check_data(config)
-    plan = make_plan(config, data["train"].num_samples)
+    plan = run_length(config, data["train"].num_samples)
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.train.tf32
     torch.manual_seed(config.seed)
@@ -111,3 +111,9 @@ def prepare(config: RunConfig, resume: str) -> Ready:
     loss = build_loss(config)
     loss.prepare(model)
     return Ready(data, plan, model, loss, attention_op(config, model, device_type()))
+
+
+def input_facts(config: RunConfig) -> dict[str, str]:
+    """What `prepare` finds on this host that has to be the same on all."""
+    ready = prepare(config, "never")
+    return inputs(ready.data, ready.op)

@@ -12,24 +12,25 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from irpe_ds.cluster.process_group import Ranks, without_shared_memory
+from irpe_ds.cluster.signals import StopSignals, StopVote
 from irpe_ds.config import RunConfig
-from irpe_ds.data.augment import Erase
+from irpe_ds.data.augment.policies import Erase
 from irpe_ds.data.loaders import Batch, EvalLoader, TrainLoader
 from irpe_ds.data.order import train_order
 from irpe_ds.errors import TrainingError
+from irpe_ds.models import flops
 from irpe_ds.models.vision_transformer import set_resolution
 from irpe_ds.runlog import RunLog
-from irpe_ds.training import checkpoint, precision, throughput
+from irpe_ds.training import checkpoint, precision
 from irpe_ds.training.batch import Normalize, build_augment, build_mixup, seed_step
-from irpe_ds.training.distributed import Ranks, without_shared_memory
+from irpe_ds.training.engine_state import EMA, WEIGHTS, EngineState
 from irpe_ds.training.evaluation import EvalBatch, evaluate
 from irpe_ds.training.loss import Loss
-from irpe_ds.training.meter import Meter
+from irpe_ds.training.metrics import Meter
 from irpe_ds.training.optim import build_optimizer, build_schedule
-from irpe_ds.training.plan import Plan
+from irpe_ds.training.run_length import RunLength
 from irpe_ds.training.start import Start
-from irpe_ds.training.state import EMA, WEIGHTS, EngineState
-from irpe_ds.training.stop import StopSignals, StopVote
 
 SKIPPED = "skipped.jsonl"
 """File of the run folder: the updates that were left out, and the samples of each."""
@@ -53,7 +54,7 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        plan: Plan,
+        plan: RunLength,
         manifest: checkpoint.Manifest,
         start: Start,
         model: nn.Module,
@@ -97,7 +98,7 @@ class Trainer:
         self.skips = 0
         """Updates in a row that were left out until now."""
         self.meter = Meter(ranks, start.saved.meter)
-        self.flops = throughput.TRAINING * throughput.forward_flops(config.model)
+        self.flops = flops.TRAINING * flops.forward_flops(config.model)
 
     def begin(self, start: Start, model: nn.Module, settings: dict[str, Any]) -> None:
         """Put the model under DeepSpeed, in the state that training begins with."""
@@ -187,7 +188,7 @@ class Trainer:
             initial=done,
             desc=f"epoch {epoch + 1}/{self.config.train.epochs}",
             unit="update",
-            disable=not self.ranks.is_first,
+            disable=not self.ranks.is_main,
             mininterval=0.5 if sys.stderr.isatty() else 30,
             leave=sys.stderr.isatty(),
         )
@@ -229,7 +230,7 @@ class Trainer:
         self.skips += 1
         limit = self.config.train.max_skips
         path = self.config.folder / SKIPPED
-        if self.ranks.is_first:
+        if self.ranks.is_main:
             with path.open("a", encoding="utf-8") as file:
                 row = {"update": self.update, "samples": self.samples_of(self.update)}
                 file.write(json.dumps(row) + "\n")
@@ -266,11 +267,11 @@ class Trainer:
             row["grad_norm"] = float(norm)
         if self.config.train.precision == "fp16":
             row["loss_scale"] = self.engine.optimizer.cur_scale
-        flops = self.flops * row["images_per_s"] / self.ranks.world_size
-        row["tflops"] = flops / 1e12
-        peak = throughput.peak_flops(self.ranks.device)
+        rate = self.flops * row["images_per_s"] / self.ranks.world_size
+        row["tflops"] = rate / 1e12
+        peak = flops.peak_flops(self.ranks.device)
         if peak is not None:
-            row["mfu"] = flops / peak
+            row["mfu"] = rate / peak
         return row
 
     def validate(self, log: RunLog) -> dict[str, float]:
@@ -317,14 +318,14 @@ class Trainer:
             checkpoint.save,
             self.folder,
             manifest,
-            self.state.read(keep=self.ranks.is_first),
+            self.state.read(keep=self.ranks.is_main),
             constants=self.state.constants(),
             keep=self.config.train.keep_checkpoints,
         )
-        self.saved = self.ranks.from_first(write)
+        self.saved = self.ranks.on_rank0(write)
 
     def add_scores(self, log: RunLog, scores: dict[str, float]) -> None:
         """Enter what the evaluation of the newest checkpoint found."""
         log.sync()
         manifest = replace(self.saved, scores=scores)
-        self.saved = self.ranks.from_first(partial(checkpoint.add_scores, self.folder, manifest))
+        self.saved = self.ranks.on_rank0(partial(checkpoint.add_scores, self.folder, manifest))

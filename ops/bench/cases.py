@@ -15,7 +15,9 @@ from irpe_ds.ops import dispatch, irpe_gather, kinds_of, reference
 from irpe_ds.ops.bench import upstream
 from irpe_ds.ops.gather import lookup_of
 from irpe_ds.ops.inputs import Case, Inputs
-from irpe_ds.rpe import BucketMap, RPEConfig, build_maps, build_table
+from irpe_ds.rpe.buckets import BucketMap
+from irpe_ds.rpe.config import RPEConfig
+from irpe_ds.rpe.tables import build_maps, build_table
 
 Calls = dict[str, Callable[[], object]]
 Table = tuple[str, Calls, tuple[str, ...]]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from irpe_ds.cli import run
-from irpe_ds.ops import toolchain
+from irpe_ds.ops.build import toolchain
 
 ARCHITECTURES = ("sm_80", "sm_90")
 PASSES = ("forward", "backward, queries", "backward, keys")

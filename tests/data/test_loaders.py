@@ -15,14 +15,14 @@ from numba import config
 from PIL import Image
 
 from irpe_ds.config import AugmentConfig
-from irpe_ds.data import batches
-from irpe_ds.data.augment import Augment, Erase
-from irpe_ds.data.convert import convert
-from irpe_ds.data.dataset import read_beton
-from irpe_ds.data.images import StorageOptions
+from irpe_ds.data.augment.policies import Augment, Erase
+from irpe_ds.data.beton.convert import convert
+from irpe_ds.data.beton.images import StorageOptions
+from irpe_ds.data.beton.manifest import MANIFEST, beside
+from irpe_ds.data.beton.reader import read_beton
+from irpe_ds.data.beton.sources import open_source
 from irpe_ds.data.loaders import EvalLoader, TrainLoader
-from irpe_ds.data.manifest import MANIFEST, beside
-from irpe_ds.data.sources import open_source
+from irpe_ds.data.pipelines import batches
 from irpe_ds.errors import ConfigError
 
 WHOLE = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)

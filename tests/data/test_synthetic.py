@@ -14,7 +14,7 @@ from scipy.io import loadmat
 
 from data_prep import synthetic
 from data_prep.synthetic import DEVKIT, Synthetic
-from irpe_ds.data.ffcv_api import imdecode
+from irpe_ds.data.beton.format import imdecode
 from irpe_ds.errors import ConfigError
 
 IMAGES, CLASSES = 40, 4

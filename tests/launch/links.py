@@ -15,16 +15,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from irpe_ds.benchmark.experiment import load_experiment
+from irpe_ds.benchmark.runner import RESULTS
 from irpe_ds.cli import run
 from irpe_ds.errors import ConfigError
-from irpe_ds.scaling.calibrate import Result, calibrate, read_results, seconds
-from irpe_ds.scaling.experiment import load_experiment
-from irpe_ds.scaling.hardware import build_cluster, find_gpu
-from irpe_ds.scaling.planner import Scenario
-from irpe_ds.scaling.profile import profile
-from irpe_ds.scaling.runner import RESULTS
-from irpe_ds.scaling.step import Assumptions
-from irpe_ds.scaling.zero import read_zero
+from irpe_ds.planner.calibrate import Result, calibrate, read_results, seconds
+from irpe_ds.planner.hardware import build_cluster, find_gpu
+from irpe_ds.planner.plan import Scenario
+from irpe_ds.planner.profile import profile
+from irpe_ds.planner.step import Assumptions
+from irpe_ds.planner.zero import read_zero
 from tests.launch.hosts import Hosts, missing, python_environment
 
 EXPERIMENT = "launch/configs/scaling/links.yaml"

@@ -100,19 +100,19 @@ def _train(
     sys.argv = ["launch/train.py"]
 
     from irpe_ds.cli import run
+    from irpe_ds.cluster.process_group import destroy_process_group
     from irpe_ds.config import load_config
-    from irpe_ds.training.distributed import leave
+    from irpe_ds.errors import ExitCode
     from irpe_ds.training.run import train
-    from irpe_ds.training.stop import REQUEUE
 
     def main() -> None:
         if spy is not None:
             spy()
         for overrides, resume in runs:
             if not train(load_config(CONFIG, overrides), resume):
-                leave()
-                sys.exit(REQUEUE)
-        leave()
+                destroy_process_group()
+                sys.exit(ExitCode.REQUEUE)
+        destroy_process_group()
 
     run(main)
 

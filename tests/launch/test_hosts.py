@@ -30,7 +30,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     other = tmp_path_factory.mktemp("other")
     git = ("git", "-C", other, "-c", "user.name=x", "-c", "user.email=x@x")
     subprocess.run(["git", "clone", "-q", ROOT, other], check=True)
-    with (other / "irpe_ds/training/meter.py").open("a") as file:
+    with (other / "irpe_ds/training/metrics.py").open("a") as file:
         file.write("# another\n")
     subprocess.run([*git, "commit", "-qam", "Another"], check=True)
     (other / ".venv").mkdir()

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from irpe_ds.cluster.process_group import destroy_process_group
 from irpe_ds.training import checkpoint
-from irpe_ds.training.distributed import leave
 from tests.launch.ranks import free_port
 
 CONFIG = "launch/configs/quickstart.yaml"
@@ -87,7 +87,7 @@ def train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "argv", ["launch/train.py", *arguments])
         with pytest.raises(SystemExit) as stopped:
             runpy.run_path("launch/train.py", run_name="__main__")
-        leave()
+        destroy_process_group()
         return stopped.value.code, capfd.readouterr().err
 
     return train

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
+from irpe_ds.benchmark.cell import PHASES
 from irpe_ds.config import load_config
-from irpe_ds.scaling.cell import PHASES
-from irpe_ds.scaling.communication import collectives
-from irpe_ds.scaling.profile import profile
-from irpe_ds.scaling.zero import read_zero
+from irpe_ds.planner.communication import collectives
+from irpe_ds.planner.profile import profile
+from irpe_ds.planner.zero import read_zero
 from tests.launch.conftest import ROOT, Run
-from tests.scaling.conftest import QUICKSTART, cluster
+from tests.planner.conftest import QUICKSTART, cluster
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 STAGES = ("zero1", "zero3")

@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from irpe_ds.data.draws import image_keys
 from irpe_ds.data.order import train_order
+from irpe_ds.data.rng import image_keys
 from tests.launch.ranks import Ranks, rows
 
 pytestmark = pytest.mark.dist
@@ -390,7 +390,7 @@ def test_the_others_end_with_a_rank_that_dies(common: list[str], tmp_path: Path)
 
 def be_impatient() -> None:
     """Five seconds of silence are too many."""
-    from irpe_ds.training import heartbeat
+    from irpe_ds.cluster import heartbeat
 
     heartbeat.SILENCE_SECONDS = 5.0
     slow_steps()
@@ -438,14 +438,14 @@ def test_an_error_of_one_rank_is_shown_and_ends_all(common: list[str], tmp_path:
 
 def be_of_another_version() -> None:
     """The second rank has another timm."""
-    from irpe_ds.training import agreement
+    from irpe_ds.cluster import consistency
 
-    versions = agreement.package_versions
+    versions = consistency.package_versions
 
     def package_versions() -> dict[str, str]:
         return versions() | ({"timm": "0.3.2"} if os.environ["RANK"] == "1" else {})
 
-    agreement.package_versions = package_versions
+    consistency.package_versions = package_versions
 
 
 def test_a_rank_with_another_version_is_named(common: list[str], tmp_path: Path) -> None:

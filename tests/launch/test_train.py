@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from irpe_ds.config import load_config
 from irpe_ds.models.build import build_model
-from irpe_ds.ops.builder import IRPEBuilder
+from irpe_ds.ops.build.builder import IRPEBuilder
 from tests.launch.ranks import free_port
 from tests.ops.kernels.host import build_attention
 

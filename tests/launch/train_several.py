@@ -14,7 +14,8 @@ import torch
 
 from irpe_ds.cli import run
 from irpe_ds.config import load_config
-from irpe_ds.ops import dispatch, library
+from irpe_ds.ops import dispatch
+from irpe_ds.ops.build import library
 from irpe_ds.training.run import train
 
 

@@ -17,7 +17,7 @@ from irpe_ds.config import ModelConfig
 from irpe_ds.errors import ConfigError
 from irpe_ds.models import RPEAttention
 from irpe_ds.models.build import build_model
-from irpe_ds.rpe import RPEConfig
+from irpe_ds.rpe.config import RPEConfig
 
 ZOO_K = "deit_tiny_patch16_224_ctx_product_50_shared_k"
 DEIT = "deit_tiny_patch16_224"

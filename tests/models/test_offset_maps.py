@@ -10,7 +10,7 @@ from irpe_ds import RPEConfig, equip
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.models.offset_maps import offset_ids, offset_maps, targets
-from irpe_ds.rpe import BucketMap
+from irpe_ds.rpe.buckets import BucketMap
 
 HEIGHT, WIDTH, HEADS, DIM = 3, 4, 2, 8
 METHODS = ("product", "cross", "euclidean", "quantization")

@@ -21,7 +21,8 @@ from irpe_ds import equip
 from irpe_ds.errors import ConfigError
 from irpe_ds.models import RPEAttention
 from irpe_ds.models.vision_transformer import set_resolution
-from irpe_ds.rpe import BucketMap, RPEConfig
+from irpe_ds.rpe.buckets import BucketMap
+from irpe_ds.rpe.config import RPEConfig
 
 NARROW = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from irpe_ds.ops import irpe_attention
-from irpe_ds.rpe import RPEConfig
+from irpe_ds.rpe.config import RPEConfig
 
 ENCODINGS = [
     RPEConfig(method=method, mode=mode, on="qk", shared_heads=shared)

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from irpe_ds import ops
-from irpe_ds.ops import dispatch, library
-from irpe_ds.rpe import RPEConfig, build_maps, build_table
+from irpe_ds.ops import dispatch
+from irpe_ds.ops.build import library
+from irpe_ds.rpe.config import RPEConfig
+from irpe_ds.rpe.tables import build_maps, build_table
 from tests.ops.kernels.host import Host, build_attention
 
 

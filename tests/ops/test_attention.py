@@ -8,7 +8,8 @@ import torch
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops import irpe_attention
-from irpe_ds.rpe import BucketMap, RPEConfig
+from irpe_ds.rpe.buckets import BucketMap
+from irpe_ds.rpe.config import RPEConfig
 
 # The inputs below are (B, H, L, D) = (2, 3, 7, 4): a 2x3 grid and one class token, 50 buckets.
 MAP = BucketMap.build("product", 2, 3, 1)

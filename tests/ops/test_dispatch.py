@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.ops import Case, dispatch, fused, irpe_attention, library, select
+from irpe_ds.ops import Case, dispatch, fused, irpe_attention, select
+from irpe_ds.ops.build import library
 from irpe_ds.ops.inputs import TermKind
 
 CASE = Case("cpu", torch.float32, 64, ())

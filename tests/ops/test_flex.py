@@ -11,7 +11,7 @@ import torch
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops import Case, dispatch, irpe_attention, select
 from irpe_ds.ops.inputs import TermKind
-from irpe_ds.rpe import RPEConfig
+from irpe_ds.rpe.config import RPEConfig
 from tests.ops.comparison import (
     ENCODINGS,
     assert_as_exact_as_the_reference,

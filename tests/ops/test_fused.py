@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops import irpe_attention
 from irpe_ds.ops.reference import bucket_sum
-from irpe_ds.rpe import BucketMap, RPEConfig, build_maps, build_table
+from irpe_ds.rpe.buckets import BucketMap
+from irpe_ds.rpe.config import RPEConfig
+from irpe_ds.rpe.tables import build_maps, build_table
 from tests.ops.kernels.host import Host
 
 SUBSETS = ["".join(on) for n in (1, 2, 3) for on in combinations("qkv", n)]

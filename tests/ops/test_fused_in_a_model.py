@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from irpe_ds.models import equip
-from irpe_ds.rpe import RPEConfig
+from irpe_ds.rpe.config import RPEConfig
 
 DTYPES = [torch.bfloat16, torch.float16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.ops import bucket_sum, irpe_gather, library
-from irpe_ds.rpe import BucketMap
+from irpe_ds.ops import bucket_sum, irpe_gather
+from irpe_ds.ops.build import library
+from irpe_ds.rpe.buckets import BucketMap
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SIZES = [  # B, H, Q, K, N

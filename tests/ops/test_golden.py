@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from irpe_ds import ops
-from irpe_ds.rpe import RPEConfig, build_maps, build_table
+from irpe_ds.rpe.config import RPEConfig
+from irpe_ds.rpe.tables import build_maps, build_table
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "attention.npz")
 GOLDEN_CASES = [key.removesuffix("|out") for key in GOLDEN if key.endswith("|out")]

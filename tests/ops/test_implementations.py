@@ -12,7 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from irpe_ds import ops
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops.reference import bucket_sum
-from irpe_ds.rpe import BucketMap, RPEConfig, Term
+from irpe_ds.rpe.buckets import BucketMap
+from irpe_ds.rpe.config import RPEConfig
+from irpe_ds.rpe.tables import Term
 
 Attention = Callable[..., Tensor]
 

@@ -170,7 +170,7 @@ def test_primitives_on_the_host(kernels: ctypes.CDLL, dtype: torch.dtype, turned
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_primitives_on_the_gpu(tmp_path: Path, dtype: torch.dtype, turned: bool) -> None:
-    from irpe_ds.ops import toolchain
+    from irpe_ds.ops.build import toolchain
 
     library = tmp_path / "primitives.so"
     toolkit = toolchain.cuda()

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops import Case, irpe_attention, select
 from irpe_ds.ops.inputs import TermKind
-from irpe_ds.rpe import RPEConfig
+from irpe_ds.rpe.config import RPEConfig
 from tests.ops.comparison import (
     ENCODINGS,
     assert_as_exact_as_the_reference,

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.rpe import BucketMap, piecewise_index
-from irpe_ds.rpe.buckets import METHODS
+from irpe_ds.rpe.buckets import METHODS, BucketMap, piecewise_index
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "bucket_ids.npz")
 GOLDEN_MAPS = [key.removesuffix("|ids") for key in GOLDEN if key.endswith("|ids")]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.rpe import RPEConfig
+from irpe_ds.rpe.config import RPEConfig
 
 
 @pytest.mark.parametrize(

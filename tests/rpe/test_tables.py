@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from irpe_ds.rpe import RPEConfig, build_maps, build_table
+from irpe_ds.rpe.config import RPEConfig
+from irpe_ds.rpe.tables import build_maps, build_table
 
 HEADS, HEAD_DIM, BUCKETS = 3, 8, 50
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from irpe_ds.config import RunConfig
-from irpe_ds.errors import ConfigError
+from irpe_ds.errors import CheckpointError
 from irpe_ds.training import checkpoint
-from irpe_ds.training.plan import make_plan
+from irpe_ds.training.run_length import run_length
 from irpe_ds.training.start import check_folder, find_start
 
 
@@ -27,7 +27,7 @@ def present(config: RunConfig) -> checkpoint.Manifest:
     """A run before its first update."""
     settings = {"zero_optimization": {"stage": 1}}
     op = {"name": "cpu", "why": "asked for"}
-    plan = make_plan(config, 640)
+    plan = run_length(config, 640)
     return checkpoint.describe(config, settings, plan, nn.Linear(2, 3), world_size=2, op=op)
 
 
@@ -79,7 +79,7 @@ class TestStart:
     ) -> None:
         old = save(config.folder, present, 9)
         save(config.folder, present, 10)
-        with pytest.raises(ConfigError, match=rf"name=\.\.\. .*got .*{got}"):
+        with pytest.raises(CheckpointError, match=rf"name=\.\.\. .*got .*{got}"):
             find_start(config, str(old) if resume == "old" else resume, present)
 
     def test_a_checkpoint_of_another_run_until_there_is_an_own(
@@ -91,11 +91,11 @@ class TestStart:
         assert find_start(config, str(other), present).path == other
         assert find_start(config, "auto", present).notes == ["no checkpoint yet: starting anew"]
         save(config.folder, present, 8)
-        with pytest.raises(ConfigError, match="expected --resume auto"):
+        with pytest.raises(CheckpointError, match="expected --resume auto"):
             find_start(config, str(other), present)
 
     def test_from_nothing(self, config: RunConfig, present: checkpoint.Manifest) -> None:
-        with pytest.raises(ConfigError, match=r"^--resume: expected auto or .*, got nowhere"):
+        with pytest.raises(CheckpointError, match=r"^--resume: expected auto or .*, got nowhere"):
             find_start(config, "nowhere", present)
 
     @pytest.mark.parametrize("key", ["global_batch", "seed", "updates_per_epoch", "num_samples"])
@@ -104,7 +104,7 @@ class TestStart:
     ) -> None:
         save(config.folder, present, 9)
         other = checkpoint.replace(present, **{key: 5})
-        with pytest.raises(ConfigError, match=f"expected {key} 5, as here"):
+        with pytest.raises(CheckpointError, match=f"expected {key} 5, as here"):
             find_start(config, "auto", other)
 
 
@@ -132,10 +132,12 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert start.path == whole
     assert str(newest) in start.notes[0]
     assert name in start.notes[0]
-    with pytest.raises(ConfigError, match=r"undamaged checkpoint"):
+    with pytest.raises(CheckpointError, match=r"undamaged checkpoint"):
         find_start(config, str(newest), present)
     damage(whole / name)
-    with pytest.raises(ConfigError, match=r"expected an undamaged checkpoint, got .*00010: .*0009"):
+    with pytest.raises(
+        CheckpointError, match=r"expected an undamaged checkpoint, got .*00010: .*0009"
+    ):
         find_start(config, "auto", present)
 
 
@@ -227,7 +229,9 @@ class TestCheckpoint:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(checkpoint, "_to_disk", full)
-        with pytest.raises(ConfigError, match=r"expected room for a checkpoint, .*No space left"):
+        with pytest.raises(
+            CheckpointError, match=r"expected room for a checkpoint, .*No space left"
+        ):
             save(config.folder, present, 10)
         monkeypatch.undo()
         assert find_start(config, "auto", present).path == path
@@ -237,21 +241,21 @@ class TestCheckpoint:
     ) -> None:
         path = save(config.folder, present, 9)
         (path / "checkpoint.json").write_text(json.dumps({"update": 9, "world_size": 2}))
-        with pytest.raises(ConfigError, match="a manifest of format 2, got None"):
+        with pytest.raises(CheckpointError, match="a manifest of format 2, got None"):
             find_start(config, "auto", present)
 
 
 def test_a_run_is_whole_batches(config: RunConfig) -> None:
-    plan = make_plan(config, num_samples=200)
+    plan = run_length(config, num_samples=200)
     assert (plan.updates_per_epoch, plan.last_update) == (3, 30)
 
 
 def test_data_must_fill_a_batch(config: RunConfig) -> None:
-    with pytest.raises(ConfigError, match=r"^train\.global_batch: expected at most 63"):
-        make_plan(config, num_samples=63)
+    with pytest.raises(CheckpointError, match=r"^train\.global_batch: expected at most 63"):
+        run_length(config, num_samples=63)
 
 
 def test_a_folder_that_cannot_be(config: RunConfig) -> None:
     config.output.joinpath("x").write_text("a file where the folder should be")
-    with pytest.raises(ConfigError, match=r"^output: expected a folder that can be written"):
+    with pytest.raises(CheckpointError, match=r"^output: expected a folder that can be written"):
         check_folder(config)

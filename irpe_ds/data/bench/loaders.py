@@ -53,7 +53,7 @@ def ours_normalized(setting: Setting) -> Epoch:
 def ours_augmented(setting: Setting) -> Epoch:
     """The same, with three-augment on the CPU in the consumer, then normalised."""
     from irpe_ds.config import AugmentConfig, DataConfig
-    from irpe_ds.data.augment import Augment
+    from irpe_ds.data.augment.policies import Augment
 
     data = DataConfig(train=setting.beton, val=setting.beton)
     augment = Augment(AugmentConfig(auto="3a"), data.mean)
@@ -138,8 +138,8 @@ def decode_only(setting: Setting) -> Epoch:
     import numba
     import numpy as np
 
-    from irpe_ds.data.dataset import read_beton
-    from irpe_ds.data.ffcv_api import JPG, imdecode
+    from irpe_ds.data.beton.format import JPG, imdecode
+    from irpe_ds.data.beton.reader import read_beton
 
     beton = read_beton(setting.beton, "--data")
     jpegs = beton.entries[beton.entries["mode"] == JPG]

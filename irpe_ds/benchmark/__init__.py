@@ -1,0 +1,1 @@
+"""Scaling experiments: runs of a matrix of settings, measured and reported."""

@@ -1,0 +1,294 @@
+"""Augmentation of a batch on its device: RandAugment, three-augment, colour jitter, erasing.
+
+What happens to an image is drawn on the host from the image's own key, so that its pixels are the
+same in whatever batch, and nothing waits for the device.
+
+Shapes: N images of a batch or of a part of it, H x W pixels, C = 3 channels.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from irpe_ds.config import AugmentConfig
+from irpe_ds.data.augment import pixel_ops, spatial_ops
+from irpe_ds.data.augment.pixel_ops import Arguments, to_device
+from irpe_ds.data.rng import Draws, Keys
+from irpe_ds.errors import ConfigError
+
+Function = Callable[[Tensor, Arguments], Tensor]
+Rows = NDArray[np.int64]
+Layer = list[tuple[Function, Rows, Arguments]]
+"""What to apply to which images of a batch; an image occurs at most once."""
+
+CPU_IMAGES = 1  # at once per thread: what its cache holds
+
+ERASE_ATTEMPTS = 10
+ERASE_AREA = (0.02, 1 / 3)
+ERASE_ASPECT = (0.3, 1 / 0.3)
+
+
+class Policy(Protocol):
+    def layers(self, keys: Keys, height: int, width: int) -> Iterator[Layer]:
+        """Draw what is to happen to the images of these keys, one layer after the other."""
+
+
+class Augment:
+    """The `auto` policy, then colour jitter, of uint8 images (B, 3, H, W) into new ones.
+
+    Geometric operations uncover the channel mean. Images in channels_last save a copy.
+
+    Raises:
+        ConfigError: augment.auto or augment.color_jitter cannot be followed.
+    """
+
+    def __init__(self, config: AugmentConfig, mean: tuple[float, float, float]) -> None:
+        self.policies: list[Policy] = []
+        if config.auto == "3a":
+            self.policies.append(ThreeAugment())
+        elif config.auto is not None:
+            self.policies.append(RandAugment(config.auto, mean))
+        if config.color_jitter:
+            if any(isinstance(policy, RandAugment) for policy in self.policies):
+                raise ConfigError(
+                    "augment.color_jitter", "0 beside RandAugment", config.color_jitter
+                )
+            self.policies.append(ColorJitter(config.color_jitter))
+
+    def __call__(self, images: Tensor, keys: Keys) -> Tensor:
+        images_NHWC = images.permute(0, 2, 3, 1).contiguous()
+        _, height, width, _ = images_NHWC.shape
+        for policy in self.policies:
+            for layer in policy.layers(keys, height, width):
+                images_NHWC = _apply(layer, images_NHWC)
+        return images_NHWC.permute(0, 3, 1, 2)
+
+
+def _apply(layer: Layer, images_NHWC: Tensor) -> Tensor:
+    """Sort the images by function, apply each to its stretch, and restore the order."""
+    device = images_NHWC.device
+    touched = np.concatenate([np.empty(0, np.int64), *(rows for _, rows, _ in layer)])
+    rest = np.setdiff1d(np.arange(len(images_NHWC)), touched)
+    order = np.concatenate([touched, rest])
+    sorted_NHWC = images_NHWC.index_select(0, to_device(order, device))
+    threads = torch.get_num_threads()
+    at_once = CPU_IMAGES * threads if device.type == "cpu" else max(1, len(order))
+    start = 0
+    for function, rows, arguments in layer:
+        for first in range(0, len(rows), at_once):
+            some = slice(first, min(first + at_once, len(rows)))
+            stretch = sorted_NHWC[start + some.start : start + some.stop]
+            stretch.copy_(function(stretch, arguments[some]))
+        start += len(rows)
+    return sorted_NHWC.index_select(0, to_device(np.argsort(order), device))
+
+
+class Setting(NamedTuple):
+    """What an operation's arguments depend on."""
+
+    level_N: Arguments
+    """Magnitude in [0, 10]."""
+    sign_N: Arguments
+    """-1 or 1."""
+    height: int
+    width: int
+
+
+class Op(NamedTuple):
+    name: str
+    function: Function
+    arguments: Callable[[Setting], Arguments]
+
+
+def _enhancement(setting: Setting) -> Arguments:
+    return np.maximum(0.1, 1 + setting.sign_N * (setting.level_N / 10 * 0.9))
+
+
+def _matrix(**entries: Arguments | float) -> Arguments:
+    """Rows (a, b, c, d, e, f) of `affine`: the identity but for these entries."""
+    identity = {"a": 1.0, "b": 0.0, "c": 0.0, "d": 0.0, "e": 1.0, "f": 0.0}
+    return np.stack(np.broadcast_arrays(*(identity | entries).values()), axis=-1)
+
+
+def _rotation(setting: Setting) -> Arguments:
+    """Counter-clockwise about the centre by up to 30 degrees."""
+    angle = -np.radians(setting.sign_N * (setting.level_N / 10 * 30))
+    cos, sin, x, y = np.cos(angle), np.sin(angle), setting.width / 2, setting.height / 2
+    return _matrix(a=cos, b=sin, c=x - cos * x - sin * y, d=-sin, e=cos, f=y + sin * x - cos * y)
+
+
+def _shear(setting: Setting) -> Arguments:
+    return setting.sign_N * (setting.level_N / 10 * 0.3)
+
+
+def _translation(setting: Setting) -> Arguments:
+    """As a share of the side."""
+    return setting.sign_N * (setting.level_N / 10 * 0.45)
+
+
+def rand_ops(fill: tuple[int, int, int]) -> tuple[Op, ...]:
+    """timm's fifteen operations whose severity increases with the level."""
+    warp = partial(spatial_ops.affine, fill=fill)
+    return (
+        Op("AutoContrast", pixel_ops.autocontrast, lambda s: s.level_N),
+        Op("Equalize", pixel_ops.equalize, lambda s: s.level_N),
+        Op("Invert", pixel_ops.invert, lambda s: s.level_N),
+        Op("Rotate", warp, _rotation),
+        Op("Posterize", pixel_ops.posterize, lambda s: 4 - np.trunc(s.level_N / 10 * 4)),
+        Op("Solarize", pixel_ops.solarize, lambda s: 256 - np.trunc(s.level_N / 10 * 256)),
+        Op("SolarizeAdd", pixel_ops.solarize_add, lambda s: np.trunc(s.level_N / 10 * 110)),
+        Op("Color", pixel_ops.color, _enhancement),
+        Op("Contrast", pixel_ops.contrast, _enhancement),
+        Op("Brightness", pixel_ops.brightness, _enhancement),
+        Op("Sharpness", spatial_ops.sharpness, _enhancement),
+        Op("ShearX", warp, lambda s: _matrix(b=_shear(s))),
+        Op("ShearY", warp, lambda s: _matrix(d=_shear(s))),
+        Op("TranslateX", warp, lambda s: _matrix(c=_translation(s) * s.width)),
+        Op("TranslateY", warp, lambda s: _matrix(f=_translation(s) * s.height)),
+    )
+
+
+class RandAugment:
+    """timm's `rand-m..-n..-mstd..-p..-inc1`: n operations, each applied with probability p.
+
+    The operations are drawn with replacement, and each draws its level from N(m, mstd).
+    """
+
+    def __init__(self, text: str, mean: tuple[float, float, float]) -> None:
+        self.magnitude, self.deviation, self.count, self.probability = _parse(text)
+        red, green, blue = (min(255, round(255 * channel)) for channel in mean)
+        self.ops = rand_ops((red, green, blue))
+
+    def layers(self, keys: Keys, height: int, width: int) -> Iterator[Layer]:
+        for number in range(self.count):
+            draws = Draws(keys, f"randaugment {number}")
+            choice = (draws.uniform(0) * len(self.ops)).astype(np.int64)
+            choice[draws.uniform(1) >= self.probability] = -1
+            sign = np.where(draws.uniform(2) < 0.5, -1.0, 1.0)
+            level = np.clip(self.magnitude + self.deviation * draws.normal(3), 0, 10)
+            parts: dict[Function, tuple[list[Rows], list[Arguments]]] = {}
+            for index, op in enumerate(self.ops):
+                rows = np.flatnonzero(choice == index)
+                arguments = op.arguments(Setting(level[rows], sign[rows], height, width))
+                rows_so_far, arguments_so_far = parts.setdefault(op.function, ([], []))
+                rows_so_far.append(rows)
+                arguments_so_far.append(arguments)
+            yield [
+                (function, np.concatenate(rows), np.concatenate(arguments))
+                for function, (rows, arguments) in parts.items()
+            ]
+
+
+_SECTION = re.compile(r"(m|n|inc)(\d+)|(mstd|p)(\d+(?:\.\d+)?|\.\d+)")
+
+
+def _parse(text: str) -> tuple[int, float, int, float]:
+    """Magnitude, its deviation, the number of operations and their probability."""
+    expected = "3a, or rand with m, n, mstd, p and inc1 as in rand-m9-mstd0.5-inc1"
+    name, *sections = text.split("-")
+    values: dict[str, str] = {}
+    for section in sections:
+        match = _SECTION.fullmatch(section)
+        if name != "rand" or match is None:
+            raise ConfigError("augment.auto", expected, repr(text))
+        key, value = (group for group in match.groups() if group)
+        values[key] = value
+    magnitude, count = int(values.get("m", 10)), int(values.get("n", 2))
+    deviation, probability = float(values.get("mstd", 0)), float(values.get("p", 0.5))
+    if name != "rand" or values.get("inc") != "1" or not count:
+        raise ConfigError("augment.auto", expected, repr(text))
+    if probability > 1 or deviation > 100:
+        raise ConfigError("augment.auto", "p up to 1 and mstd up to 100", repr(text))
+    return magnitude, deviation, count, probability
+
+
+class ThreeAugment:
+    """DeiT III's: each image is solarised, grey or blurred (arXiv:2204.07118)."""
+
+    def layers(self, keys: Keys, height: int, width: int) -> Iterator[Layer]:
+        draws = Draws(keys, "three-augment")
+        choice = (draws.uniform(0) * 3).astype(np.int64)
+        radius = 0.1 + 1.9 * draws.uniform(1)
+        solarized, grey = np.flatnonzero(choice == 0), np.flatnonzero(choice == 1)
+        blurred = np.argsort(radius)  # alike beside alike: the widest of a stretch sets its cost
+        blurred = blurred[choice[blurred] == 2]
+        yield [
+            (pixel_ops.solarize, solarized, np.full(len(solarized), 128.0)),
+            (pixel_ops.grayscale, grey, np.zeros(len(grey))),
+            (spatial_ops.gaussian_blur, blurred, radius[blurred]),
+        ]
+
+
+class ColorJitter:
+    """Brightness, contrast and saturation in an order and by factors of the image's own."""
+
+    functions = (pixel_ops.brightness, pixel_ops.contrast, pixel_ops.color)
+
+    def __init__(self, strength: float) -> None:
+        self.low, self.high = max(0.0, 1 - strength), 1 + strength
+
+    def layers(self, keys: Keys, height: int, width: int) -> Iterator[Layer]:
+        draws = Draws(keys, "color jitter")
+        turn = np.argsort([draws.uniform(number) for number in range(3)], axis=0)
+        factor = np.stack([draws.uniform(3 + number) for number in range(3)])
+        factor = self.low + (self.high - self.low) * factor
+        for chosen in turn:
+            groups = [(index, np.flatnonzero(chosen == index)) for index in range(3)]
+            yield [(self.functions[index], rows, factor[index, rows]) for index, rows in groups]
+
+
+class Erase:
+    """timm's random erasing, mode pixel: one box of normalised images becomes N(0, 1) noise.
+
+    The box has an area uniform in [0.02, 1/3] of the image's and an aspect ratio (height over
+    width) log-uniform in [0.3, 1/0.3]; an image that ten of them do not fit stays as it is.
+    """
+
+    def __init__(self, probability: float) -> None:
+        self.probability = probability
+
+    def __call__(self, images: Tensor, keys: Keys) -> Tensor:
+        """Erase in images (B, 3, H, W) in place and give them back: the caller must own them."""
+        generator = torch.Generator(images.device)
+        height, width = images.shape[2:]
+        rows, boxes = erase_boxes(keys, self.probability, height, width)
+        for row, (top, left, box_height, box_width) in zip(rows, boxes.tolist(), strict=True):
+            noise = torch.randn(
+                (3, box_height, box_width),
+                generator=generator.manual_seed(int(keys[row])),
+                device=images.device,
+                dtype=images.dtype,
+            )
+            images[row, :, top : top + box_height, left : left + box_width] = noise
+        return images
+
+
+def erase_boxes(
+    keys: Keys, probability: float, height: int, width: int
+) -> tuple[Rows, NDArray[np.int64]]:
+    """The images to erase in, (M,), and their boxes as top, left, height and width, (M, 4)."""
+    draws = Draws(keys, "erase")
+    boxes = np.zeros((len(keys), 4), np.int64)
+    open_rows = np.flatnonzero(draws.uniform(0) < probability)
+    low, high = np.log(ERASE_ASPECT)
+    for attempt in range(ERASE_ATTEMPTS):
+        area, aspect, top, left = (
+            draws.uniform(1 + 4 * attempt + number, open_rows) for number in range(4)
+        )
+        area = height * width * (ERASE_AREA[0] + area * (ERASE_AREA[1] - ERASE_AREA[0]))
+        aspect = np.exp(low + aspect * (high - low))
+        box_height = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+        box_width = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+        fits = (box_height < height) & (box_width < width)
+        top, left = top * (height - box_height + 1), left * (width - box_width + 1)
+        found = np.stack([top.astype(np.int64), left.astype(np.int64), box_height, box_width], 1)
+        boxes[open_rows[fits]] = found[fits]
+        open_rows = open_rows[~fits]
+    rows = np.flatnonzero(boxes[:, 2:].any(1))
+    return rows, boxes[rows]

@@ -1,0 +1,1 @@
+"""FFCV's .beton format: images converted into it, verified and read."""

@@ -1,0 +1,331 @@
+"""Where images come from: a folder or tar archives, read in place.
+
+A source lists its files; every kind ends in the same list of (class, name) pairs, so the same
+images make the same .beton file wherever they were found.
+"""
+
+import os
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, NoReturn
+
+from irpe_ds.data.beton.labels import read_lines, validation_labels
+from irpe_ds.errors import DataError
+
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+)  # torchvision's ImageFolder
+
+_BLOCK = 512  # bytes of a tar header
+_TAIL = 1 << 16  # bytes looked at behind the end of an archive; tar pads with 10 KiB
+
+
+class Member(NamedTuple):
+    """One file of a source."""
+
+    category: str
+    """Name of its class."""
+    name: str
+    """Path within its class; with the class it identifies the file."""
+    file: str
+    """The file on the disk that holds its bytes: itself, or an archive."""
+    offset: int
+    """Where in that file its bytes begin."""
+    size: int
+    """How many bytes."""
+    stamp: int
+    """When the file on the disk was changed last, ns."""
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.category}/{self.name}" if self.offset else self.file
+
+
+class Source(ABC):
+    """Files with their classes, in a folder or in archives."""
+
+    kind: str
+    """What the source is, in words."""
+
+    def __init__(self, *paths: Path) -> None:
+        self.paths = paths
+        self.path = paths[0]
+
+    @abstractmethod
+    def members(self) -> Iterator[Member]:
+        """Every file, in any order; files that are no images by their name are among them."""
+
+    def classes(self, found: Iterable[str]) -> tuple[str, ...]:
+        """Class names in label order, when these classes were found in the list of members."""
+        return tuple(sorted(found))
+
+
+def open_source(
+    paths: Sequence[Path], *, labels: Path | None = None, classes: Path | None = None
+) -> Source:
+    """Say what kind of source this is, by looking at it.
+
+    Args:
+        paths: one folder with a folder per class; one .tar with a folder per class; ImageNet's
+            ILSVRC2012_img_train.tar, a tar of class tars; its flat ILSVRC2012_img_val.tar, with
+            `labels`; or the shards of a WebDataset.
+        labels: of a flat tar: the development kit (ILSVRC2012_devkit_t12, packed or unpacked) or a
+            text file with one class name per image, in the order of the images' names.
+        classes: of a WebDataset: a text file with the class names, in label order.
+
+    Raises:
+        DataError: it is none of these.
+    """
+    expected = "a folder with one folder per class, or .tar archives"
+    missing = [path for path in paths if not path.exists()]
+    if missing or not paths:
+        raise DataError("--source", expected, missing[0] if missing else "nothing")
+    source: Source
+    if paths[0].is_dir():
+        if len(paths) > 1:
+            raise DataError("--source", "one folder", f"{len(paths)} paths")
+        source = Folder(paths[0])
+    else:
+        source = _archive(tuple(paths), labels, classes)
+    for name, given, kind in (("--labels", labels, FlatTar), ("--classes", classes, WebDataset)):
+        if given is not None and not isinstance(source, kind):
+            raise DataError(name, f"nothing: {source.kind} has its own", given)
+    return source
+
+
+def _archive(paths: tuple[Path, ...], labels: Path | None, classes: Path | None) -> Source:
+    """The kind of some archives, by the first files in the first."""
+    first = [entry.name for entry, _ in zip(_entries(paths[0]), range(8), strict=False)]
+    suffixes = {PurePosixPath(name).suffix.lower() for name in first}
+    if ".cls" in suffixes:
+        return WebDataset(paths, classes)
+    if len(paths) > 1:
+        expected = "shards of a WebDataset, where there are several files"
+        raise DataError("--source", expected, f"{paths[0]} without .cls files")
+    if suffixes == {".tar"}:
+        return ClassTars(paths[0])
+    if labels is not None:
+        return FlatTar(paths[0], labels)
+    return Tar(paths[0])
+
+
+class Folder(Source):
+    """An ImageFolder: one folder per class, with images at any depth; links are followed."""
+
+    kind = "a folder with one folder per class"
+
+    def _folders(self) -> list[str]:
+        try:
+            found = [entry.name for entry in self.path.iterdir() if entry.is_dir()]
+        except OSError as error:
+            _unreadable(error)
+        return sorted(name for name in found if name[0] != ".")
+
+    def members(self) -> Iterator[Member]:
+        for category in self._folders():
+            root = self.path / category
+            for folder, _, names in os.walk(root, onerror=_unreadable, followlinks=True):
+                for name in names:
+                    file = os.path.join(folder, name)
+                    try:
+                        found = os.stat(file)
+                    except OSError as error:  # such as a link to nowhere
+                        _unreadable(error)
+                    inner = os.path.relpath(file, root)
+                    yield Member(category, inner, file, 0, found.st_size, found.st_mtime_ns)
+
+    def classes(self, found: Iterable[str]) -> tuple[str, ...]:
+        classes = self._folders()
+        if not classes:
+            raise DataError("--source", self.kind, f"none in {self.path}")
+        empty = sorted(set(classes) - set(found))
+        if empty:
+            raise DataError("--source", "images in every class folder", self.path / empty[0])
+        return tuple(classes)
+
+
+class Tar(Source):
+    """An archive of an ImageFolder: the folder that holds an image is its class."""
+
+    kind = "a tar with one folder per class"
+
+    def members(self) -> Iterator[Member]:
+        depth = None
+        for entry in _entries(self.path):
+            parts = PurePosixPath(entry.name).parts
+            if not is_image(entry.name):
+                yield _member(parts[-2] if len(parts) > 1 else "", entry, self.path)
+                continue
+            if depth not in (None, len(parts)):
+                expected = f"{self.path} with all images in folders of one depth"
+                raise DataError("--source", expected, entry.name)
+            depth = len(parts)
+            if depth < 2:
+                expected = f"{self.path} with one folder per class, or --labels"
+                raise DataError("--source", expected, f"{entry.name} in no folder")
+            yield _member(parts[-2], entry, self.path)
+
+
+class ClassTars(Source):
+    """ILSVRC2012_img_train.tar: an archive with one archive per class."""
+
+    kind = "a tar of class tars"
+
+    def members(self) -> Iterator[Member]:
+        for inner in _entries(self.path):
+            name = PurePosixPath(inner.name)
+            if name.suffix != ".tar":
+                expected = f"{self.path} to hold class archives (.tar) alone"
+                raise DataError("--source", expected, inner.name)
+            for entry in _entries(self.path, inner):
+                yield _member(name.stem, entry, self.path)
+
+
+class FlatTar(Source):
+    """ILSVRC2012_img_val.tar: images without folders, whose classes another file says."""
+
+    kind = "a flat tar with a list of labels"
+
+    def __init__(self, path: Path, labels: Path) -> None:
+        super().__init__(path)
+        self._labels = validation_labels(labels)
+        self._where = labels
+
+    def members(self) -> Iterator[Member]:
+        path = self.path
+        entries = sorted((e for e in _entries(path) if is_image(e.name)), key=lambda e: e.name)
+        if len(entries) != len(self._labels):
+            expected = f"{len(entries)} labels, one for each image of {path}"
+            raise DataError("--labels", expected, f"{len(self._labels)} in {self._where}")
+        for entry, category in zip(entries, self._labels, strict=True):
+            yield _member(category, entry, path)
+
+    def classes(self, found: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted(set(self._labels)))
+
+
+class WebDataset(Source):
+    """Shards in which key.jpg lies beside key.cls, a number, or the name of the class."""
+
+    kind = "WebDataset shards"
+
+    def __init__(self, paths: tuple[Path, ...], classes: Path | None) -> None:
+        super().__init__(*paths)
+        self._names = tuple(read_lines(classes, "--classes")) if classes is not None else None
+
+    def members(self) -> Iterator[Member]:
+        for path in self.paths:
+            for key, group in groupby(_entries(path), key=lambda entry: _key(entry.name)):
+                entries = list(group)
+                images = [entry for entry in entries if is_image(entry.name)]
+                labels = [entry for entry in entries if entry.name == f"{key}.cls"]
+                if len(images) != 1 or len(labels) != 1:
+                    got = ", ".join(entry.name for entry in entries)
+                    raise DataError("--source", f"one image and one .cls per key in {path}", got)
+                category = self._class(_text(path, labels[0]))
+                yield _member(category, images[0], path)._replace(name=images[0].name)
+
+    def _class(self, text: str) -> str:
+        if self._names is None or not text.isdecimal():
+            return text
+        if int(text) >= len(self._names):
+            expected = f"a label below {len(self._names)}, the number of --classes"
+            raise DataError("--source", expected, text)
+        return self._names[int(text)]
+
+    def classes(self, found: Iterable[str]) -> tuple[str, ...]:
+        if self._names is not None:
+            return self._names
+        found = set(found)
+        if all(name.isdecimal() for name in found):
+            return tuple(map(str, range(1 + max(map(int, found), default=-1))))
+        return tuple(sorted(found))
+
+
+class Files:
+    """Reads members of a source, from any thread; archives stay open."""
+
+    def __init__(self, source: Source) -> None:
+        archives = [os.fspath(path) for path in source.paths if path.is_file()]
+        self._open = {path: os.open(path, os.O_RDONLY) for path in archives}
+
+    def read(self, member: Member) -> bytes:
+        """The bytes of a member.
+
+        Raises:
+            ValueError: they cannot be read, or are fewer than when the source was listed.
+        """
+        try:
+            if member.file in self._open:
+                data = os.pread(self._open[member.file], member.size, member.offset)
+            else:
+                with open(member.file, "rb", buffering=0) as file:
+                    data = file.read()
+        except OSError as error:
+            raise ValueError(error.strerror) from None
+        if len(data) != member.size:
+            raise ValueError(f"{len(data)} bytes instead of {member.size}")
+        return data
+
+    def close(self) -> None:
+        """Close the archives."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its name; hidden files, such as ._x.JPEG of macOS, are none."""
+    base = os.path.basename(name)
+    return os.path.splitext(base)[1].lower() in EXTENSIONS and base[0] != "."
+
+
+def _entries(path: Path, inner: tarfile.TarInfo | None = None) -> Iterator[tarfile.TarInfo]:
+    """The files of an archive, or of an archive in it, with offsets into the outer one."""
+    where = path if inner is None else f"{path}: {inner.name}"
+    expected = "an uncompressed tar, whole"
+    begin = 0 if inner is None else inner.offset_data
+    end = path.stat().st_size if inner is None else begin + inner.size
+    try:
+        with path.open("rb") as file:
+            file.seek(begin)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                while (entry := archive.next()) is not None:
+                    archive.members = []  # type: ignore[attr-defined]  # or it keeps a record of every file
+                    if entry.isdir():
+                        continue
+                    if not entry.isreg() or entry.issparse():
+                        got = f"{entry.name}, a link or sparse (tar -h --hard-dereference)"
+                        raise DataError(where, "plain files", got)
+                    if entry.offset_data + entry.size > end:
+                        raise DataError(where, expected, f"one that ends within {entry.name}")
+                    yield entry
+                file.seek(archive.offset)  # tarfile takes damage for the end; the end is zeros
+                tail = file.read(min(_TAIL, end - archive.offset))
+                if len(tail) < _BLOCK or any(tail):
+                    raise DataError(where, expected, f"damage at byte {archive.offset}")
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(where, expected, error) from None
+
+
+def _member(category: str, entry: tarfile.TarInfo, path: Path) -> Member:
+    name = PurePosixPath(entry.name).name
+    stamp = path.stat().st_mtime_ns
+    return Member(category, name, os.fspath(path), entry.offset_data, entry.size, stamp)
+
+
+def _key(name: str) -> str:
+    """What files of one WebDataset sample share: the path up to the first dot of the name."""
+    folder, base = os.path.split(name)
+    return os.path.join(folder, base.partition(".")[0])
+
+
+def _text(path: Path, entry: tarfile.TarInfo) -> str:
+    with path.open("rb") as file:
+        file.seek(entry.offset_data)
+        return file.read(entry.size).decode("utf-8", "replace").strip()
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise DataError("--source", "folders that can be read", error)

@@ -1,0 +1,1 @@
+"""Two ways from stored images to batches of pixels: FFCV's decoder, and timm's transforms."""

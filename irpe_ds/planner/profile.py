@@ -1,0 +1,301 @@
+"""What one image costs a model: counted on tensors without memory, from its own operators."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from irpe_ds.config import RunConfig
+from irpe_ds.errors import ConfigError
+from irpe_ds.models.attention import RPEAttention
+from irpe_ds.models.build import build_model
+from irpe_ds.models.flops import forward_flops
+from irpe_ds.ops.fused import obstacle
+from irpe_ds.training.optim import parameter_groups
+from irpe_ds.training.precision import MODEL, PRODUCTS
+
+IMPLEMENTATIONS = ("auto", "fused", "gather", "reference")
+"""Implementations of the op whose memory is known here."""
+WHOLE = (nn.Linear, nn.Conv2d)
+"""Layers whose gradients DeepSpeed sends in half precision under autocast."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One trained tensor, in the order in which the forward pass uses them."""
+
+    name: str
+    shape: tuple[int, ...]
+    group: int
+    """Group of the optimizer; ZeRO makes one flat tensor of each."""
+    half_gradient: bool
+    """Whether autocast lets DeepSpeed send its gradient in half precision."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A module that ran in the forward pass."""
+
+    parameters: tuple[str, ...]
+    """Names of its own, those of modules in it left out."""
+    calls: tuple["Call", ...]
+    """Modules that ran in it, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Counts of one model in training; bytes and operations are of one image."""
+
+    parameters: tuple[Parameter, ...]
+    call: Call
+    """The model itself."""
+    precision: str
+    impl: str
+    """Implementation of attention that activations and traffic are counted for."""
+    flops: int
+    """Of the matrix products of the forward pass."""
+    kept: int
+    """Bytes of activations between forward and backward."""
+    kept_once: int
+    """Bytes that are kept however many images there are, such as casts of the weights."""
+    largest: int
+    """Bytes of the largest tensor that is kept, without recomputation."""
+    kept_of_block: int
+    """Bytes that one block keeps, without recomputation."""
+    traffic: tuple[int, int]
+    """Bytes that operators read and write in the forward and the backward pass."""
+    traffic_once: tuple[int, int]
+    """The same of the weights, for any batch."""
+    kernels: tuple[int, int]
+    """Operators that do something in the forward and the backward pass, for any batch."""
+    recompute: bool
+    """Whether activations are computed again in the backward pass."""
+
+    @property
+    def numel(self) -> int:
+        return sum(p.numel for p in self.parameters)
+
+    @property
+    def num_groups(self) -> int:
+        return len({p.group for p in self.parameters})
+
+    @property
+    def bytes(self) -> int:
+        """Of one number of the model's parameters."""
+        return torch.finfo(MODEL[self.precision]).bits // 8
+
+
+def profile(config: RunConfig) -> Profile:
+    """Count a training step of the model of a configuration; nothing is computed.
+
+    Raises:
+        ConfigError: the model cannot be built, or its op is one whose memory is not known here.
+    """
+    plain = config.model.model_copy(update={"weights": None, "impl": "auto"})
+    if config.model.impl not in IMPLEMENTATIONS:
+        expected = f"one of {', '.join(IMPLEMENTATIONS)}: what they keep is known to the planner"
+        raise ConfigError("model.impl", expected, config.model.impl)
+    with torch.device("meta"):
+        model = build_model(plain).train().to(MODEL[config.train.precision])
+    call, parameters = _call(model, config), tuple(_parameters(model, config))
+    impl = _replace_attention(model, config.model.impl, PRODUCTS[config.train.precision])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model.to_empty(device="cpu")
+        one, two = (_count(model, config, images) for images in (2, 4))
+        whole = two
+        if config.model.grad_checkpointing:
+            model.set_grad_checkpointing(False)  # type: ignore[operator]
+            whole = _count(model, config, 4)
+    per_image = [(b - a) // 2 for a, b in zip(one.bytes, two.bytes, strict=True)]
+    return Profile(
+        parameters=parameters,
+        call=call,
+        precision=config.train.precision,
+        impl=impl,
+        flops=forward_flops(config.model),
+        kept=per_image[0],
+        kept_once=max(0, one.bytes[0] - 2 * per_image[0]),
+        largest=whole.largest // 4,
+        kept_of_block=whole.bytes[0] // 4 // max(1, len(getattr(model, "blocks", ()))),
+        traffic=(per_image[1], per_image[2]),
+        traffic_once=(one.bytes[1] - 2 * per_image[1], one.bytes[2] - 2 * per_image[2]),
+        kernels=two.kernels,
+        recompute=config.model.grad_checkpointing,
+    )
+
+
+def _call(model: nn.Module, config: RunConfig) -> Call:
+    """Run a model without memory once, to see which of its modules run, and in which order."""
+    running: list[list[Call]] = [[]]
+
+    def begin(*_: Any) -> None:
+        running.append([])
+
+    def end(own: tuple[str, ...]) -> None:
+        inner = running.pop()
+        running[-1].append(Call(own, tuple(inner)))
+
+    known = dict(model.named_parameters())  # a shared one by its first name alone
+    handles = []
+    for prefix, module in model.named_modules():
+        if isinstance(module, RPEAttention):
+            module.impl = "reference"
+        names = module.named_parameters(prefix, recurse=False)
+        own = tuple(name for name, _ in names if name in known)
+        handles.append(module.register_forward_pre_hook(begin))
+        handles.append(module.register_forward_hook(lambda *_, own=own: end(own)))
+    model(_images(config, 1, "meta"))
+    for handle in handles:
+        handle.remove()
+    ((call,),) = running
+    return call
+
+
+def _images(config: RunConfig, number: int, device: str) -> Tensor:
+    size = config.model.img_size
+    height, width = (size, size) if isinstance(size, int) else size
+    dtype = MODEL[config.train.precision]
+    return torch.empty(number, 3, height, width, dtype=dtype, device=device)
+
+
+def _parameters(model: nn.Module, config: RunConfig) -> Iterator[Parameter]:
+    groups = {
+        id(p): number
+        for number, group in enumerate(parameter_groups(model, config))
+        for p in group["params"]
+    }
+    half = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, WHOLE)
+        for p in module.parameters(recurse=False)
+    }
+    for name, p in model.named_parameters():
+        yield Parameter(
+            name=name, shape=tuple(p.shape), group=groups[id(p)], half_gradient=id(p) in half
+        )
+
+
+@dataclass(frozen=True)
+class _Counts:
+    bytes: tuple[int, int, int]
+    """Kept, and moved in the forward and the backward pass."""
+    largest: int
+    kernels: tuple[int, int]
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds up what operators read and write; views and allocations move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.kernels = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        results = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
+        inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        shared = {x.untyped_storage()._cdata for x in inputs}
+        is_view = not func._schema.is_mutable and any(
+            x.untyped_storage()._cdata in shared for x in results
+        )
+        if results and not is_view and "empty" not in func.__name__:
+            self.bytes += sum(x.numel() * x.element_size() for x in (*inputs, *results))
+            self.kernels += 1
+        return out
+
+
+def _count(model: nn.Module, config: RunConfig, images: int) -> _Counts:
+    """One forward and backward pass of so many images on tensors without memory."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage()._cdata] = x
+        return x
+
+    weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+    batch = _images(config, images, "cpu")
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "autocast")
+    with _Traffic() as forward, cast:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = model(batch)
+            out = out[0] if isinstance(out, tuple) else out
+        loss = out.float().sum()
+    with _Traffic() as backward:
+        loss.backward()
+    model.zero_grad()
+    sizes = [x.untyped_storage().nbytes() for key, x in kept.items() if key not in weights]
+    return _Counts(
+        (sum(sizes), forward.bytes, backward.bytes),
+        max(sizes, default=0),
+        (forward.kernels, backward.kernels),
+    )
+
+
+def _replace_attention(model: nn.Module, impl: str, dtype: torch.dtype) -> str:
+    """Let attention layers keep and move what they do on a GPU; the implementation's name."""
+    used = "timm's fused attention"
+    for parent in list(model.modules()):
+        attention: Any = getattr(parent, "attn", None)
+        if not hasattr(attention, "qkv"):
+            continue
+        name = "fused"
+        if isinstance(attention, RPEAttention):
+            reason = obstacle(attention.case("cuda", dtype))
+            if impl == "fused" and reason is not None:
+                raise ConfigError("model.impl", "an implementation that takes the model", reason)
+            name = impl if impl != "auto" else "fused" if reason is None else "gather"
+            used = name
+        if name == "fused":
+            parent.attn = _FusedAttention(attention)
+        else:
+            attention.impl = "reference"
+    return used
+
+
+class _FusedAttention(nn.Module):
+    """Keeps of attention what a fused kernel does: inputs, output and log-sum-exp."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        own = self.attention
+        batch, length = x.shape[:2]
+        qkv = own.qkv(x).reshape(batch, length, 3, own.num_heads, own.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = _Fused.apply(own.q_norm(q).to(v.dtype), own.k_norm(k).to(v.dtype), v)
+        return own.proj_drop(own.proj(own.norm(out.transpose(1, 2).reshape(batch, length, -1))))
+
+
+class _Fused(torch.autograd.Function):
+    """Moves as many bytes as `ops/fused.py`: four tensors forward, twelve backward."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, heads, length, dim = q.shape
+        lse = q.new_empty(batch, heads, length, dtype=torch.float32)
+        out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
+        torch.addcmul(q, k, v, out=out)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, out, _ = ctx.saved_tensors
+        return (
+            torch.addcmul(grad, k, v),
+            torch.addcmul(grad, q, v),
+            torch.addcmul(grad, out, q),
+        )

@@ -1,0 +1,1 @@
+"""Figures of runs, tables, plans and scaling experiments."""

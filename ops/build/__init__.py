@@ -1,0 +1,1 @@
+"""How the compiled operators come to be: DeepSpeed's builder, compilers, caches."""

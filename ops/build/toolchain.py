@@ -1,0 +1,196 @@
+"""Compilers for the operators: what is installed here, and what is missing, in one line.
+
+The CUDA compiler may be the system's or the one of the nvidia wheels, extra `irpe-ds[cuda]`.
+"""
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+CSRC = Path(__file__).parents[1] / "csrc"
+
+
+class Unavailable(Exception):
+    """The operators cannot be had here; the message says why and what would help, in one line."""
+
+
+ARCHITECTURES = "8.0;9.0+PTX"
+"""TORCH_CUDA_ARCH_LIST unless it is set: every GPU from Ampere on, whatever machine compiles."""
+
+
+def architectures() -> str:
+    """The GPU architectures that are compiled for, as TORCH_CUDA_ARCH_LIST writes them."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+
+
+def gencode() -> list[str]:
+    """nvcc's options for `architectures`."""
+    options = []
+    for architecture in re.split(r"[;\s]+", architectures().strip()):
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if architecture.endswith("+PTX"):
+            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return options
+
+
+def runs_on(capability: tuple[int, int], compiled: str) -> bool:
+    """Whether a GPU of this compute capability runs what was compiled for `architectures`."""
+    for architecture in re.split(r"[;\s]+", compiled.strip()):
+        number = re.match(r"(\d+)\.(\d+)", architecture)
+        if number is None:
+            continue
+        major, minor = int(number[1]), int(number[2])
+        same = capability[0] == major and capability[1] >= minor
+        if same or (architecture.endswith("+PTX") and capability >= (major, minor)):
+            return True
+    return False
+
+
+class CUDAToolkit(NamedTuple):
+    """A CUDA compiler that fits PyTorch."""
+
+    home: Path
+    """The folder with bin/nvcc."""
+    version: str
+    """Of the compiler, such as 13.0."""
+    include: Path
+    """The folder of cuda_runtime_api.h."""
+    runtime: Path
+    """The library libcudart.so, perhaps with a version in its name."""
+
+
+def sources() -> str:
+    """A hash of everything that is compiled and of the options."""
+    key = hashlib.sha256()
+    options = [Path(__file__).with_name("builder.py"), Path(__file__)]
+    code = sorted(x for x in CSRC.rglob("*.*") if x.suffix != ".md")
+    for source in [*code, *options]:
+        key.update(source.read_bytes())
+    return key.hexdigest()[:16]
+
+
+def cache(toolkit: CUDAToolkit | None) -> Path:
+    """Where a just-in-time build lies: a folder for these sources, options and versions alone."""
+    from torch.utils.cpp_extension import get_default_build_root  # imports for seconds
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    key = hashlib.sha256(sources().encode())
+    for fact in (
+        sys.version_info[:2],
+        torch.__version__,
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability().startswith("AVX"),
+        toolkit and (toolkit.version, architectures()),
+        os.environ.get("CXX"),
+    ):
+        key.update(repr(fact).encode())
+    return Path(root).expanduser().absolute() / f"irpe_{key.hexdigest()[:16]}"
+
+
+def cxx() -> str:
+    """The C++ compiler: CXX, else c++.
+
+    Raises:
+        Unavailable: it is not installed.
+    """
+    command = os.environ.get("CXX", "c++")
+    if not shutil.which(command.split()[0] if command.split() else command):
+        raise Unavailable(f"there is no C++ compiler {command!r}: install g++, or set CXX")
+    return command
+
+
+def ninja() -> str:
+    """The build tool that PyTorch's just-in-time builds use, also of an inactive environment.
+
+    Raises:
+        Unavailable: it is not installed.
+    """
+    found = shutil.which("ninja", path=path_with_scripts())
+    if found is None:
+        raise Unavailable("ninja is not installed: pip install ninja")
+    return found
+
+
+def path_with_scripts() -> str:
+    """PATH, and the folder of this Python's own scripts after it."""
+    return os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+
+
+def cuda() -> CUDAToolkit:
+    """The first CUDA compiler of PyTorch's major version: CUDA_HOME, PATH, system, wheels.
+
+    Raises:
+        Unavailable: there is none; the message names those that do not fit.
+    """
+    wanted = torch.version.cuda
+    if wanted is None:
+        raise Unavailable("PyTorch is a build without CUDA")
+    refused = []
+    for home in dict.fromkeys(_homes(wanted.split(".")[0])):
+        try:
+            return _toolkit(home, wanted)
+        except Unavailable as error:
+            refused.append(str(error))
+    hint = f"install CUDA {wanted}, or for CUDA 13.0 pip install 'irpe-ds[cuda]'"
+    raise Unavailable("; ".join([*(refused or ["there is no nvcc"]), hint]))
+
+
+def _homes(major: str) -> Iterator[Path]:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            yield Path(os.environ[variable])
+    on_path = shutil.which("nvcc")
+    if on_path:
+        yield Path(on_path).resolve().parents[1]
+    for home in (Path("/usr/local/cuda"), *_wheels(major)):
+        if (home / "bin" / "nvcc").exists():
+            yield home
+
+
+def _wheels(major: str) -> list[Path]:
+    """Where pip puts the nvidia wheels of one major version; PyTorch depends on some of them."""
+    spec = find_spec("nvidia")
+    places = spec.submodule_search_locations if spec else None
+    return [Path(place) / f"cu{major}" for place in places or ()]
+
+
+def _toolkit(home: Path, wanted: str) -> CUDAToolkit:
+    nvcc, major = home / "bin" / "nvcc", wanted.split(".")[0]
+    try:
+        printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Unavailable(f"{nvcc} does not run ({error})") from error
+    release = re.search(r"release (\d+\.\d+)", printed.stdout)
+    version = release[1] if release else "unknown"
+    if version.split(".")[0] != major:
+        raise Unavailable(f"{nvcc} is CUDA {version}, PyTorch is built for CUDA {wanted}")
+    machine = platform.machine()
+    targets = home / "targets" / f"{machine}-linux"  # conda's layout
+    wheels = [*_wheels(major), *(wheel.with_name("cuda_runtime") for wheel in _wheels(major))]
+    headers = [folder / "include" for folder in (home, targets)]
+    libraries = [
+        home / "lib64",
+        home / "lib",
+        targets / "lib",
+        home / "lib" / f"{machine}-linux-gnu",
+    ]
+    libraries += [wheel / "lib" for wheel in wheels]
+    include = next((x for x in headers if (x / "cuda_runtime_api.h").exists()), None)
+    runtimes = (x / name for x in libraries for name in ("libcudart.so", f"libcudart.so.{major}"))
+    runtime = next((x for x in runtimes if x.exists()), None)
+    if include is None:
+        raise Unavailable(f"{home} has no include/cuda_runtime_api.h")
+    if runtime is None:
+        raise Unavailable(f"{home} has no libcudart.so")
+    return CUDAToolkit(home, version, include, runtime)

@@ -1,0 +1,99 @@
+"""A report is made of a results.json alone, and its figures have the numbers."""
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from irpe_ds.benchmark.cell import PHASES
+from irpe_ds.benchmark.report import facet, varied, write_report
+from irpe_ds.benchmark.runner import read_results_file
+from irpe_ds.errors import ConfigError
+
+Row = dict[str, Any]
+
+
+def row(ranks: int, speed: float, zero: str = "zero1", **more: Any) -> Row:
+    axes = {"ranks_per_node": ranks, "train.deepspeed": zero, "micro_batch": 32}
+    axes |= more.pop("axes", {})
+    return {
+        "key": f"{ranks}-{zero}-{sorted(more.items())}-{axes}",
+        "axes": axes,
+        **{"scaling": "weak", "nodes": 1, "ranks_per_node": ranks, "ranks": ranks},
+        **{"model": "vit", "rpe": "k", "precision": "bf16", "impl": "cpu", "accumulation": 1},
+        **{"network": None, "deepspeed": zero, "micro_batch": 32, "global_batch": 32 * ranks},
+        **{"images_per_s": speed, "slowest_images_per_s": speed, "fastest_images_per_s": speed},
+        **{f"{phase}_ms": 10.0 for phase in PHASES},
+        **{"apart_ms": 50.0, "step_ms": 40.0, "memory_gib": 1.5, "tflops": 0.02},
+        **{"all_reduce_bytes": 2e6, "device": "CPU", "torch": "2", "commit": "abc"},
+        **{"deepspeed_version": "0"},
+        **more,
+    }
+
+
+def results(*rows: Row) -> dict[str, Any]:
+    return {"name": "x<y", "settings": {"seed": 0}, "rows": list(rows)}
+
+
+def test_files(tmp_path: Path) -> None:
+    failed = {k: v for k, v in row(4, 0).items() if k not in ("impl", "device", "images_per_s")}
+    failed["error"] = "rank 3 <died>"
+    found = results(row(1, 100), row(2, 150), row(2, 190, "zero2"), row(1, 100, "zero2"), failed)
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    written = write_report(read_results_file(tmp_path / "results.json"), tmp_path)
+    names = ["results.csv", "flops.png", "efficiency.png", "communication.png", "memory.png"]
+    assert [path.name for path in written] == [*names, "report.html"]
+    assert all(path.stat().st_size > 100 for path in written)
+
+    with (tmp_path / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["efficiency"] for line in lines] == ["1.0", "0.75", "0.95", "1.0", ""]
+    assert [line["communication_share"] for line in lines] == ["0.2"] * 4 + [""]
+    assert lines[4]["error"] == "rank 3 <died>"
+
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is loaded from elsewhere
+    assert "x&lt;y" in page
+    assert "rank 3 &lt;died&gt;" in page
+
+
+def test_efficiency_compares_the_same_thing_only(tmp_path: Path) -> None:
+    half = row(2, 60, precision="fp32", axes={"train.precision": "fp32"})
+    found = results(row(1, 100), half, row(2, 200))
+    write_report(found, tmp_path)
+    with (tmp_path / "results.csv").open() as file:
+        assert [line["efficiency"] for line in csv.DictReader(file)] == ["1.0", "1.0", "1.0"]
+
+
+def test_efficiency_is_of_the_line_that_is_drawn(tmp_path: Path) -> None:
+    alone = row(1, 100)
+    del alone["axes"]["train.deepspeed"]  # as the configuration has it, which is the same
+    write_report(results(alone, row(2, 150)), tmp_path)
+    with (tmp_path / "results.csv").open() as file:
+        assert [line["efficiency"] for line in csv.DictReader(file)] == ["1.0", "0.75"]
+
+
+def test_panels_are_told_apart_by_what_differs() -> None:
+    rows = [row(1, 1), row(1, 1, precision="fp32"), row(1, 1, axes={"optim.lr": 3})]
+    names = varied(rows)
+    assert names == ["precision", "optim.lr"]
+    assert facet(rows[1], names) == "32 images per rank, fp32, lr None"
+    gpu = row(2, 1, device="H100", axes={"seed": 1})
+    assert varied([row(1, 1, axes={"seed": 0}), gpu]) == ["device", "seed"]
+    strong = row(2, 1, scaling="strong")
+    assert facet(strong, []) == "64 in all"
+
+
+def test_only_failures_are_reported_too(tmp_path: Path) -> None:
+    failed = {k: v for k, v in row(1, 0).items() if k != "images_per_s"} | {"error": "none"}
+    written = write_report(results(failed), tmp_path)
+    assert [path.name for path in written] == ["results.csv", "report.html"]
+
+
+def test_nothing_is_no_report(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a cell or more"):
+        write_report(results(), tmp_path)

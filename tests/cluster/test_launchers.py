@@ -1,0 +1,132 @@
+"""Ranks by the variables of each launcher; who is alone, and who is asked for a launcher."""
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+
+from irpe_ds.cluster.launchers import check_hostfile, hosts_of_ranks, numbers
+from irpe_ds.errors import ClusterError
+
+TORCH = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+TORCH |= {"MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+JOB = {"SLURM_JOB_ID": "1001", "SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "4"}
+BATCH = JOB | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+STEP = BATCH | {
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_STEP_NODELIST": "gpu[7-9]",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "scontrol"
+    program.write_text(
+        '#!/bin/sh\n[ "$*" = "show hostnames gpu[7-9]" ] && printf "gpu%s\\n" 7 8 9\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+
+def test_pytorchs_variables_stay() -> None:
+    assert numbers(TORCH | {"LOCAL_SIZE": "2"}) == {"LOCAL_WORLD_SIZE": "2"}
+    assert numbers(TORCH | {"LOCAL_WORLD_SIZE": "2"}) == {}
+    assert numbers(TORCH | JOB | OPEN_MPI) == {"LOCAL_WORLD_SIZE": "1"}
+
+
+def test_a_variable_is_lacking() -> None:
+    del (some := dict(TORCH))["MASTER_ADDR"]
+    with pytest.raises(ClusterError, match=r"no \['MASTER_ADDR'\]"):
+        numbers(some)
+
+
+def test_open_mpi() -> None:
+    found = numbers(OPEN_MPI | {"MASTER_ADDR": "node1"} | BATCH)
+    expected = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert found == expected | {"MASTER_PORT": "29500"}
+    with pytest.raises(ClusterError, match="mpirun -x MASTER_ADDR"):
+        numbers(OPEN_MPI)
+    one_host = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
+    assert numbers(one_host)["MASTER_ADDR"] == "127.0.0.1"
+
+
+@pytest.mark.usefixtures("scontrol")
+def test_srun() -> None:
+    found = numbers(STEP)
+    expected = {"RANK": "3", "WORLD_SIZE": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert found == expected | {"MASTER_ADDR": "gpu7", "MASTER_PORT": "14066"}
+    assert numbers(STEP | {"SLURM_NODEID": "2"})["LOCAL_WORLD_SIZE"] == "1"
+    own = {"MASTER_ADDR": "ib-gpu7", "MASTER_PORT": "5"}
+    assert numbers(STEP | own) == expected
+    assert hosts_of_ranks(STEP, []) == ["gpu7", "gpu7", "gpu8", "gpu8", "gpu9"]
+    assert hosts_of_ranks(STEP | {"SLURM_DISTRIBUTION": "cyclic"}, []) is None
+
+
+def test_srun_without_scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ClusterError, match=r"MASTER_ADDR.*scontrol"):
+        numbers(STEP)
+    assert hosts_of_ranks(STEP, []) is None
+    assert numbers(STEP | {"SLURM_STEP_TASKS_PER_NODE": "5", "SLURM_NODEID": "0"})["RANK"] == "3"
+
+
+@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_ID": "4294967290"}])
+def test_a_job_whose_tasks_nobody_started(step: dict[str, str]) -> None:
+    with pytest.raises(ClusterError, match="SLURM_NTASKS=4; srun -n 1 starts one alone"):
+        numbers(BATCH | step)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        BATCH | {"SLURM_NTASKS": "1"},
+        BATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+    ],
+    ids=["no launcher", "one task", "a step of one in a job of four", "mpirun -n 1"],
+)
+def test_alone(environment: dict[str, str]) -> None:
+    found = numbers(environment)
+    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("0", "1", "0")
+    assert found["MASTER_ADDR"] == "127.0.0.1"
+    assert int(found["MASTER_PORT"]) > 0
+
+
+def test_mpich_is_not_known() -> None:
+    with pytest.raises(ClusterError, match="PMI_SIZE=2"):
+        numbers({"PMI_SIZE": "2", "PMI_RANK": "1"})
+
+
+def test_deepspeed_names_the_hosts() -> None:
+    world = base64.urlsafe_b64encode(json.dumps({"a": [0, 1], "b": [0]}).encode()).decode()
+    assert hosts_of_ranks({}, ["python", f"--world_info={world}"]) == ["a", "a", "b"]
+    assert hosts_of_ranks({}, ["bash"]) is None
+
+
+@pytest.mark.parametrize("option", [["--hostfile", "{}"], ["-H", "{}"], ["--hostfile={}"]])
+def test_deepspeed_with_a_hostfile_that_is_not_there(option: list[str], tmp_path: Path) -> None:
+    """It warns, and would train on this host alone."""
+    path = tmp_path / "hosts"
+    words = [word.format(path) for word in option]
+    command = ["/env/bin/python", "/env/bin/deepspeed", *words, "launch/train.py"]
+    with pytest.raises(ClusterError, match=r"expected a hostfile, got .*No such file"):
+        check_hostfile([["python", "-m", "deepspeed.launcher.launch"], command])
+    path.write_text("a slots=1\n")
+    check_hostfile([command])
+    path.write_text("a slots=0\n")
+    with pytest.raises(ClusterError, match="at least one slot"):
+        check_hostfile([command])
+    check_hostfile([["bash", "-c", f"deepspeed --hostfile {path}"], ["mpirun", "--hostfile", "x"]])

@@ -1,0 +1,191 @@
+"""Conversions that were stopped and called again: what is done stays done, and only that."""
+
+import errno
+import os
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from irpe_ds.data.beton.convert import convert
+from irpe_ds.data.beton.images import StorageOptions, store_image
+from irpe_ds.data.beton.journal import Journal
+from irpe_ds.data.beton.manifest import Manifest, beside
+from irpe_ds.data.beton.reader import read_beton
+from irpe_ds.data.beton.sources import open_source
+from irpe_ds.data.beton.verify import verify
+from irpe_ds.data.beton.writer import BetonWriter
+from irpe_ds.errors import DataError
+
+
+def convert_folder(folder: Path, out: Path, options: StorageOptions, **how: Any) -> Manifest:
+    return convert(open_source([folder]), out, options, **how)
+
+
+def test_a_correction_goes_on_from_what_is_done(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (mixed / "cat" / "deeper" / "b.JPEG").write_bytes(b"")
+    out = mixed.parent / "mixed.beton"
+    with pytest.raises(DataError, match="0 bytes"):
+        convert_folder(mixed, out, StorageOptions(), workers=1)
+    with pytest.raises(DataError, match=r"unfinished.*expected mode passthrough, got raw"):
+        convert_folder(mixed, out, StorageOptions(mode="raw"), workers=1)
+    (mixed / "cat" / "deeper" / "b.JPEG").unlink()
+    read = []
+    monkeypatch.setattr(
+        "irpe_ds.data.beton.convert.store_image",
+        lambda data, *args: read.append(data) or store_image(data, *args),
+    )
+    convert_folder(mixed, out, StorageOptions(), workers=1)
+    assert len(read) == 2  # not the first image of the three
+    verify(out, workers=1)
+    other = mixed.parent / "other.beton"
+    convert_folder(mixed, other, StorageOptions(), workers=1)
+    assert other.read_bytes() == out.read_bytes()
+
+
+def test_what_was_left_out_is_not_forgiven_later(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (mixed / "cat" / "deeper" / "b.JPEG").write_bytes(b"")
+    out = mixed.parent / "mixed.beton"
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("irpe_ds.data.beton.convert._publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert_folder(mixed, out, StorageOptions(), workers=1, on_bad="skip")
+    with pytest.raises(DataError, match="0 bytes"):
+        convert_folder(mixed, out, StorageOptions(), workers=1)
+    assert convert_folder(mixed, out, StorageOptions(), workers=1, on_bad="skip").skipped == 1
+    verify(out, workers=1)
+
+
+def test_changed_source_is_read_again(mixed: Path, pixels: Callable[..., np.ndarray]) -> None:
+    (mixed / "dog" / "d.jpg").write_bytes(b"")
+    out = mixed.parent / "mixed.beton"
+    with pytest.raises(DataError, match=r"d\.jpg"):
+        convert_folder(mixed, out, StorageOptions(), workers=1)
+    for name in ("cat/a.jpg", "dog/d.jpg"):
+        Image.fromarray(pixels(9, 30, 40)).save(mixed / name, quality=80)
+    manifest = convert_folder(mixed, out, StorageOptions(), workers=1)
+    assert read_beton(out, "test").payload(0).tobytes() == (mixed / "cat" / "a.jpg").read_bytes()
+    assert manifest.duplicates == 1
+    verify(out, workers=1)
+
+
+def test_nothing_is_entered_as_done_before_it_is_on_the_disk(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed, on_disk, commits = [0], [0], []
+
+    def append(self: BetonWriter, payload: bytes) -> int:
+        start = self_append(self, payload)
+        placed[0] = start + len(payload)
+        return start
+
+    def sync(self: BetonWriter) -> None:
+        reached = placed[0]
+        time.sleep(0.005)
+        self_sync(self)
+        on_disk[0] = reached
+
+    def commit(self: Journal) -> None:
+        commits.append(self.written()[0])
+        assert self.written()[2] <= on_disk[0]
+        self_commit(self)
+
+    self_append, self_sync, self_commit = BetonWriter.append, BetonWriter.sync, Journal.commit
+    monkeypatch.setattr(BetonWriter, "append", append)
+    monkeypatch.setattr(BetonWriter, "sync", sync)
+    monkeypatch.setattr(Journal, "commit", commit)
+    monkeypatch.setattr("irpe_ds.data.beton.convert._COMMIT_SECONDS", 0.0)
+    convert_folder(folder, tmp_path / "out.beton", StorageOptions(), workers=1)
+    assert commits[-1] == 37
+    assert len(set(commits)) > 2
+
+
+def test_what_a_failing_disk_lost_is_not_entered_as_done(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = mixed.parent / "mixed.beton"
+    outcomes = [OSError(errno.EIO, "Input/output error"), None]  # the second fsync succeeds
+
+    def sync(self: BetonWriter) -> None:
+        outcome = outcomes.pop(0)
+        if outcome:
+            raise outcome
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BetonWriter, "sync", sync)
+        with pytest.raises(DataError, match=r"--out: .*Input/output error"):
+            convert_folder(mixed, out, StorageOptions(), workers=1)
+    assert not out.exists()
+    with sqlite3.connect(beside(out, ".partial.db")) as journal:
+        assert journal.execute("SELECT count(*) FROM done").fetchone() == (0,)
+    convert_folder(mixed, out, StorageOptions(), workers=1)
+    verify(out, workers=1)
+
+
+def test_one_conversion_at_a_time(mixed: Path) -> None:
+    out = mixed.parent / "mixed.beton"
+    expected = pytest.raises(DataError, match=r"none at work, got database is locked")
+    with closing(Journal(beside(out, ".partial.db"), {})), expected:
+        convert_folder(mixed, out, StorageOptions(), workers=1)
+
+
+def test_killed_before_the_first_image_it_does_not_take_the_old_file_for_its_own(
+    mixed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = mixed.parent / "mixed.beton"
+    convert_folder(mixed, out, StorageOptions(), workers=1)
+
+    def killed(*_: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("irpe_ds.data.beton.convert.BetonWriter", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert_folder(folder, out, StorageOptions(), workers=1, overwrite=True)
+    with pytest.raises(DataError, match=r"--out: expected a new file, or --overwrite"):
+        convert_folder(folder, out, StorageOptions(), workers=1)
+    assert convert_folder(folder, out, StorageOptions(), workers=1, overwrite=True).num_samples > 9
+    verify(out, workers=1)
+
+
+def test_killed_while_names_are_given_it_goes_on(
+    mixed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every rename, on top of an older file."""
+    out = mixed.parent / "out" / "mixed.beton"
+    expected = convert_folder(folder, out, StorageOptions(), workers=1)
+    for renames in range(4):
+        convert_folder(mixed, out, StorageOptions(), workers=1, overwrite=True)
+        renamed = []
+
+        def replace(old: Path, new: Path, limit: int = renames, renamed: list = renamed) -> None:
+            if old.suffix == ".partial":
+                if len(renamed) == limit:
+                    raise KeyboardInterrupt
+                renamed.append(old)
+            old.rename(new)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            with pytest.raises(KeyboardInterrupt):
+                convert_folder(folder, out, StorageOptions(), workers=1, overwrite=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("irpe_ds.data.beton.convert.store_image", None)  # nothing is read again
+            made = convert_folder(folder, out, StorageOptions(), workers=1, overwrite=not renamed)
+        assert made == expected
+        verify(out, workers=1)
+        assert len(list(out.parent.iterdir())) == 3

@@ -1,0 +1,219 @@
+"""Opening a .beton file, and verifying one."""
+
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from irpe_ds.data.beton.format import ENTRY_TYPE, HEAD_BYTES, FieldDescType, HeaderType
+from irpe_ds.data.beton.manifest import (
+    HASHES,
+    MANIFEST,
+    beside,
+    file_sha256,
+    hash_line,
+    read_hashes,
+)
+from irpe_ds.data.beton.reader import open_dataset, read_beton
+from irpe_ds.data.beton.verify import verify
+from irpe_ds.errors import DataError
+
+
+def change(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def test_says_what_the_file_holds(beton: Path) -> None:
+    info = open_dataset(beton, "data.train")
+    assert (info.path, info.num_samples, info.num_classes) == (beton, 37, 37)
+    assert info.classes is not None
+    assert info.classes[7] == "007"
+    assert info.manifest is not None
+    assert info.manifest.sha256 == file_sha256(beton)
+
+
+@pytest.mark.parametrize("mode", ["jpg", "raw"])
+def test_file_of_someone_elses_opens(folder: Path, tmp_path: Path, mode: str) -> None:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    files = sorted(folder.rglob("*.jpg"))
+    samples = [(np.asarray(Image.open(f).convert("RGB")), n) for n, f in enumerate(files)]
+    path = tmp_path / "theirs.beton"
+    fields = {"image": RGBImageField(mode), "label": IntField()}
+    DatasetWriter(str(path), fields, num_workers=2).from_indexed_dataset(samples, chunksize=5)
+    info = open_dataset(path, "data.train")
+    assert (info.num_samples, info.classes, info.num_classes, info.manifest) == (
+        37,
+        None,
+        None,
+        None,
+    )
+    verify(path, workers=1, needs_manifest=False)
+    if mode == "raw":
+        beton = read_beton(path, "data.train")
+        for (image, label), entry in zip(samples, beton.entries, strict=True):
+            stored = beton.bytes[entry["start"] : entry["start"] + entry["bytes"]]
+            assert np.array_equal(stored.reshape(entry["height"], entry["width"], 3), image)
+            assert entry["label"] == label
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.val: expected a \.beton file .*, got .*absent"):
+        open_dataset(tmp_path / "absent.beton", "data.val")
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-6, 1e-3, 0.5, 0.99999])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_file_cut_short(own_beton: Path, share: float, manifest: bool) -> None:
+    with own_beton.open("r+b") as file:
+        file.truncate(int(share * own_beton.stat().st_size))
+    if not manifest:
+        beside(own_beton, MANIFEST).unlink()
+    with pytest.raises(DataError, match=r"^data\.train: expected .*own\.beton"):
+        open_dataset(own_beton, "data.train")
+
+
+def test_other_file(tmp_path: Path) -> None:
+    path = tmp_path / "text.beton"
+    path.write_text("not FFCV's format " * 1000)
+    with pytest.raises(DataError, match=r"data\.train: expected a \.beton file of FFCV"):
+        open_dataset(path, "data.train")
+
+
+def test_file_whose_writer_was_killed(own_beton: Path) -> None:
+    beside(own_beton, MANIFEST).unlink()
+    change(own_beton, HeaderType.fields["alloc_table_ptr"][1], bytes(8))
+    with pytest.raises(DataError, match="an unfinished file"):
+        open_dataset(own_beton, "data.train")
+
+
+def test_other_fields(own_beton: Path) -> None:
+    beside(own_beton, MANIFEST).unlink()
+    change(own_beton, HeaderType.itemsize + FieldDescType.fields["name"][1], b"photo")
+    with pytest.raises(DataError, match=r"the fields image \(RGBImageField\), label"):
+        open_dataset(own_beton, "data.train")
+
+
+def test_tables_that_disagree(own_beton: Path) -> None:
+    beside(own_beton, MANIFEST).unlink()
+    change(own_beton, own_beton.stat().st_size - 16, (1 << 40).to_bytes(8, "little"))
+    with pytest.raises(DataError, match=r"data\.train: expected tables that agree"):
+        read_beton(own_beton, "data.train")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1, "size": 3}', '{"format": 2}'])
+def test_damaged_manifest(own_beton: Path, text: str) -> None:
+    beside(own_beton, MANIFEST).write_text(text)
+    with pytest.raises(DataError, match=r"own\.beton\.json: expected .*manifest"):
+        open_dataset(own_beton, "data.train")
+
+
+def test_verify_accepts_the_file_as_it_was_written(own_beton: Path) -> None:
+    assert verify(own_beton, workers=2).num_samples == 37
+
+
+def test_damaged_sample_is_named(own_beton: Path) -> None:
+    for sample in (30, 21):
+        entry = read_beton(own_beton, "test").entries[sample]
+        change(own_beton, int(entry["start"] + entry["bytes"] // 2), bytes(30))
+    with pytest.raises(DataError, match=r"sample 21 \(021/image\.jpg\): other bytes"):
+        verify(own_beton, workers=2)
+    beside(own_beton, MANIFEST).unlink()
+    with pytest.raises(DataError, match=r"sample 21 \(label 21\): JPEG data that does not"):
+        verify(own_beton, workers=2, needs_manifest=False)
+
+
+def test_hash_finds_what_decodes_nonetheless(own_beton: Path) -> None:
+    first = read_beton(own_beton, "test").entries[0]
+    change(own_beton, int(first["start"]) - 1, b"x")  # between the tables and the first page
+    with pytest.raises(DataError, match="SHA-256"):
+        verify(own_beton, workers=1)
+
+
+def test_class_counts_are_compared(own_beton: Path) -> None:
+    path = beside(own_beton, MANIFEST)
+    counts = '"class_counts": [\n  1,\n  1'
+    assert counts in path.read_text()
+    path.write_text(path.read_text().replace(counts, '"class_counts": [\n  2,\n  0'))
+    with pytest.raises(DataError, match="images of each class"):
+        verify(own_beton, workers=1)
+
+
+@pytest.mark.parametrize("count", [0, 36, 38, 10**9])
+def test_number_of_samples_is_compared(own_beton: Path, count: int) -> None:
+    path = beside(own_beton, MANIFEST)
+    path.write_text(path.read_text().replace('"num_samples": 37', f'"num_samples": {count}'))
+    for check in (lambda: verify(own_beton, workers=1), lambda: read_beton(own_beton, "test")):
+        with pytest.raises(DataError, match=r"own\.beton"):
+            check()
+
+
+def test_swapped_labels_are_named(own_beton: Path) -> None:
+    label = ENTRY_TYPE.fields["f1"][1]
+    for sample, other in ((5, 9), (9, 5)):
+        place = HEAD_BYTES + sample * ENTRY_TYPE.itemsize + label
+        change(own_beton, place, other.to_bytes(8, "little"))
+    with pytest.raises(DataError, match=r"label 9 \(009\) in sample 5 \(005/image\.jpg\)"):
+        verify(own_beton, workers=1)
+    with pytest.raises(DataError, match=r"data\.train: expected the tables .* changed"):
+        open_dataset(own_beton, "data.train")
+
+
+def test_truncated_tail_is_found(own_beton: Path) -> None:
+    with own_beton.open("r+b") as file:
+        file.truncate(own_beton.stat().st_size - 1)
+    with pytest.raises(DataError, match=r"expected the \d+ bytes that the manifest"):
+        verify(own_beton, workers=1)
+
+
+def test_missing_manifest_and_hashes_are_found(own_beton: Path) -> None:
+    beside(own_beton, HASHES).rename(beside(own_beton, ".moved"))
+    with pytest.raises(DataError, match=r"own\.beton\.sha256: expected the hashes"):
+        verify(own_beton, workers=1)
+    beside(own_beton, HASHES).write_bytes(beside(own_beton, ".moved").read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match=r"own\.beton\.sha256: expected the hashes that"):
+        read_beton(own_beton, "data.train")
+    beside(own_beton, MANIFEST).unlink()
+    with pytest.raises(DataError, match=r"expected .*own\.beton\.json, its manifest"):
+        verify(own_beton, workers=1)
+    assert verify(own_beton, workers=1, needs_manifest=False).num_samples == 37
+
+
+def test_every_flipped_byte_of_a_sample_is_found(own_beton: Path) -> None:
+    rng = np.random.default_rng(0)
+    whole = own_beton.read_bytes()
+    entries = read_beton(own_beton, "test").entries
+    for sample in rng.choice(37, 10, replace=False).tolist():
+        entry = entries[sample]
+        place = int(entry["start"] + rng.integers(entry["bytes"]))
+        change(own_beton, place, bytes([whole[place] ^ 1 << rng.integers(8)]))
+        with pytest.raises(DataError, match=rf"sample {sample} \({sample:03d}/image"):
+            verify(own_beton, workers=1)
+        change(own_beton, place, whole[place : place + 1])
+    verify(own_beton, workers=1)
+
+
+def test_names_with_any_characters_come_back(tmp_path: Path) -> None:
+    names = ["a b.jpg", "\udcff.jpg", "new\nline.jpg", "back\\slash\\n.jpg", "ünïcode.jpg"]
+    path = beside(tmp_path / "x.beton", HASHES)
+    path.write_bytes(b"".join(hash_line(bytes(range(32)), f"cat/{name}") for name in names))
+    manifest = SimpleNamespace(hashes_sha256=file_sha256(path))
+    found = list(read_hashes(tmp_path / "x.beton", manifest))
+    assert [line.name for line in found] == [f"cat/{name}" for name in names]
+    assert all(line.sha256 == bytes(range(32)) for line in found)
+
+
+def test_hashes_are_those_of_sha256sum(own_beton: Path, folder: Path) -> None:
+    checked = subprocess.run(
+        ["sha256sum", "-c", "--quiet", beside(own_beton, HASHES)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert (checked.returncode, checked.stdout) == (0, "")

@@ -1,0 +1,133 @@
+"""Bytes sent and kept: the planner's counts against DeepSpeed on two CPU ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from irpe_ds.config import load_config
+from irpe_ds.planner.communication import Collective, collectives
+from irpe_ds.planner.memory import memory
+from irpe_ds.planner.profile import profile
+from irpe_ds.planner.zero import zero_of
+from tests.forks import ENVIRONMENT
+from tests.launch.ranks import free_port
+from tests.planner.conftest import QUICKSTART, cluster
+
+RANKS = 2
+BUCKETS = {"reduce_bucket_size": 60_000, "allgather_bucket_size": 60_000}
+STAGE_3 = {"reduce_bucket_size": 60_000, "stage3_param_persistence_threshold": 3000}
+LETS_GO = {**STAGE_3, "stage3_max_reuse_distance": 0}
+ZERO = {
+    "stage 0": {"stage": 0},
+    "stage 1": {"stage": 1, **BUCKETS},
+    "stage 2": {"stage": 2, **BUCKETS},
+    "stage 3": {"stage": 3, **STAGE_3},
+    "stage 3, small prefetch": {"stage": 3, "stage3_prefetch_bucket_size": 1000, **STAGE_3},
+    "stage 3, lets go": {"stage": 3, "stage3_prefetch_bucket_size": 1000, **LETS_GO},
+    "stage 3, larger prefetch": {"stage": 3, "stage3_prefetch_bucket_size": 20_000, **LETS_GO},
+    "stage 3, no prefetch": {"stage": 3, "stage3_prefetch_bucket_size": 0, **LETS_GO},
+}
+Case = tuple[str, str, int]
+CASES: list[Case] = [
+    *((name, "bf16", 2) for name in ZERO),
+    *((name, "fp32", 1) for name in ("stage 0", "stage 1", "stage 3")),
+    *((name, "autocast", 2) for name in ("stage 1", "stage 3")),
+]
+
+
+def overrides(precision: str, accumulation: int) -> list[str]:
+    batch = RANKS * accumulation * 2
+    return [
+        f"train.precision={precision}",
+        f"train.accumulation={accumulation}",
+        f"train.global_batch={batch}",
+        "train.ema_decay=0.99",
+    ]
+
+
+def settings(case: Case, *changes: str) -> dict[str, Any]:
+    """What the ranks are told of a case, with further overrides."""
+    name, precision, accumulation = case
+    return {"zero": ZERO[name], "overrides": [*overrides(precision, accumulation), *changes]}
+
+
+def counted(case: Case, *changes: str) -> list[Collective]:
+    """What the planner says that they send."""
+    name, _, accumulation = case
+    config = load_config(QUICKSTART, settings(case, *changes)["overrides"])
+    return collectives(profile(config), zero_of(ZERO[name]), cluster(RANKS), accumulation)
+
+
+@cache
+def measured() -> dict[Case, dict[str, Any]]:
+    """What two ranks do in all cases, one after the other."""
+    cases = json.dumps([settings(case) for case in CASES])
+    port = str(free_port())
+    script = [sys.executable, "-m", "tests.planner.deepspeed_ranks"]
+    with TemporaryDirectory() as folder:
+        ranks = [
+            subprocess.Popen(
+                [*script, str(rank), "2", "127.0.0.1", port, folder, cases],
+                cwd=Path(__file__).parents[2],
+                env={**os.environ, **ENVIRONMENT},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(RANKS)
+        ]
+        outputs = []
+        try:
+            for rank in ranks:
+                assert rank.stdout is not None
+                outputs.append(rank.stdout.read())
+                rank.wait(timeout=300)
+        finally:
+            for rank in ranks:
+                rank.kill()
+    return dict(zip(CASES, results_of(outputs[0]), strict=True))
+
+
+def results_of(output: str) -> list[dict[str, Any]]:
+    """What the first rank has printed for each case."""
+    lines = [line for line in output.splitlines() if line.startswith("MEASURED ")]
+    assert lines, output[-3000:]
+    return [json.loads(line.removeprefix("MEASURED ")) for line in lines]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[1]} x{case[2]}")
+class TestAgainstDeepSpeed:
+    def test_sends_the_bytes_that_were_counted(self, case: Case) -> None:
+        expected: dict[str, int] = {}
+        for send in counted(case):
+            expected[send.kind] = expected.get(send.kind, 0) + send.payload
+        sent = measured()[case]["sent"]
+        norms = 100  # a few numbers of the gradient's norm and of overflows
+        assert sent.keys() <= {*expected, "all_reduce"}
+        for kind in expected:
+            assert sent[kind] == pytest.approx(expected[kind], rel=0.0005, abs=norms)
+        if "all_reduce" not in expected:
+            assert sent.get("all_reduce", 0) <= norms
+
+    def test_its_communication_logger_says_the_same(self, case: Case) -> None:
+        sent, logged = measured()[case]["sent"], dict(measured()[case]["logged"])
+        if "all_gather" in sent:  # logged is what a rank puts in
+            assert RANKS * logged.pop("all_gather_into_tensor") == sent.pop("all_gather")
+        assert {name.removesuffix("_tensor"): size for name, size in logged.items()} == sent
+
+    def test_keeps_the_states_that_were_counted(self, case: Case) -> None:
+        name, precision, accumulation = case
+        config = load_config(QUICKSTART, overrides(precision, accumulation))
+        counted = memory(
+            profile(config), zero_of(ZERO[name]), cluster(RANKS), config, 2, context_gib=0
+        )
+        assert measured()[case]["live"] == pytest.approx(counted.between_updates, rel=0.03)
