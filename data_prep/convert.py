@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import get_args
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
+
 from irpe_ds.cli import run
 from irpe_ds.data.beton.convert import Forecast, OnBad, convert, forecast
 from irpe_ds.data.beton.images import Check, Mode, StorageOptions

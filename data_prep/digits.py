@@ -9,7 +9,10 @@ load_digits: 80 % and 20 % of each class, the same in every run.
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
 import numpy as np
 from PIL import Image

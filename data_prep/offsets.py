@@ -11,7 +11,10 @@ anything by itself, and a model that sees patches but not where they are cannot 
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
 import numpy as np
 from PIL import Image

@@ -20,12 +20,15 @@ import gzip
 import io
 import json
 import shutil
+import sys
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
 import numpy as np
 from PIL import Image

@@ -5,7 +5,10 @@ python data_prep/verify.py imagenet/train.beton
 
 import argparse
 import os
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
 from irpe_ds.cli import run
 from irpe_ds.data.beton.verify import verify

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, TextIO
 
 from irpe_ds.errors import ConfigError
+from irpe_ds.files import replace_file
 
 METRICS = "metrics.jsonl"
 FINISH_SECONDS = 10  # for the last upload: a preempted run has some 30 to save and to end
@@ -372,13 +373,3 @@ def _to_line(row: Row) -> str:
         for key, value in row.items()
     }
     return json.dumps(spelled, allow_nan=False) + "\n"
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Give the file this content at one stroke, even if the machine dies in between."""
-    aside = path.with_name(f".{path.name}.new")
-    with aside.open("w", newline="", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

@@ -5,7 +5,10 @@ deepspeed launch/evaluate.py --config x.yaml --weights deit_small_..._shared_k.p
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
 from irpe_ds.cli import run
 from irpe_ds.errors import ConfigError

@@ -9,7 +9,10 @@ timm.create_model("deit_small_patch16_224_ctx_product_50_shared_k", checkpoint_p
 
 import argparse
 import os
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
 from irpe_ds.cli import run
 from irpe_ds.errors import ConfigError

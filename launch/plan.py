@@ -6,9 +6,12 @@ data sheets promise, which are assumed, or fitted to a scaling experiment's resu
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
 from irpe_ds.cli import run
 from irpe_ds.config import load_config

@@ -5,10 +5,13 @@ python launch/tables.py --config x.yaml --weights deit_small_..._shared_k.pth --
 """
 
 import argparse
+import sys
 import textwrap
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
 import numpy as np
 from matplotlib.axes import Axes

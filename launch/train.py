@@ -6,6 +6,9 @@ save and end it with exit code 75; --resume auto goes on.
 
 import argparse
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
 from irpe_ds.cli import run
 from irpe_ds.errors import ExitCode

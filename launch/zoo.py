@@ -1,5 +1,10 @@
 """Print the zoo: parameters and MACs counted from the models, accuracies as published."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
+
 from irpe_ds.cli import run
 from irpe_ds.models.zoo import ZOO, cost
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from irpe_ds.benchmark.cell import PHASES
 from irpe_ds.errors import ConfigError
+from irpe_ds.files import replace_file
 from irpe_ds.plots.style import FAINT, INK, PALE, frame, titled
-from irpe_ds.runlog import replace_file
 
 Row = dict[str, Any]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#999933")

@@ -18,7 +18,8 @@ from irpe_ds.benchmark.experiment import Cell, Experiment
 from irpe_ds.cluster.launchers import free_port
 from irpe_ds.cluster.process_group import device_type
 from irpe_ds.errors import ConfigError
-from irpe_ds.runlog import METRICS, read_rows, replace_file
+from irpe_ds.files import replace_file
+from irpe_ds.runlog import METRICS, read_rows
 from irpe_ds.training.deepspeed_config import micro_batch
 from irpe_ds.training.evaluation import check_data
 from irpe_ds.training.start import check_folder, lock

@@ -12,7 +12,6 @@ pickle in it: reading one runs no code.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from irpe_ds.config import RunConfig
 from irpe_ds.data.beton.manifest import file_sha256
 from irpe_ds.errors import CheckpointError, UserError
+from irpe_ds.files import fsync, replace_file
 from irpe_ds.training.engine_state import EMA, MOMENTS, WEIGHTS, State
 from irpe_ds.training.run_length import RunLength
 
@@ -146,14 +146,14 @@ def save(
         for kind, tensors in contents.items():
             file = partial / file_of(kind)
             save_file(tensors, file)
-            _to_disk(file)
+            fsync(file)
             files[file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         manifest = replace(manifest, files=files)
         _write(partial, manifest)
-        _to_disk(partial)
+        fsync(partial)
         _remove(path)  # a damaged one that was passed over
         partial.rename(path)
-        _to_disk(folder)
+        fsync(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(folder, "room for a checkpoint", str(error)) from None
     _prune(path, keep)
@@ -176,10 +176,7 @@ def place(folder: Path, update: int) -> Path:
 
 
 def _write(path: Path, manifest: Manifest) -> None:
-    partial = path / f".{MANIFEST}"
-    partial.write_text(_render(manifest), encoding="utf-8")
-    _to_disk(partial)
-    partial.replace(path / MANIFEST)
+    replace_file(path / MANIFEST, _render(manifest))
 
 
 def _render(manifest: Manifest) -> str:
@@ -215,14 +212,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def complete(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from irpe_ds.config import WandbConfig
 from irpe_ds.errors import ConfigError
 from irpe_ds.runlog import RunLog
 
-SCRIPT = Path(__file__).parents[1] / "launch/curves.py"
+SCRIPT = Path(__file__).parents[2] / "launch/curves.py"
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from irpe_ds.models.build import build_model
 from irpe_ds.training import checkpoint
 from launch import tables
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BIAS = "model.rpe={method: cross, mode: bias, on: k}"
 SHARED = np.array([-2.0, -2, -1, 0, 1, 2, 2])  # offsets of 2 and 3 patches share a bucket
 

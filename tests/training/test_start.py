@@ -228,7 +228,7 @@ class TestCheckpoint:
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(checkpoint, "_to_disk", full)
+        monkeypatch.setattr(checkpoint, "fsync", full)
         with pytest.raises(
             CheckpointError, match=r"expected room for a checkpoint, .*No space left"
         ):

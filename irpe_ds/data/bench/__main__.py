@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, TypeVar
 from irpe_ds.cli import run
 from irpe_ds.data.bench.loaders import LOADERS, Setting, started
 from irpe_ds.errors import ConfigError
+from irpe_ds.files import fsync
 
 # Nothing that starts threads is imported above: candidates do so, each in a process of its own.
 
@@ -131,7 +132,7 @@ def _recipe(folder: Path, out: Path, workers: int) -> list[str]:
 def _conversion(command: Sequence[str], out: Path) -> float:
     """Convert, bring the file to the disk and return the images per second that were printed."""
     printed = re.findall(r"([\d.]+) img/s", _run(command))
-    _to_disk(out)
+    fsync(out)
     return float(printed[-1])
 
 
@@ -140,7 +141,7 @@ def _copy(folder: Path, out: Path) -> None:
     with out.open("wb") as file:
         for path in _files(folder):
             file.write(path.read_bytes())
-    _to_disk(out)
+    fsync(out)
 
 
 def convert_as_the_recipe(args: argparse.Namespace) -> None:
@@ -164,11 +165,6 @@ def _run(command: Sequence[str]) -> str:
     if process.returncode:
         raise RuntimeError(f"{shlex.join(command)}: {process.stderr}")
     return process.stdout
-
-
-def _to_disk(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _files(folder: Path) -> list[Path]:

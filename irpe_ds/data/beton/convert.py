@@ -33,6 +33,7 @@ from irpe_ds.data.beton.sources import Files, Member, Source
 from irpe_ds.data.beton.writer import BetonWriter, file_size, first_payload
 from irpe_ds.data.parallel import map_in_order, progress
 from irpe_ds.errors import DataError
+from irpe_ds.files import fsync
 
 OnBad = Literal["error", "skip"]
 
@@ -82,7 +83,7 @@ def convert(
                 manifest = _convert(source, out, options, journal, workers, on_bad, command)
                 manifest.write(beside(out, MANIFEST + ".partial"))
                 for suffix in (HASHES, SKIPPED):
-                    _to_disk(beside(out, suffix + ".partial"))
+                    fsync(beside(out, suffix + ".partial"))
                 journal.finish()
             _publish(out)
         journal_path.unlink()
@@ -269,16 +270,7 @@ def _publish(out: Path) -> None:
     skipped = beside(out, SKIPPED)
     if skipped.exists() and not skipped.stat().st_size:
         skipped.unlink()
-    _to_disk(out.parent)
-
-
-def _to_disk(path: Path) -> None:
-    """Return when a file's contents, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(out.parent)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from irpe_ds.data.parallel import progress
 from irpe_ds.errors import DataError
+from irpe_ds.files import replace_file
 
 FORMAT = 2
 MANIFEST = ".json"
@@ -67,12 +68,7 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Write the record to `path`, all of it or nothing."""
-        partial = beside(path, ".new")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        replace_file(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":

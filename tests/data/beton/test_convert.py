@@ -29,7 +29,7 @@ from irpe_ds.data.beton.verify import verify
 from irpe_ds.data.loaders import EvalLoader
 from irpe_ds.errors import DataError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def convert_folder(folder: Path, out: Path, options: StorageOptions, **how: Any) -> Manifest:

@@ -23,7 +23,7 @@ from irpe_ds.ops.bench import resources
 from irpe_ds.ops.build.builder import IRPEBuilder
 from irpe_ds.ops.build.toolchain import Unavailable
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def script(path: Path, text: str) -> Path:
