@@ -1,4 +1,8 @@
-"""The run's configuration: one YAML and `section.key=value` overrides -> a frozen RunConfig."""
+"""The run's configuration: one YAML and `section.key=value` overrides -> a frozen RunConfig.
+
+docs/config.md is made from this file: `python docs/config_reference.py > docs/config.md`. Where
+timm, DeiT or Hugging Face's Trainer has another name for a key, its docstring ends with it.
+"""
 
 import difflib
 from collections.abc import Sequence
@@ -7,19 +11,33 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import pydantic
 import yaml
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StrictBool
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StrictBool,
+)
 
 from irpe_ds.config_file import read_values
 from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.rpe.config import RPEConfig
 
 Count = Annotated[int, Field(strict=True, gt=0)]
+"""integer above 0"""
 Natural = Annotated[int, Field(strict=True, ge=0)]
+"""integer from 0"""
 Positive = Annotated[float, Field(strict=True, gt=0)]
+"""number above 0"""
 NonNegative = Annotated[float, Field(strict=True, ge=0)]
+"""number from 0"""
 Probability = Annotated[float, Field(strict=True, ge=0, le=1)]
+"""number in [0, 1]"""
 Share = Annotated[float, Field(strict=True, gt=0, le=1)]
+"""number in (0, 1]"""
 Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
+"""number in [0, 1)"""
 
 
 def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
@@ -29,10 +47,15 @@ def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
 
 
 def _height_width(size: object) -> object:
-    sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
+    sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size, size]
     if not all(type(side) is int and side > 0 for side in sides):
         raise ConfigError("", "a positive integer or [height, width]", repr(size))
-    return size
+    return tuple(sides)
+
+
+def _written_size(size: tuple[int, int]) -> int | tuple[int, int]:
+    height, width = size
+    return height if height == width else size
 
 
 def _from_the_first_epoch(rows: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
@@ -43,7 +66,8 @@ def _from_the_first_epoch(rows: tuple[tuple[int, int], ...]) -> tuple[tuple[int,
     return rows
 
 
-Size = Annotated[int | tuple[int, int], BeforeValidator(_height_width)]
+Size = Annotated[tuple[int, int], BeforeValidator(_height_width), PlainSerializer(_written_size)]
+"""pixels, or [height, width]"""
 
 
 class Section(pydantic.BaseModel):
@@ -67,26 +91,32 @@ class ModelConfig(Section):
     rpe: RPEConfig | None = None
     """The encoding to equip the model with. None: the model as its name says."""
     impl: str = "auto"
-    """Implementation of the attention op: `auto`, or one that must run or fail."""
+    """Implementation of the attention op: `auto`, or one that runs or fails, without a fallback.
+    HF: attn_implementation."""
     num_classes: Count = 1000
     """Must equal the class count of the data."""
-    img_size: Size = 224
+    img_size: Size = (224, 224)
     """Input height and width, pixels."""
     resolutions: Annotated[
         tuple[tuple[Natural, Count], ...], AfterValidator(_from_the_first_epoch)
     ] = ()
-    """Progressive resolution: train at so many pixels from such an epoch on, as in
-    [[0, 160], [100, 192], [200, 224]]; validation keeps img_size. Empty: img_size throughout."""
+    """Progressive resolution, [epoch, pixels] pairs: [[0, 160], [100, 192], [200, 224]] trains at
+    160 pixels from epoch 0, at 192 from 100. Validation uses img_size. Empty: img_size always."""
     drop_path: Probability = 0.0
-    """Stochastic depth rate of the last block."""
+    """Stochastic depth rate of the last block; earlier blocks have less, linearly. timm:
+    drop_path_rate."""
     weights: Path | None = None
-    """Checkpoint to start from (.pth or .safetensors). None: random initialisation."""
+    """Checkpoint to start from (.pth or .safetensors). None: random initialisation. timm:
+    initial-checkpoint; DeiT: finetune."""
     new_head: StrictBool = False
-    """Leave the classifier of `weights` out and start with a new one, for other classes."""
+    """Ignore the classifier in `weights` and initialise a new one, for other classes. timm:
+    reset_classifier."""
     grad_checkpointing: StrictBool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of storing them. timm: grad-checkpointing;
+    HF: gradient_checkpointing."""
     options: dict[str, Any] = {}
-    """Further keyword arguments for `timm.create_model`, such as patch_size or depth."""
+    """Further keyword arguments of `timm.create_model`, such as patch_size or depth. timm:
+    model-kwargs."""
 
     @pydantic.model_validator(mode="after")
     def _new_head_of_what(self) -> "ModelConfig":
@@ -94,125 +124,144 @@ class ModelConfig(Section):
             raise ConfigError("new_head", "false without model.weights: all starts anew", "true")
         return self
 
-    def size_at(self, epoch: int) -> int | tuple[int, int]:
-        """Input size of a training epoch, pixels."""
-        sizes = [pixels for first, pixels in self.resolutions if first <= epoch]
+    def size_at(self, epoch: int) -> tuple[int, int]:
+        """Input height and width of a training epoch, pixels."""
+        sizes = [(pixels, pixels) for first, pixels in self.resolutions if first <= epoch]
         return sizes[-1] if sizes else self.img_size
 
 
 class DataConfig(Section):
     train: Path
-    """Training set, .beton; with the pipeline `timm` also a folder or .tar of class folders."""
+    """Training set: a .beton file; with pipeline `timm` also a folder or .tar of class folders."""
     val: Path
-    """Validation set, likewise."""
+    """Validation set, in the same formats."""
     pipeline: Literal["ffcv", "timm"] = "ffcv"
     """`ffcv`: decoded in threads, resized by area, augmented on the device. `timm`: timm's own
-    transforms in processes, bicubic; the reference, and slower."""
+    transforms in worker processes, bicubic; the reference, and slower."""
     workers: Count | None = None
-    """Decoding threads or processes per rank. None: the cores divided by the ranks here."""
+    """Decoding threads or processes per rank. None: the cores of the host divided by its ranks.
+    PyTorch: num_workers."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means of the normalisation, for pixels in [0, 1]."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     """Channel deviations of the normalisation, for pixels in [0, 1]."""
     val_crop: Share = 0.875
-    """Share of the shorter side that the centre crop of validation keeps."""
+    """Share of the shorter side that the centre crop of validation keeps. timm: crop_pct."""
 
 
 class AugmentConfig(Section):
     scale: Annotated[tuple[Share, Share], AfterValidator(_ascending)] = (0.08, 1.0)
-    """Area of the random resized crop, as a share of the image."""
+    """Area of the random resized crop, as a share of the image; smallest and largest."""
     ratio: Annotated[tuple[Positive, Positive], AfterValidator(_ascending)] = (3 / 4, 4 / 3)
-    """Aspect ratio of the random resized crop, width over height."""
+    """Aspect ratio of the random resized crop, width over height; smallest and largest."""
     hflip: Probability = 0.5
     """Probability of a horizontal flip."""
     auto: str | None = None
-    """RandAugment or three-augment by timm's names: `rand-m9-mstd0.5-inc1`, `3a`. None: neither."""
+    """RandAugment or three-augment, by timm's names: `rand-m9-mstd0.5-inc1`, `3a`. None: neither.
+    timm, DeiT: aa (auto_augment)."""
     color_jitter: NonNegative = 0.0
-    """Brightness, contrast and saturation vary by up to this factor; not beside RandAugment."""
+    """Brightness, contrast and saturation vary by up to this factor; not combined with
+    RandAugment."""
     erase: Probability = 0.0
-    """Probability that a random box of the image becomes noise."""
+    """Probability of random erasing: a random box of the image becomes noise. timm: reprob."""
     repeats: Count = 1
-    """Views of an image that an epoch shows; it then shows fewer images (repeated augmentation)."""
+    """Repeated augmentation: so many augmented copies of an image in an epoch, which then has fewer
+    different images. timm: aug-repeats; DeiT: 3 with repeated-aug."""
     mixup: NonNegative = 0.0
     """Alpha of mixup; 0 turns it off."""
     cutmix: NonNegative = 0.0
     """Alpha of cutmix; 0 turns it off."""
     mix_prob: Probability = 1.0
-    """Probability that a batch is mixed at all."""
+    """Probability that a batch is mixed at all. timm: mixup-prob."""
     mix_switch_prob: Probability = 0.5
-    """Probability of cutmix rather than mixup when both are on."""
+    """Probability of cutmix rather than mixup when both are on. timm: mixup-switch-prob."""
     label_smoothing: Probability = 0.0
-    """Probability mass spread over all classes."""
+    """Probability mass spread over all classes. timm, DeiT: smoothing."""
 
 
 class OptimConfig(Section):
     lr: Positive = 5e-4
-    """Peak learning rate for `lr_batch` images; scaled linearly with train.global_batch."""
+    """Peak learning rate for `lr_batch` images; scaled linearly with train.global_batch. timm:
+    lr-base."""
     lr_batch: Count = 512
-    """Images that `lr` stands for."""
+    """Images in the batch that `lr` is meant for. timm: lr-base-size."""
     warmup_lr: NonNegative = 1e-6
     """Learning rate of the first update; not scaled."""
     min_lr: NonNegative = 1e-5
-    """Learning rate at the end of the cosine; not scaled."""
+    """Learning rate at the end of the cosine schedule; not scaled."""
     warmup_epochs: NonNegative = 5
     """Length of the linear warm-up, epochs."""
     weight_decay: NonNegative = 0.05
-    """Decoupled weight decay; tensors of one dimension and timm's exempt names have none."""
+    """Decoupled weight decay. One-dimensional parameters and those in timm's no_weight_decay have
+    none."""
     layer_decay: Share = 1.0
-    """Learning rate of a block, as a share of that of the block after it; 1: all learn alike."""
+    """Layer-wise learning rate decay: a block's rate as a share of the next block's. 1: none. timm:
+    layer-decay."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Decay rates of AdamW's moments."""
+    """Decay rates of AdamW's moments. timm: opt-betas; HF: adam_beta1, adam_beta2."""
     eps: Positive = 1e-8
-    """Denominator guard of AdamW."""
+    """Added to the denominator of AdamW's step. timm: opt-eps; HF: adam_epsilon."""
     clip_grad: Positive | None = None
-    """Largest global gradient norm. None: no clipping."""
+    """Largest global gradient norm. None: no clipping. HF: max_grad_norm; DeepSpeed:
+    gradient_clipping."""
 
 
 class TrainConfig(Section):
     epochs: Count = 300
-    """Passes over the training set; the cosine ends with the last."""
+    """Passes over the training set; the cosine schedule ends with the last. HF:
+    num_train_epochs."""
     global_batch: Count = 1024
-    """Images per update, over all ranks and accumulation steps."""
+    """Images per update, over all ranks and accumulation steps: global_batch_size. DeepSpeed:
+    train_batch_size."""
     accumulation: Count = 1
-    """Forward and backward passes per update."""
+    """Forward and backward passes per update: gradient accumulation steps. timm: grad-accum-steps;
+    HF, DeepSpeed: gradient_accumulation_steps."""
     precision: Literal["fp32", "bf16", "fp16", "autocast"] = "bf16"
     """Arithmetic of the model; master weights stay in fp32. `bf16` and `fp16` cast the model,
     `autocast` leaves it in fp32 and lets PyTorch choose bf16 operator by operator."""
     tf32: StrictBool = True
-    """On NVIDIA GPUs products of fp32 matrices have 10 bits of mantissa, and are several times
-    faster; as PyTorch had it when DeiT was trained."""
+    """On NVIDIA GPUs fp32 matrix products use TensorFloat-32: 10 bits of mantissa, several times
+    faster; PyTorch's default when DeiT was trained."""
     compile: StrictBool = False
-    """Compile the model with torch.compile; the first update takes minutes longer."""
+    """Compile the model with torch.compile; the first update takes minutes longer. timm, HF:
+    torchcompile, torch_compile."""
     ema_decay: Decay | None = None
-    """Keep a moving average of the weights with this decay per update, in fp32. None: none."""
+    """Keep an exponential moving average of the weights, in fp32, with this decay per update. None:
+    no average. timm, DeiT: model-ema-decay."""
     deepspeed: Path = Path("ds_configs/zero1.json")
     """DeepSpeed JSON with ZeRO and communication settings only."""
     max_updates: Count | None = None
-    """Stop after so many updates, for short experiments; the schedule is not shortened."""
+    """Stop after so many updates, for short experiments; the schedule is not shortened. HF:
+    max_steps."""
     log_every: Count = 50
-    """Updates between two rows of the training log."""
+    """Updates between two rows of the training log. timm: log-interval; HF: logging_steps."""
     save_every: Count | None = None
-    """Updates between checkpoints within an epoch. None: one after every epoch."""
+    """Updates between checkpoints within an epoch. None: one after every epoch. timm:
+    recovery-interval; HF: save_steps."""
     keep_checkpoints: Count = 3
-    """Newest checkpoints kept, beside the best."""
+    """How many of the newest checkpoints are kept, beside the best. timm: checkpoint-hist; HF:
+    save_total_limit."""
     max_skips: Natural = 10
-    """Updates in a row that are left out when a gradient is not finite; one more stops the run."""
+    """How many updates in a row may be skipped because a gradient is not finite (NaN or inf) before
+    the run stops: max_nonfinite_steps."""
     join_seconds: Positive = 45.0
-    """How long the ranks wait for each other at the start; then those that are absent are named.
-    More where some hosts load Python much more slowly than others."""
+    """Rendezvous timeout: how long the ranks wait for each other at the start before those that are
+    absent are named. Raise it where some hosts load Python much more slowly than others."""
 
 
 class DistillConfig(Section):
     kind: Literal["none", "soft", "hard"] = "none"
-    """How the distillation head learns from a teacher: from its probabilities or its decisions."""
+    """What the distillation head learns from a teacher: nothing, its probabilities (`soft`) or its
+    predicted class (`hard`). DeiT: distillation-type."""
     teacher: str = "regnety_160"
     """Any timm model name, or one of ours."""
     weights: Path | None = None
-    """The teacher's weights (.pth or .safetensors), required with a teacher."""
+    """The teacher's weights (.pth or .safetensors), required with a teacher. DeiT: teacher-path."""
     alpha: Probability = 0.5
-    """Weight of the teacher's part of the loss; the labels' part has the rest."""
+    """Weight of the teacher's part of the loss; the labels' part has the rest. DeiT:
+    distillation-alpha."""
     tau: Positive = 1.0
-    """Temperature of soft distillation."""
+    """Temperature of soft distillation. DeiT: distillation-tau."""
 
     @pydantic.model_validator(mode="after")
     def _teacher_is_there(self) -> "DistillConfig":
@@ -223,7 +272,7 @@ class DistillConfig(Section):
 
 class WandbConfig(Section):
     mode: Literal["online", "offline", "disabled"] = "disabled"
-    """Where Weights & Biases sends the run."""
+    """Whether Weights & Biases gets the run, and when."""
     project: str = "irpe-ds"
     """Project that the run belongs to."""
     entity: str | None = None
@@ -231,7 +280,7 @@ class WandbConfig(Section):
     tags: tuple[str, ...] = ()
     """Free labels."""
     group: str | None = None
-    """Runs that belong together, such as the cells of a scaling experiment."""
+    """Runs that belong together, such as those of a scaling experiment."""
 
 
 class LogConfig(Section):
@@ -292,27 +341,31 @@ def validate(section: type[Checked], values: dict[str, Any], where: str = "") ->
     try:
         return section.model_validate(values)
     except pydantic.ValidationError as error:
-        raise _explain(error, section, where) from None
+        mistakes = [_explain(finding, section, where) for finding in error.errors()]
+    if len(mistakes) == 1:
+        raise mistakes[0]
+    raise ConfigError(
+        "\n  ".join([f"{len(mistakes)} mistakes in the configuration:", *map(str, mistakes)])
+    )
 
 
-def _explain(error: pydantic.ValidationError, section: type[Section], above: str) -> ConfigError:
-    """The first of pydantic's findings, in our words."""
-    first = error.errors()[0]
-    keys = [str(part) for part in first["loc"]]
+def _explain(finding: Any, section: type[Section], above: str) -> ConfigError:
+    """One of pydantic's findings, in our words."""
+    keys = [str(part) for part in finding["loc"]]
     where = ".".join([*([above] if above else []), *keys])
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if finding["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _keys_beside(section, keys)
         close = difflib.get_close_matches(keys[-1], known, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         return ConfigError(where, f"one of the keys {', '.join(known)}", f"an unknown key{hint}")
-    if first["type"].startswith("missing"):
+    if finding["type"].startswith("missing"):
         return ConfigError(where, "a value", "nothing: the key is required")
-    cause = first.get("ctx", {}).get("error")
+    cause = finding.get("ctx", {}).get("error")
     if isinstance(cause, UserError):  # RPEConfig names its field, other validators leave it out
         parts = [str(part) for part in (where, cause.where) if part]
         return ConfigError(".".join(parts), cause.expected, cause.got)
-    expected = first["msg"].removeprefix("Input should be ")
-    return ConfigError(where, expected[0].lower() + expected[1:], repr(first["input"]))
+    expected = finding["msg"].removeprefix("Input should be ")
+    return ConfigError(where, expected[0].lower() + expected[1:], repr(finding["input"]))
 
 
 def _keys_beside(section: Any, keys: list[str]) -> list[str]:

@@ -40,6 +40,11 @@ class TestReading:
         assert config.train.precision == "bf16"
         assert config.data.train == Path("train.beton")
 
+    def test_a_square_size_is_written_as_it_was_read(self, file: Path) -> None:
+        for size in (64, [64, 96]):
+            config = load_config(file, [f"model.img_size={size}"])
+            assert config.model_dump(mode="json")["model"]["img_size"] == size
+
     def test_dump_reads_back_unchanged(self, file: Path) -> None:
         config = load_config(
             file,
@@ -87,7 +92,7 @@ class TestOverrides:
             ("name='7'", "7"),
             ("log.wandb.mode=offline", "offline"),
             ("log.wandb.tags=[a, b]", ("a", "b")),
-            ("model.img_size=384", 384),
+            ("model.img_size=384", (384, 384)),
             ("model.img_size=[192, 256]", (192, 256)),
             ("model.rpe={}", RPEConfig()),
             ("model.rpe={on: qkv}", RPEConfig(on="qkv")),
@@ -300,6 +305,14 @@ class TestMistakes:
         assert got in str(error.got)
         assert str(error) == f"{where}: expected {error.expected}, got {error.got}"
         assert "\n" not in str(error)
+
+    def test_all_are_told_at_once(self, file: Path) -> None:
+        with pytest.raises(ConfigError) as caught:
+            load_config(file, ["train.epoch=3", "optim.lr=a", "model.rpe.on=x"])
+        head, *lines = str(caught.value).splitlines()
+        assert head == "3 mistakes in the configuration:"
+        keys = sorted(line.split(":")[0].strip() for line in lines)
+        assert keys == ["model.rpe.on", "optim.lr", "train.epoch"]
 
     def test_scientific_notation_where_no_type_is_known(self, file: Path) -> None:
         config = load_config(file, ["model.options.init_values=1e-5"])
