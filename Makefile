@@ -13,7 +13,7 @@ SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help setup quickstart test test-gpu bench lint format clean
+.PHONY: help setup quickstart check test test-slow test-gpu bench lint format
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -32,10 +32,18 @@ quickstart: $(DIGITS)/train.beton $(DIGITS)/val.beton ## Install, convert a smal
 	python launch/evaluate.py --run runs/quickstart
 	python launch/summary.py runs/quickstart
 
-test: $(READY) ## Run the tests that need no GPU
-	@pytest -q --durations=10 -m "not gpu"
+# Tests that start several processes use the cores themselves; the others run side by side.
+check: lint ## The inner loop: style, types and the tests that take seconds
+	@OMP_NUM_THREADS=1 pytest -q -n logical --maxprocesses 8 -m "not (gpu or dist or slow or thorough)"
 
-test-gpu: $(READY) ## Run the tests that need an NVIDIA GPU
+test: $(READY) ## Everything that proves what README promises, without a GPU
+	@OMP_NUM_THREADS=1 pytest -q -n logical --maxprocesses 8 --durations=10 -m "not (gpu or dist or slow)"
+	pytest -q --durations=10 -m "dist and not (gpu or slow)"
+
+test-slow: $(READY) ## The rest: whole matrices, benchmarks, sanitizers, the wheel
+	@pytest -q --durations=10 -m "slow and not gpu"
+
+test-gpu: $(READY) ## The tests that need an NVIDIA GPU
 	@pytest -q --durations=10 -m gpu
 
 bench: $(READY) ## Time the operators against plain attention
@@ -50,17 +58,11 @@ format: $(READY) ## Apply the style
 	@ruff check -q --fix .
 	ruff format -q .
 
-clean: ## Remove build products and caches; .venv, data and runs stay
-	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
-
 $(DIGITS): | $(READY)
-	@echo "==> Writing $@"
-	python data_prep/digits.py --out $@
+	@python data_prep/digits.py --out $@
 
 $(DIGITS)/%.beton: | $(DIGITS)
-	@echo "==> Writing $@"
-	python data_prep/convert.py --source $(@D)/$* --out $@
+	@python data_prep/convert.py --source $(@D)/$* --out $@
 
 # System packages as far as they are missing, then .venv, then PyTorch, which the rest builds on.
 $(READY): setup.py constraints.txt
@@ -92,10 +94,8 @@ $(READY): setup.py constraints.txt
 	    fi
 	fi
 	[ -x .venv/bin/pip ] || $(PYTHON) -m venv --clear .venv
-	echo "==> PyTorch (several gigabytes)"
-	$(PIP) torch torchvision
-	echo "==> Build tools"
-	$(PIP) ninja packaging setuptools wheel
+	echo "==> PyTorch (several gigabytes) and build tools"
+	$(PIP) torch torchvision ninja packaging setuptools wheel
 	echo "==> DeepSpeed, FFCV and the rest; some are built from source"
 	$(PIP) --no-build-isolation -e '.[all]'
 	touch $@

@@ -34,7 +34,7 @@ EXTRAS = {
         "tqdm",
     ],
     "log": ["matplotlib", "tensorboard", "wandb"],
-    "dev": ["mypy", "pytest>=8", "ruff", "types-PyYAML"],
+    "dev": ["mypy", "pytest>=8", "pytest-xdist", "ruff", "types-PyYAML"],
     "all": ["irpe-ds[train,data,log,cuda,dev]"],
 }
 

@@ -17,14 +17,15 @@ from irpe_ds.config import AugmentConfig, OptimConfig, RunConfig, TrainConfig, l
 from irpe_ds.models.zoo import ZOO
 from tests.launch.ranks import free_port
 
+FOLDER = Path("launch/configs/imagenet")
+SMALL = [f"deit_small_{encoding}" for encoding in ("k", "qk", "qkv")]
+SMALL += [f"deit_small_k_{method}" for method in ("cross", "euclidean", "quantization")]
+MODELS = ["deit_tiny", "deit_tiny_k", "deit_small", *SMALL]
+MODELS += ["deit_base", "deit_base_k", "deit_base_qkv"]
 RECIPES = {
-    path.stem: path
-    for path in sorted(Path("launch/configs/imagenet").glob("*.yaml"))
-    if path.stem != "deit"  # not a run by itself
+    name: FOLDER / f"{name}.yaml" for name in (*MODELS, "finetune", "distill_hard", "distill_soft")
 }
 PLAIN = {f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")}
-OTHERS = {"finetune", "distill_hard", "distill_soft"}
-MODELS = sorted(RECIPES.keys() - OTHERS)
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 
 
@@ -35,6 +36,11 @@ def recipe(name: str) -> RunConfig:
 def test_there_is_one_for_every_model_of_the_zoo_and_plain_deit() -> None:
     names = [recipe(name).model.name for name in MODELS]
     assert sorted(names) == sorted(PLAIN | ZOO.keys())
+
+
+def test_every_file_is_a_run_but_the_recipe_that_all_build_on() -> None:
+    for path in FOLDER.glob("*.yaml"):  # yours too
+        assert path.stem == "deit" or load_config(path).name
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -70,7 +76,7 @@ def test_it_is_deits(name: str) -> None:
     assert config.train == TrainConfig(
         epochs=300, global_batch=1024, ema_decay=0.99996, precision="bf16"
     )
-    assert (config.model.drop_path, config.model.img_size) == (0.1, 224)
+    assert (config.model.drop_path, config.model.img_size) == (0.1, (224, 224))
     assert (config.model.rpe, config.model.weights, config.distill.kind) == (None, None, "none")
     assert (config.data.val_crop, config.data.pipeline) == (0.875, "ffcv")
 
@@ -81,7 +87,7 @@ def test_fine_tuning_has_deits_numbers() -> None:
     assert (optim.lr, optim.lr_batch, optim.min_lr) == (5e-6, 512, 5e-6)
     assert (optim.weight_decay, optim.warmup_epochs, optim.warmup_lr) == (1e-8, 5, 1e-6)
     assert (config.train.epochs, config.train.global_batch) == (30, 512)
-    assert config.model.img_size == 384
+    assert config.model.img_size == (384, 384)
     assert config.augment == recipe("deit_base_k").augment
 
 
@@ -122,8 +128,7 @@ REDUCED = {
 def overrides(name: str, folder: Path, digits: Path) -> list[str]:
     """What makes a recipe small enough for two updates on a CPU."""
     config = recipe(name)
-    size = config.model.img_size
-    assert isinstance(size, int)
+    size = config.model.img_size[0]
     small = [
         *(f"output={folder}", f"data.train={digits}/train.beton", f"data.val={folder}/val.beton"),
         *("data.workers=1", "train.global_batch=16", "train.log_every=1"),

@@ -1,0 +1,59 @@
+"""The wheel: what is in it, and that it works where nothing else of the repository is."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+GATHER = """
+import torch
+from irpe_ds.ops import irpe_gather
+from irpe_ds.ops.build import library
+
+ids = torch.tensor([[2, 0], [1, 1]])
+lookup = torch.tensor([[[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]]])
+assert irpe_gather(lookup, ids).tolist() == [[[[3.0, 1.0], [5.0, 5.0]]]]
+print(library.load().origin)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "-w", folder, ROOT], check=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_it_holds_every_module_and_kernel_and_nothing_else(wheel: Path) -> None:
+    suffixes = {".py", ".cpp", ".cu", ".cuh", ".h", ".typed"}
+    tree = {
+        str(path.relative_to(ROOT))
+        for folder in (ROOT / "irpe_ds", ROOT / "irpe_ds/ops")  # the second one is a link
+        for path in folder.rglob("*")
+        if path.suffix in suffixes
+    }
+    found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert {name for name in found if Path(name).suffix in suffixes} == tree
+    assert not [name for name in found if "test" in name.lower() or "on_host" in name]
+
+
+def test_it_builds_its_operators_in_an_empty_environment(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    python = tmp_path / "venv/bin/python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    pip = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt"]
+    subprocess.run([*pip, f"irpe-ds[train] @ {wheel.as_uri()}"], check=True)
+    subprocess.run([python, "-m", "irpe_ds.ops"], cwd=tmp_path, check=True)
+    done = subprocess.run(
+        [python, "-c", GATHER], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.startswith(str(tmp_path / "extensions"))
