@@ -40,13 +40,15 @@ def main() -> None:
     args = parser.parse_intermixed_args()
 
     from irpe_ds.config import load_config
-    from irpe_ds.training import checkpoint
-    from irpe_ds.training.evaluation import evaluate_weights
 
     overrides = [f"data.pipeline={args.pipeline}", *args.overrides]
     config = load_config(args.config or args.run / "config.yaml", overrides)
     if args.run is None and args.weights is None:
         raise ConfigError("--config needs --weights; --run evaluates the weights of a run")
+
+    from irpe_ds.training import checkpoint
+    from irpe_ds.training.evaluation import evaluate_weights
+
     weights = args.weights or checkpoint.weights_of(args.run, best=args.best, ema=args.ema)
     scores = evaluate_weights(config, weights, args.batch_size)
     if scores is not None:

@@ -270,7 +270,7 @@ class Newest(NamedTuple):
     """The checkpoint to resume from."""
 
     path: Path | None
-    """None: there is none."""
+    """None if there is none."""
     damaged: list[str]
     """Newer ones that were skipped, each with what is damaged."""
 

@@ -16,7 +16,7 @@ class Meter:
 
     The loss is summed on the device; only `read` and `save` synchronise with it. Sums of fp32
     losses in fp64 are exact, so a row does not depend on where a run was interrupted. A loss that
-    is not finite is left out, as its update is.
+    is not finite is skipped, as its update is.
 
     Args:
         saved: what `save` returned in the run that this one continues.
