@@ -1,4 +1,4 @@
-"""What every script does with a mistake of its user."""
+"""How every script ends on a user's mistake."""
 
 import os
 import sys
@@ -8,15 +8,15 @@ from irpe_ds.errors import ExitCode, TrainingError, UserError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call main; errors meant for the user become one message on stderr, without a traceback.
+    """Call main; user errors become one message on stderr and an exit code, not a traceback.
 
-    Exit codes: `irpe_ds.errors.ExitCode`.
+    Each rank prints its own error: a launcher may kill the others before they can.
     """
     try:
         main()
     except (TrainingError, UserError) as error:
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-        rank = f"[rank {os.environ['RANK']}] " if several else ""
+        distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+        rank = f"[rank {os.environ['RANK']}] " if distributed else ""
         sys.stderr.write(f"{rank}error: {error}\n")
         sys.stderr.flush()
         sys.exit(ExitCode.MISTAKE if isinstance(error, UserError) else ExitCode.FAILED)

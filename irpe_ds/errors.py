@@ -1,25 +1,25 @@
-"""The errors that a user gets to read as one message, and the exit codes of every script."""
+"""The errors that users see as a one-line message, and the exit codes of every script."""
 
 from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What a scheduler can tell from how a script ended; README has the same table."""
+    """How a script ended, for schedulers; the README and launch/slurm/train.sbatch follow this."""
 
     DONE = 0
     FAILED = 1
-    """Training cannot go on: a rank is lost, gradients are not finite, or a fault of ours."""
+    """Training cannot continue: a rank was lost, gradients are not finite, or a bug."""
     MISTAKE = 2
-    """A mistake that starting again would not mend: configuration, data, checkpoint, cluster."""
+    """A user's mistake, which a restart would repeat: configuration, data, checkpoint, cluster."""
     REQUEUE = 75
-    """Stopped by a signal and saved: the same command goes on. EX_TEMPFAIL of sysexits.h."""
+    """Stopped by a signal after saving: rerun the same command. EX_TEMPFAIL of sysexits.h."""
 
 
 class UserError(ValueError):
-    """A mistake that its user can mend: where it is, what was expected there and what came.
+    """A mistake that the user can fix: where it is, what was expected there and what was found.
 
-    Where this template does not fit, `where` alone is the message, a plain sentence such as
-    "cannot write checkpoint: no space left on device". Launch scripts print the message without a
+    Where that template does not fit, `where` alone is the message, a plain sentence such as
+    "cannot write checkpoint: no space left on device". Scripts print the message without a
     traceback and exit with `ExitCode.MISTAKE`.
     """
 
@@ -28,24 +28,24 @@ class UserError(ValueError):
         self.where, self.expected, self.got = where, expected, got
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.where, self.expected, self.got)  # to cross between processes
+        return type(self), (self.where, self.expected, self.got)  # pickling between processes
 
 
 class ConfigError(UserError):
-    """A key of the configuration, an option of a script or an argument of a public function."""
+    """A configuration key, a script's option or an argument of a public function."""
 
 
 class DataError(UserError):
-    """A source of images, a .beton file or what lies beside it."""
+    """A source of images, a .beton file or its manifest."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint, a file of weights or a run folder."""
+    """A checkpoint, a weights file or a run folder."""
 
 
 class ClusterError(UserError):
-    """A launcher, a hostfile, a host, or a rank that differs from the others or is absent."""
+    """A launcher, a hostfile, a host, or a rank that is missing or differs from the others."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on, and starting it again would not help; `ExitCode.FAILED`."""
+    """Training cannot continue, and a restart would not help; `ExitCode.FAILED`."""

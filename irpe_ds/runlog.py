@@ -5,7 +5,6 @@ import importlib
 import io
 import json
 import math
-import os
 import secrets
 import sys
 import time
@@ -18,17 +17,18 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, TextIO
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.files import replace_file
+from irpe_ds.files import fsync, replace_file
 
 METRICS = "metrics.jsonl"
-FINISH_SECONDS = 10  # for the last upload: a preempted run has some 30 to save and to end
-QUEUE_ROWS = 10_000  # that a copy may lie behind; some 20 MB
+FINISH_SECONDS = 10  # for the last upload: a preempted run has about 30 to save and exit
+QUEUE_ROWS = 10_000  # that a background sink may lag behind; about 20 MB
 
-Row = dict[str, Any]
+MetricRow = dict[str, Any]
+"""One line of metrics.jsonl: `kind`, `update` and numbers by name."""
 
 
 class Sink(Protocol):
-    """Where copies of the rows go."""
+    """Where rows go besides the files."""
 
     def write(self, kind: str, update: int, values: Mapping[str, float]) -> None: ...
 
@@ -36,18 +36,17 @@ class Sink(Protocol):
 
 
 class RunLog:
-    """Keeps what a run reports in its folder; for rank 0, inactive on every other rank.
+    """Writes a run's metrics and messages to its folder; active on rank 0 only.
 
-    The files are the record: an error in writing them is the run's. W&B and TensorBoard are
-    copies, each written by a thread of its own, so that none delays training: the first error of
-    one is told on stderr and in log.txt, and that one is switched off; one that hangs loses rows,
-    which is told too.
+    The files are the record: an error in writing them ends the run. W&B and TensorBoard are written
+    by background threads, so that they never delay training: the first error of one is reported
+    on stderr and in log.txt and switches it off; one that hangs loses rows, which is reported too.
 
     Args:
         wandb: mode, project, entity and tags, as in `WandbConfig`.
-        resume_update: the update that training goes on from. Rows of later updates, which will
-            be written again, and a torn last line are dropped. None: a fresh run.
-        again: kinds whose rows of that very update will be written again too.
+        resume_update: the update that training continues from. Rows of later updates, which will
+            be written again, and an incomplete last line are removed. None: a fresh run.
+        repeated_kinds: kinds whose rows of that same update will be written again too.
 
     Raises:
         ConfigError: a fresh run finds metrics of an earlier one, or metrics are not readable.
@@ -63,15 +62,15 @@ class RunLog:
         wandb: Mapping[str, Any],
         tensorboard: bool = False,
         resume_update: int | None = None,
-        again: Collection[str] = (),
+        repeated_kinds: Collection[str] = (),
     ) -> None:
-        self._copies: list[Copy] = []
+        self._background: list[BackgroundSink] = []
         self._files: FileSink | None = None
-        self._lock = Lock()  # of the text
+        self._lock = Lock()  # guards log.txt
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._files = FileSink(folder, resume_update, again)
+        self._files = FileSink(folder, resume_update, repeated_kinds)
         self._text = (folder / "log.txt").open("a", buffering=1, encoding="utf-8")
 
         resumed = resume_update is not None
@@ -83,35 +82,35 @@ class RunLog:
             self._start("TensorBoard", module, lambda: TensorBoardSink(events, resume_update))
 
     def log(self, kind: str, update: int, values: Mapping[str, float]) -> None:
-        """Write one row of numbers; `kind`, an identifier, names its table: train, eval."""
+        """Write one row of numbers to the table `kind`, an identifier such as train or eval."""
         if self._files is None:
             return
         values = {key: float(value) for key, value in values.items()}
         self._files.write(kind, update, values)
-        for copy in self._copies:
-            copy.write(kind, update, values)
+        for sink in self._background:
+            sink.write(kind, update, values)
 
     def note(self, text: str) -> None:
-        """Write a line to stdout and, with the time, to log.txt."""
+        """Write a line to stdout and, with a time stamp, to log.txt."""
         if self._files is not None:
-            self._say(text, sys.stdout)
+            self._print(text, sys.stdout)
 
     def sync(self) -> None:
-        """Return when the rows are on the disk."""
+        """Wait until the rows are on disk."""
         if self._files is not None:
             self._files.sync()
 
     def close(self, failed: bool = False) -> None:
-        """Finish every sink; `failed` gives the W&B run exit code 1. Again: nothing.
+        """Finish every sink; `failed` gives the W&B run exit code 1. A second call does nothing.
 
-        Copies that have not finished after FINISH_SECONDS are given up, which is told.
+        Background sinks that have not finished after FINISH_SECONDS are abandoned with a warning.
         """
         deadline = time.monotonic() + FINISH_SECONDS
-        for copy in self._copies:
-            copy.end(failed)
-        for copy in self._copies:
-            copy.wait(deadline - time.monotonic())
-        self._copies.clear()
+        for sink in self._background:
+            sink.end(failed)
+        for sink in self._background:
+            sink.wait(deadline - time.monotonic())
+        self._background.clear()
         if self._files is not None:
             self._files.close()
             with self._lock:
@@ -130,24 +129,25 @@ class RunLog:
         self.close(failed=kind is not None)
 
     def _start(self, label: str, module: str, open_sink: Callable[[], Sink]) -> None:
-        """Start a copy. Its module is imported here: loaders fork, and locks of imports stay."""
+        """Start a background sink. Its module is imported here, not in the sink's thread: a loader
+        that forks during an import would inherit a held import lock."""
         try:
             importlib.import_module(module)
         except Exception as error:  # a broken installation raises any kind
             self._warn(_switched_off(label, error))
         else:
-            self._copies.append(Copy(label, open_sink, self._warn))
+            self._background.append(BackgroundSink(label, open_sink, self._warn))
 
     def _warn(self, text: str) -> None:
-        self._say(text, sys.stderr)
+        self._print(text, sys.stderr)
 
-    def _say(self, text: str, stream: TextIO) -> None:
+    def _print(self, text: str, stream: TextIO) -> None:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         with self._lock:
-            if self._text.closed:  # a copy that was given up speaks too late
+            if self._text.closed:  # a sink that was abandoned speaks too late
                 return
             self._text.write(f"{now} {text}\n")
-            if "tqdm" in sys.modules:  # only then can there be a progress bar to keep whole
+            if "tqdm" in sys.modules:  # only then can there be a progress bar to write around
                 from tqdm import tqdm
 
                 tqdm.write(text, file=stream)
@@ -156,13 +156,13 @@ class RunLog:
             stream.flush()
 
 
-class Copy:
-    """A sink behind a thread: whatever it does, raises or hangs in, no method but `wait` waits.
+class BackgroundSink:
+    """Runs a sink in a thread: whatever it does, raises or hangs in, only `wait` ever blocks.
 
-    A daemon thread, so that the process can end while the sink hangs.
+    A daemon thread, so that the process can exit while the sink hangs.
 
     Args:
-        warn: told when the sink fails, and when rows are lost; called from either thread.
+        warn: called when the sink fails and when rows are lost, from either thread.
     """
 
     def __init__(
@@ -175,23 +175,23 @@ class Copy:
         self._thread.start()
 
     def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
-        """Leave a row to the thread; it is lost when QUEUE_ROWS wait already."""
+        """Queue a row for the thread; it is lost if QUEUE_ROWS are queued already."""
         if self._queue.qsize() < QUEUE_ROWS:
             self._queue.put((kind, update, values))
         elif not self._full and self._thread.is_alive():
             self._full = True
-            waiting = f"{QUEUE_ROWS} rows wait, further ones are lost"
-            self._warn(f"{self._label} logging hangs: {waiting}")
+            queued = f"{QUEUE_ROWS} rows are queued, further ones are lost"
+            self._warn(f"{self._label} logging hangs: {queued}")
 
     def end(self, failed: bool) -> None:
-        """Have the sink closed once it has every row."""
+        """Close the sink once it has received every row."""
         self._queue.put(failed)
 
     def wait(self, seconds: float) -> None:
-        """Return when the sink is closed, or give it up after so long."""
+        """Wait for the sink to close; abandon it after `seconds`."""
         self._thread.join(max(seconds, 0))
         if self._thread.is_alive():
-            text = f"{self._label} logging is given up: not finished within {FINISH_SECONDS} s"
+            text = f"{self._label} logging abandoned: not finished within {FINISH_SECONDS} s"
             self._warn(text)
 
     def _work(self, open_sink: Callable[[], Sink]) -> None:
@@ -200,81 +200,81 @@ class Copy:
             while not isinstance(item := self._queue.get(), bool):
                 sink.write(*item)
             sink.close(failed=item)
-        except Exception as error:  # whatever a copy raises, training goes on
+        except Exception as error:  # whatever a sink raises, training continues
             self._warn(_switched_off(self._label, error))
 
 
 def _switched_off(label: str, error: Exception) -> str:
-    return f"{label} logging is switched off: {type(error).__name__}: {error}"
+    return f"{label} logging switched off: {type(error).__name__}: {error}"
 
 
 class FileSink:
-    """metrics.jsonl, the record, and `{kind}.csv`, the same rows by kind as tables.
+    """metrics.jsonl, the record, and `{kind}.csv`, the same rows as one table per kind.
 
-    JSON has no NaN or infinity: they are the strings "nan", "inf" and "-inf" there.
+    JSON has no NaN or infinity: they are written as the strings "nan", "inf" and "-inf".
     """
 
     def __init__(
-        self, folder: Path, resume_update: int | None, again: Collection[str] = ()
+        self, folder: Path, resume_update: int | None, repeated_kinds: Collection[str] = ()
     ) -> None:
         self._folder, self._path = folder, folder / METRICS
         self._columns: dict[str, list[str]] = {}
         if resume_update is not None:
-            self._rewind(resume_update, again)
+            self._rewind(resume_update, repeated_kinds)
         elif self._path.exists():
-            raise ConfigError(
-                self._path, "no metrics in the folder of a fresh run", "those of an earlier run"
-            )
+            raise ConfigError(f"{self._path}: a fresh run would overwrite an earlier run's metrics")
         self._file = self._path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
         if not kind.isidentifier():
             raise ValueError(f"kind: expected an identifier, got {kind!r}")
-        row: Row = dict(kind=kind, update=update, **values)
+        row: MetricRow = dict(kind=kind, update=update, **values)
         self._file.write(_to_line(row))
         columns = self._columns.get(kind, [])
         if columns and row.keys() <= {"kind", *columns}:
-            with self._table(kind).open("a", buffering=1, newline="", encoding="utf-8") as file:
+            with self._table_path(kind).open(
+                "a", buffering=1, newline="", encoding="utf-8"
+            ) as file:
                 csv.DictWriter(file, columns, extrasaction="ignore").writerow(row)
         else:
-            self._tabulate(kind, read_rows(self._path))
+            self._rewrite_table(kind, read_rows(self._path))
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        fsync(self._path)
 
     def close(self) -> None:
         self._file.close()
 
-    def _rewind(self, update: int, again: Collection[str]) -> None:
+    def _rewind(self, update: int, repeated_kinds: Collection[str]) -> None:
         rows = read_rows(self._path) if self._path.exists() else []
-        kept = [row for row in rows if row["update"] <= update - (row["kind"] in again)]
+        kept = [row for row in rows if row["update"] <= update - (row["kind"] in repeated_kinds)]
         for kind in {row["kind"] for row in rows}:
-            self._tabulate(kind, kept)
-        # The record comes last: a kill before this line leaves it whole, to be rewound again.
+            self._rewrite_table(kind, kept)
+        # The record last: after a kill before this line it is complete, and is rewound again.
         replace_file(self._path, "".join(map(_to_line, kept)))
 
-    def _tabulate(self, kind: str, rows: Sequence[Row]) -> None:
-        """Write the table of one kind anew; its columns are those of all its rows."""
+    def _rewrite_table(self, kind: str, rows: Sequence[MetricRow]) -> None:
+        """Rewrite the table of one kind; its columns are those of all its rows."""
         rows = [row for row in rows if row["kind"] == kind]
         columns = list(dict.fromkeys(key for row in rows for key in row if key != "kind"))
         self._columns[kind] = columns
         if not rows:
-            self._table(kind).unlink(missing_ok=True)
+            self._table_path(kind).unlink(missing_ok=True)
             return
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-        replace_file(self._table(kind), text.getvalue())
+        replace_file(self._table_path(kind), text.getvalue())
 
-    def _table(self, kind: str) -> Path:
+    def _table_path(self, kind: str) -> Path:
         return self._folder / f"{kind}.csv"
 
 
 class WandbSink:
     """One W&B run, with metrics `{kind}/{name}` over `update`; its id is kept in wandb_id.txt.
 
-    W&B cannot take points back: after a resume it shows those of repeated updates twice.
+    W&B cannot remove points: after a resume it shows those of repeated updates twice.
     """
 
     def __init__(
@@ -300,7 +300,7 @@ class WandbSink:
         self._run = wandb.init(
             id=id_file.read_text().strip(),
             resume="allow",
-            reinit="create_new",  # a run that the caller may have open stays the caller's
+            reinit="create_new",  # a run that the caller may have open is left alone
             name=name,
             config=dict(config),
             allow_val_change=True,
@@ -311,7 +311,7 @@ class WandbSink:
             tags=list(tags),
             group=group,
             settings=wandb.Settings(
-                console="off",  # printing would wait for W&B
+                console="off",  # or print() would wait for W&B
                 finish_timeout=FINISH_SECONDS - 1,
                 finish_timeout_raises=True,
             ),
@@ -328,7 +328,7 @@ class WandbSink:
 
 
 class TensorBoardSink:
-    """Scalars `{kind}/{name}` over the update; readers hide what a resume will write again."""
+    """Scalars `{kind}/{name}` over updates; a resume hides the points that it will repeat."""
 
     def __init__(self, folder: Path, resume_update: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -339,14 +339,14 @@ class TensorBoardSink:
     def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
             self._writer.add_scalar(f"{kind}/{key}", value, update)
-        self._writer.flush()  # the writer is a thread: only here do its errors come out
+        self._writer.flush()  # the writer is a thread: only this call raises its errors
 
     def close(self, failed: bool) -> None:
         self._writer.close()
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl, without a last line that a kill has torn.
+def read_rows(path: Path) -> list[MetricRow]:
+    """The rows of a metrics.jsonl, without a last line left incomplete by a kill.
 
     Raises:
         ConfigError: the file cannot be read, or another line is not a row.
@@ -367,7 +367,7 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _to_line(row: Row) -> str:
+def _to_line(row: MetricRow) -> str:
     spelled = {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()

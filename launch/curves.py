@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from irpe_ds.cli import run
 from irpe_ds.errors import ConfigError
-from irpe_ds.runlog import METRICS, Row, read_rows
+from irpe_ds.runlog import METRICS, MetricRow, read_rows
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444")
 DASHES: tuple[Literal["-", "--"], ...] = ("-", "--")
@@ -66,7 +66,7 @@ class Curve:
     y: list[float]
 
     @classmethod
-    def of(cls, rows: Sequence[Row], kind: str, key: str, axis: str) -> "Curve":
+    def of(cls, rows: Sequence[MetricRow], kind: str, key: str, axis: str) -> "Curve":
         points = [r for r in rows if r["kind"] == kind and key in r and axis in r]
         return cls([r[axis] for r in points], [r[key] for r in points])
 
@@ -93,7 +93,7 @@ def main() -> None:
     print(arguments.out)
 
 
-def read_runs(folders: Sequence[Path], axis: str) -> dict[str, list[Row]]:
+def read_runs(folders: Sequence[Path], axis: str) -> dict[str, list[MetricRow]]:
     """The rows of each run by name, or by path where two runs have one name.
 
     Raises:
@@ -111,7 +111,7 @@ def read_runs(folders: Sequence[Path], axis: str) -> dict[str, list[Row]]:
     return runs
 
 
-def draw(runs: dict[str, list[Row]], axis: str) -> Figure:
+def draw(runs: dict[str, list[MetricRow]], axis: str) -> Figure:
     """One figure, a panel for each of PANELS that the runs have rows for."""
     curves = {
         panel: {

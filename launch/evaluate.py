@@ -1,4 +1,4 @@
-"""Evaluate weights on the validation set: every image once, on any number of ranks.
+"""Evaluate weights on the validation set, counting every image once on any number of ranks.
 
 python launch/evaluate.py --run runs/quickstart
 deepspeed launch/evaluate.py --config x.yaml --weights deit_small_..._shared_k.pth
@@ -22,8 +22,12 @@ def main() -> None:
     source.add_argument("--run", type=Path, help="run folder; its newest checkpoint is evaluated")
     source.add_argument("--config", type=Path, metavar="YAML", help="configuration, with --weights")
     parser.add_argument("--weights", type=Path, help=".pth or .safetensors instead of the run's")
-    parser.add_argument("--ema", action="store_true", help="the average of the run's weights")
-    parser.add_argument("--best", action="store_true", help="its best checkpoint, not its last")
+    parser.add_argument(
+        "--ema", action="store_true", help="the moving average of the run's weights"
+    )
+    parser.add_argument(
+        "--best", action="store_true", help="its best checkpoint instead of its newest"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="images per rank and pass")
     parser.add_argument(
         "--pipeline",
@@ -36,13 +40,15 @@ def main() -> None:
     args = parser.parse_intermixed_args()
 
     from irpe_ds.config import load_config
-    from irpe_ds.training import checkpoint
-    from irpe_ds.training.evaluation import evaluate_weights
 
     overrides = [f"data.pipeline={args.pipeline}", *args.overrides]
     config = load_config(args.config or args.run / "config.yaml", overrides)
     if args.run is None and args.weights is None:
-        raise ConfigError("--weights", "a file, when --config names no run", "nothing")
+        raise ConfigError("--config needs --weights; --run evaluates the weights of a run")
+
+    from irpe_ds.training import checkpoint
+    from irpe_ds.training.evaluation import evaluate_weights
+
     weights = args.weights or checkpoint.weights_of(args.run, best=args.best, ema=args.ema)
     scores = evaluate_weights(config, weights, args.batch_size)
     if scores is not None:

@@ -8,7 +8,6 @@ timm.create_model("deit_small_patch16_224_ctx_product_50_shared_k", checkpoint_p
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -26,8 +25,12 @@ def main() -> None:
     )
     parser.add_argument("--run", type=Path, required=True, help="run folder")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
-    parser.add_argument("--best", action="store_true", help="of the best checkpoint, not the last")
-    parser.add_argument("--out", type=Path, required=True, help="a .safetensors or a .pth to write")
+    parser.add_argument(
+        "--best", action="store_true", help="its best checkpoint instead of its newest"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help=".safetensors or .pth file to write"
+    )
     args = parser.parse_args()
     if args.out.suffix not in SUFFIXES:
         raise ConfigError("--out", "a name that ends in .safetensors or .pth", args.out)
@@ -35,20 +38,20 @@ def main() -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
+    from irpe_ds.files import atomic_write
     from irpe_ds.training import checkpoint
 
     source = checkpoint.weights_of(args.run, best=args.best, ema=args.ema)
     weights = load_file(source)
-    partial = args.out.with_name(f".{args.out.name}.partial")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        if args.out.suffix == ".pth":
-            torch.save({"model": weights}, partial)
-        else:
-            save_file(weights, partial, metadata={"format": "pt"})
-        os.replace(partial, args.out)
+        with atomic_write(args.out) as partial:
+            if args.out.suffix == ".pth":
+                torch.save({"model": weights}, partial)
+            else:
+                save_file(weights, partial, metadata={"format": "pt"})
     except OSError as error:
-        raise ConfigError("--out", "a file that can be written", f"{args.out}: {error}") from None
+        raise ConfigError(f"--out: cannot write {args.out}: {error}") from None
     print(f"{args.out}: {len(weights)} tensors of {source}")
 
 

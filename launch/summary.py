@@ -1,4 +1,4 @@
-"""Sum a run up in a few lines: `python launch/summary.py runs/quickstart`."""
+"""Summarise a run in a few lines: `python launch/summary.py runs/quickstart`."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ def main() -> None:
     rows = read_rows(folder / METRICS)
     train, scores = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
     if not train or not scores:
-        raise ConfigError(folder, "a run with at least one epoch", "no evaluation")
+        raise ConfigError(f"{folder}: the run has not finished an epoch yet")
     environment = json.loads((folder / "environment.json").read_text())
     speed = statistics.median(row["images_per_s"] for row in train)
     last = scores[-1]
@@ -31,7 +31,7 @@ def main() -> None:
   metrics      {folder / METRICS}, train.csv, eval.csv
   curves       python launch/curves.py {folder} --out curves.png
   evaluate     python launch/evaluate.py --run {folder}
-Next, after `source .venv/bin/activate`: change a thing and compare, here without relative position:
+Next, after `source .venv/bin/activate`: change something and compare, here without iRPE:
   deepspeed launch/train.py --config {folder / "config.yaml"} name=plain model.rpe=null
   python launch/curves.py {folder} runs/plain --out curves.png"""
     )

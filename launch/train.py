@@ -1,7 +1,7 @@
 """Train a run: `deepspeed launch/train.py --config x.yaml [section.key=value ...]`.
 
-Starts alone too: `python launch/train.py ...` is a run of one rank. SIGTERM, SIGUSR1 and Ctrl-C
-save and end it with exit code 75; --resume auto goes on.
+Without a launcher, `python launch/train.py ...` trains on one rank. On SIGTERM, SIGUSR1 and Ctrl-C
+it saves and exits with code 75 (ExitCode.REQUEUE); rerun with --resume auto to continue.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def main() -> None:
         "--resume",
         default="never",
         metavar="auto|CHECKPOINT",
-        help="go on from the run's newest checkpoint, or from this one",
+        help="continue from the run's newest checkpoint, or from this one",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

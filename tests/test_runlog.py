@@ -1,4 +1,4 @@
-"""The log of a run: its files survive kills and resumes, its copies never stop training."""
+"""The log of a run: its files survive kills and resumes, background sinks never stop training."""
 
 import csv
 import json
@@ -195,7 +195,7 @@ def test_damage_in_the_middle_is_an_error(tmp_path: Path) -> None:
 
 def test_fresh_run_refuses_the_metrics_of_another(tmp_path: Path) -> None:
     write_updates(tmp_path, 1)
-    with pytest.raises(ConfigError, match="fresh run"):
+    with pytest.raises(ConfigError, match="fresh run would overwrite"):
         open_log(tmp_path)
     assert updates(tmp_path, "train") == [1]
 
@@ -280,7 +280,7 @@ def test_wandb_that_fails_is_told_once_and_switched_off(
             log.log("train", update, {"loss": 1.0})
     assert updates(tmp_path, "train") == [1, 2, 3]
     (told,) = capsys.readouterr().err.splitlines()
-    assert told.startswith("W&B logging is switched off: ")
+    assert told.startswith("W&B logging switched off: ")
     assert told in (tmp_path / "log.txt").read_text()
     reasons = {"import": "wandb", "key": "wandb login"}
     assert reasons.get(raises, "ConnectionError: no network") in told
@@ -307,7 +307,7 @@ def test_wandb_that_hangs_delays_no_row_and_the_end_by_a_bound(
     assert time.monotonic() - start < 1.5
     assert longest < 0.5
     assert updates(tmp_path, "train") == list(range(1, 101))
-    told = "W&B logging is given up: not finished within 0.5 s"
+    told = "W&B logging abandoned: not finished within 0.5 s"
     assert capsys.readouterr().err.splitlines() == [told]
     assert told in (tmp_path / "log.txt").read_text()
     assert wandb.exit_code is None
@@ -328,11 +328,11 @@ def test_wandb_that_lies_too_far_behind_loses_rows_and_that_is_told_once(
     assert updates(tmp_path, "train") == list(range(1, 31))
     assert [row["update"] for row in wandb.rows] == list(range(1, 11))
     assert capsys.readouterr().err.splitlines() == [
-        "W&B logging hangs: 10 rows wait, further ones are lost"
+        "W&B logging hangs: 10 rows are queued, further ones are lost"
     ]
 
 
-def test_what_a_copy_says_after_it_was_given_up_is_left_out(
+def test_what_a_sink_reports_after_it_was_abandoned_is_dropped(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     fake_wandb: FakeWandbOf,
@@ -372,7 +372,7 @@ def test_a_process_ends_while_wandb_hangs(tmp_path: Path) -> None:
         timeout=60,
     )
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr.endswith("W&B logging is given up: not finished within 0.5 s\n")
+    assert done.stderr.endswith("W&B logging abandoned: not finished within 0.5 s\n")
 
 
 def test_notes_of_several_threads_stay_whole(tmp_path: Path) -> None:
@@ -435,4 +435,4 @@ def test_tensorboard_on_a_full_disk_is_switched_off(
         writers[0]._worker.join()
     assert updates(tmp_path, "train") == [1, 2, 3]
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "switched off" in line]
-    assert told.startswith("TensorBoard logging is switched off: OSError")
+    assert told.startswith("TensorBoard logging switched off: OSError")

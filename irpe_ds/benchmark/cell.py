@@ -37,7 +37,7 @@ def measure(trainer: Trainer, log: RunLog, *, warmup: int, updates: int, repeats
     over the updates of the one that is taken apart (see Timeline), times over the ranks too.
     `memory_gib` is the most of any rank, from its start.
     """
-    trainer.vote.restart()
+    trainer.preemption.reset()
     stream, rows = Stream(trainer, warmup), []
     with closing(stream):
         stream.run(warmup, log)
@@ -45,7 +45,7 @@ def measure(trainer: Trainer, log: RunLog, *, warmup: int, updates: int, repeats
             stream.prepare(updates, log)
             trainer.meter.read()  # all ranks start together
             stream.run(updates, log)
-            rows.append(trainer.report(trainer.meter.read()))
+            rows.append(trainer.log_row(trainer.meter.read()))
         stream.prepare(updates, log)
         trainer.ranks.any_rank(False)
         with Timeline(trainer) as timeline:
@@ -76,7 +76,7 @@ class Stream:
     def _begin(self) -> None:
         if self._epoch >= 0:
             self.close()
-        self._epoch, self._left = self._epoch + 1, self._trainer.plan.updates_per_epoch
+        self._epoch, self._left = self._epoch + 1, self._trainer.length.updates_per_epoch
         size = self._trainer.config.model.size_at(0)
         self._batches = self._trainer.train_batches.epoch(self._epoch, img_size=size)
 
@@ -85,7 +85,7 @@ class Stream:
 
         What a loader needs to start is no part of a repetition then.
         """
-        whole = self._trainer.plan.updates_per_epoch >= updates + self._warmup
+        whole = self._trainer.length.updates_per_epoch >= updates + self._warmup
         if self._left < updates and whole:
             self._begin()
             self.run(self._warmup, log)

@@ -1,1 +1,1 @@
-"""The processes of a run: how they start, find, check and watch one another, and stop."""
+"""The processes of a run: how they start, find, check and watch each other, and how they stop."""

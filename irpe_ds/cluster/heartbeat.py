@@ -1,4 +1,4 @@
-"""Ranks that hear of each other: a host that vanishes without a word ends the run, by name.
+"""Ranks report that they are alive; one whose host hangs or disappears ends the run, by name.
 
 A process that dies closes its connections, which ends the others at once. A host that loses power,
 hangs or drops off the network does not: the others would wait for it until a collective times out,
@@ -15,37 +15,39 @@ from types import TracebackType
 from torch.distributed import TCPStore
 
 from irpe_ds.cluster.process_group import Ranks
+from irpe_ds.errors import ExitCode
 
 SILENCE_SECONDS = 40.0
-"""How long a rank may be silent; a link that comes back sooner costs only the time."""
+"""How long a rank may be silent; a link that recovers sooner only costs the time it was down."""
 BEATS = 10
-"""Signs of life in that time."""
-VERDICT = "verdict"
+"""Heartbeats sent in that time."""
+FAILURE = "failure"
+"""Key of the store under which rank 0 publishes which rank was lost."""
 
 
 class Heartbeat:
-    """While entered, every rank tells the first that it is alive, and learns whether all are.
+    """While entered, every rank reports to rank 0 that it is alive, and learns whether all are.
 
-    Where one is silent too long, every rank that is left says which, on which host, and ends with
-    code 1. Threads of their own do it, however long a rank computes or waits.
+    When a rank is silent too long, the remaining ranks print which one, on which host, and exit
+    with `ExitCode.FAILED`. Background threads do this, however long a rank computes or waits.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self.silence = ranks, SILENCE_SECONDS
-        self._over = Event()
+        self._stopping = Event()
 
     def __enter__(self) -> "Heartbeat":
         ranks = self.ranks
         if ranks.world_size == 1:
             return self
         if ranks.is_main:
-            self._store = self._open(0)
+            self._store = self._connect(0)
         port = ranks.on_rank0(lambda: self._store.port)
         if not ranks.is_main:
-            self._store = self._open(port)
+            self._store = self._connect(port)
         self._store.set(str(ranks.rank), "0")
-        ranks.any_rank(False)  # until all have
-        self._heard = time.monotonic()
+        ranks.any_rank(False)  # a barrier: every rank has set its key
+        self._last_contact = time.monotonic()
         self._threads = [Thread(target=self._beat, daemon=True)]
         self._threads.append(Thread(target=self._watch, daemon=True))
         for thread in self._threads:
@@ -58,58 +60,58 @@ class Heartbeat:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._over.set()
+        self._stopping.set()
         if self.ranks.world_size > 1 and kind is None:
             for thread in self._threads:
                 thread.join()
-            self.ranks.any_rank(False)  # the first one's store goes last
+            self.ranks.any_rank(False)  # a barrier: rank 0 serves the store until all are done
 
-    def _open(self, port: int) -> TCPStore:
-        address, patience = os.environ["MASTER_ADDR"], timedelta(seconds=self.silence)
-        first = self.ranks.is_main
-        return TCPStore(address, port, None, first, timeout=patience, wait_for_workers=False)
+    def _connect(self, port: int) -> TCPStore:
+        address, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=self.silence)
+        is_server = self.ranks.is_main
+        return TCPStore(address, port, None, is_server, timeout=timeout, wait_for_workers=False)
 
     def _beat(self) -> None:
-        """Exchange signs of life; blocks where the first rank's host does not answer."""
-        number = 0
+        """Exchange heartbeats; blocks while the host of rank 0 does not answer."""
+        count = 0
         others = [str(rank) for rank in range(self.ranks.world_size)]
         heard = dict.fromkeys(others, (b"", time.monotonic()))
-        while not self._over.wait(self.silence / BEATS):
-            number += 1
+        while not self._stopping.wait(self.silence / BEATS):
+            count += 1
             try:
-                self._store.set(str(self.ranks.rank), str(number))
-                if self._store.check([VERDICT]):
-                    self._end(self._store.get(VERDICT).decode())
+                self._store.set(str(self.ranks.rank), str(count))
+                if self._store.check([FAILURE]):
+                    self._abort(self._store.get(FAILURE).decode())
                 beats = self._store.multi_get(others) if self.ranks.is_main else []
-            except RuntimeError:  # its end of the connection is closed
-                self._over.wait(self.silence / BEATS)  # this rank may be about to leave too
-                self._end(f"rank 0 on {self.ranks.hostnames[0]} is gone")
-            now = self._heard = time.monotonic()
+            except RuntimeError:  # rank 0 closed the connection
+                self._stopping.wait(self.silence / BEATS)  # this rank may be about to finish too
+                self._abort(f"rank 0 on {self.ranks.hostnames[0]} is gone")
+            now = self._last_contact = time.monotonic()
             for rank, beat in zip(others, beats, strict=False):
                 if heard[rank][0] != beat:
                     heard[rank] = beat, now
                 elif now - heard[rank][1] > self.silence:
-                    self._condemn(int(rank))
+                    self._publish_lost(int(rank))
 
     def _watch(self) -> None:
-        """End this rank when the first one does not answer."""
-        while not self._over.wait(self.silence / BEATS):
-            if time.monotonic() - self._heard > self.silence + 3 * self.silence / BEATS:
-                self._end(self._verdict(0))
+        """End this rank when rank 0 does not answer."""
+        while not self._stopping.wait(self.silence / BEATS):
+            silent = time.monotonic() - self._last_contact
+            if silent > self.silence + 3 * self.silence / BEATS:
+                self._abort(self._lost(0))
 
-    def _condemn(self, rank: int) -> None:
-        self._store.set(VERDICT, self._verdict(rank))
+    def _publish_lost(self, rank: int) -> None:
+        self._store.set(FAILURE, self._lost(rank))
         time.sleep(3 * self.silence / BEATS)  # for the others to read it
-        self._end(self._verdict(rank))
+        self._abort(self._lost(rank))
 
-    def _verdict(self, rank: int) -> str:
-        return (
-            f"rank {rank} on {self.ranks.hostnames[rank]} has not answered for {self.silence:g} s"
-        )
+    def _lost(self, rank: int) -> str:
+        host = self.ranks.hostnames[rank]
+        return f"rank {rank} on {host} has not answered for {self.silence:g} s"
 
-    def _end(self, verdict: str) -> None:
-        if not self._over.is_set():
+    def _abort(self, reason: str) -> None:
+        if not self._stopping.is_set():
             own = f"[rank {self.ranks.rank} on {self.ranks.hostnames[self.ranks.rank]}]"
-            sys.stderr.write(f"{own} error: {verdict}; --resume auto goes on\n")
+            sys.stderr.write(f"{own} error: {reason}; rerun with --resume auto to continue\n")
             sys.stderr.flush()
-            os._exit(1)
+            os._exit(ExitCode.FAILED)  # sys.exit would end this thread alone

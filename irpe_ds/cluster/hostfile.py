@@ -1,4 +1,4 @@
-"""The hosts of a run, in the file that `deepspeed --hostfile` and Open MPI read."""
+"""The hosts of a run, read from the file that `deepspeed --hostfile` and Open MPI take."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from irpe_ds.errors import ClusterError
 
 
 class Host(NamedTuple):
-    """A line: so many ranks on this host."""
+    """One line of a hostfile: `slots` ranks on this host."""
 
     name: str
     slots: int
@@ -17,11 +17,11 @@ class Host(NamedTuple):
 def read_hostfile(path: Path) -> list[Host]:
     """The hosts in order, rank 0 on the first; lines of `NAME slots=NUMBER`, `#` starts a comment.
 
-    Stricter than DeepSpeed, which trains on this host alone where there is no such file, and leaves
-    out hosts without slots.
+    Stricter than DeepSpeed 0.19.8, which trains on this host alone if the file does not exist, and
+    drops hosts without slots.
 
     Raises:
-        ClusterError: no such file, no host, or a line that is none; names file and line.
+        ClusterError: no such file, no host, or a malformed line; names file and line.
     """
     try:
         lines = path.read_text().splitlines()
@@ -38,7 +38,7 @@ def read_hostfile(path: Path) -> list[Host]:
             raise ClusterError(where, "NAME slots=NUMBER", repr(text))
         host = Host(match[1], int(match[2]))
         if host.slots == 0:
-            raise ClusterError(where, "at least one slot, or no such line", repr(text))
+            raise ClusterError(where, "at least one slot (or remove the line)", repr(text))
         if host.name in hosts:
             raise ClusterError(where, "every host once", f"{host.name} again")
         hosts[host.name] = host

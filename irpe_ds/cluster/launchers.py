@@ -1,6 +1,6 @@
-"""What started the ranks says how many there are, which one this is, and where the others are.
+"""What the launcher says: how many ranks there are, which one this is, where the others run.
 
-DeepSpeed's launcher and torchrun say it in PyTorch's variables; Open MPI and srun in their own.
+DeepSpeed's launcher and torchrun set PyTorch's variables; Open MPI and srun set their own.
 """
 
 import base64
@@ -17,7 +17,7 @@ import psutil
 from irpe_ds.cluster.hostfile import read_hostfile
 from irpe_ds.errors import ClusterError, UserError
 
-NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """PyTorch's variables, all of which a run needs."""
 OPEN_MPI = {
     "RANK": "OMPI_COMM_WORLD_RANK",
@@ -25,38 +25,41 @@ OPEN_MPI = {
     "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
     "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
 }
-LAST_STEP = 0xFFFFFFF0
-"""SLURM's batch scripts and interactive shells count as steps from this number on."""
+MAX_NORMAL_STEP_ID = 0xFFFFFFF0
+"""slurm.h's name: batch scripts and interactive shells have step ids from here on."""
 
 
-def numbers(environment: Mapping[str, str]) -> dict[str, str]:
-    """PyTorch's variables, as far as the launcher has not set them; a run of one without launcher.
+def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """PyTorch's variables that the launcher has not set; without a launcher, a run of one rank.
 
-    mpirun inside a SLURM job counts as mpirun. SLURM_NTASKS alone is a job whose tasks nobody has
-    started: not a launcher.
+    mpirun inside a SLURM job counts as mpirun. SLURM_NTASKS alone means a job whose tasks were
+    never started: no launcher.
 
     Raises:
-        ClusterError: several processes, or tasks, and nothing that numbers them.
+        ClusterError: several processes or tasks, and nothing that numbers them.
     """
     if "RANK" in environment:
-        lacking = [name for name in NUMBERS if name not in environment]
-        if lacking:
-            raise ClusterError("launch", "a launcher that sets RANK and the rest", f"no {lacking}")
+        missing = [name for name in TORCH if name not in environment]
+        if missing:
+            raise ClusterError(f"the launcher set RANK but not {', '.join(missing)}")
         found = {}
     elif int(environment.get(OPEN_MPI["WORLD_SIZE"], "1")) > 1:
         found = _open_mpi(environment)
-    elif _is_step(environment) and _tasks(environment) > 1:
+    elif _is_step(environment) and _num_tasks(environment) > 1:
         found = _slurm(environment)
     else:
         for variable in () if _is_step(environment) else ("SLURM_NTASKS", "PMI_SIZE"):
             if int(environment.get(variable, "1")) > 1:
-                expected = "srun, deepspeed, torchrun or Open MPI's mpirun to start the ranks"
-                alone = "; srun -n 1 starts one alone" if variable == "SLURM_NTASKS" else ""
-                raise ClusterError("launch", expected, f"{variable}={environment[variable]}{alone}")
+                single = " (srun -n 1 for a single rank)" if variable == "SLURM_NTASKS" else ""
+                raise ClusterError(
+                    f"{variable}={environment[variable]}, but nothing numbers the ranks: start "
+                    f"them with srun, deepspeed, torchrun or Open MPI's mpirun{single}"
+                )
         found = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if "LOCAL_WORLD_SIZE" not in environment:
-        found.setdefault("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", "1"))  # DeepSpeed's
+        # DeepSpeed 0.19.8's launcher calls it LOCAL_SIZE; torchrun sets LOCAL_WORLD_SIZE.
+        found.setdefault("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", "1"))
     return found
 
 
@@ -68,16 +71,16 @@ def free_port() -> int:
 
 
 def hosts_of_ranks(environment: Mapping[str, str], launcher: Sequence[str]) -> list[str] | None:
-    """The host that every rank should be on; None where the launcher does not say.
+    """The host that each rank should run on; None if the launcher does not say.
 
     Args:
-        launcher: command line of the parent process: DeepSpeed's has the hosts in --world_info.
+        launcher: command line of the parent process; DeepSpeed's has the hosts in --world_info.
     """
-    for value in option(launcher, "--world_info"):
+    for value in option_values(launcher, "--world_info"):
         slots = json.loads(base64.urlsafe_b64decode(value))
-        return [host for host, numbers in slots.items() for _ in numbers]
+        return [host for host, local_ranks in slots.items() for _ in local_ranks]
     block = environment.get("SLURM_DISTRIBUTION", "block").startswith("block")
-    if _is_step(environment) and _tasks(environment) > 1 and block:
+    if _is_step(environment) and _num_tasks(environment) > 1 and block:
         try:
             nodes = _nodes(environment)
         except UserError:
@@ -88,21 +91,26 @@ def hosts_of_ranks(environment: Mapping[str, str], launcher: Sequence[str]) -> l
 
 
 def check_hostfile(launchers: Sequence[Sequence[str]]) -> None:
-    """Raise a ClusterError where the `deepspeed` command took a hostfile that `read_hostfile` does
-    not: without one it would train on this host alone.
+    """Read the hostfile of the `deepspeed` command, if it was given one.
+
+    DeepSpeed 0.19.8 only warns if the file does not exist, and trains on this host alone. Remove
+    this check when its runner fails instead.
 
     Args:
         launchers: command lines of the processes that started this one.
+
+    Raises:
+        ClusterError: it does not exist or is malformed.
     """
     for command in launchers:
         names = [Path(word).name for word in command[:2]]
         if "deepspeed" in names:
-            for value in option(command, "--hostfile", "-H"):
+            for value in option_values(command, "--hostfile", "-H"):
                 read_hostfile(Path(value))
 
 
-def option(command: Sequence[str], *names: str) -> Iterator[str]:
-    """Values of an option in a command line."""
+def option_values(command: Sequence[str], *names: str) -> Iterator[str]:
+    """Values of an option in a command line, as `--name value` or `--name=value`."""
     for word, following in zip(command, [*command[1:], ""], strict=False):
         if word in names:
             yield following
@@ -110,7 +118,7 @@ def option(command: Sequence[str], *names: str) -> Iterator[str]:
             yield word.split("=", 1)[1]
 
 
-def parents() -> list[list[str]]:
+def parent_commands() -> list[list[str]]:
     """Command lines of the processes that started this one, the nearest first."""
     found = []
     for process in psutil.Process().parents():
@@ -123,8 +131,9 @@ def _open_mpi(environment: Mapping[str, str]) -> dict[str, str]:
     found = {name: environment[theirs] for name, theirs in OPEN_MPI.items()}
     if "MASTER_ADDR" not in environment:
         if found["LOCAL_WORLD_SIZE"] != found["WORLD_SIZE"]:
-            expected = "MASTER_ADDR, the host of rank 0: mpirun -x MASTER_ADDR=HOST"
-            raise ClusterError("launch", expected, "Open MPI on several hosts without it")
+            raise ClusterError(
+                "Open MPI on several hosts needs the host of rank 0: mpirun -x MASTER_ADDR=HOST"
+            )
         found["MASTER_ADDR"] = "127.0.0.1"
     if "MASTER_PORT" not in environment:
         found["MASTER_PORT"] = "29500"
@@ -135,7 +144,7 @@ def _slurm(environment: Mapping[str, str]) -> dict[str, str]:
     counts = _tasks_per_node(environment)
     found = {
         "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": str(_tasks(environment)),
+        "WORLD_SIZE": str(_num_tasks(environment)),
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(counts[int(environment["SLURM_NODEID"])]),
     }
@@ -148,11 +157,11 @@ def _slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_step(environment: Mapping[str, str]) -> bool:
-    """Whether srun started this process, and not the shell of sbatch or salloc."""
-    return int(environment.get("SLURM_STEP_ID", LAST_STEP)) < LAST_STEP
+    """Whether srun started this process, not the shell of sbatch or salloc."""
+    return int(environment.get("SLURM_STEP_ID", MAX_NORMAL_STEP_ID)) < MAX_NORMAL_STEP_ID
 
 
-def _tasks(environment: Mapping[str, str]) -> int:
+def _num_tasks(environment: Mapping[str, str]) -> int:
     return int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")))
 
 
@@ -165,11 +174,13 @@ def _tasks_per_node(environment: Mapping[str, str]) -> list[int]:
 
 
 def _nodes(environment: Mapping[str, str]) -> list[str]:
-    listed = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-    command = ["scontrol", "show", "hostnames", listed]
+    nodelist = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+    command = ["scontrol", "show", "hostnames", nodelist]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError) as error:
-        expected = "MASTER_ADDR, the host of rank 0, or a scontrol that answers"
-        raise ClusterError("launch", expected, error) from error
+        raise ClusterError(
+            f"cannot list the job's nodes with scontrol ({error}): "
+            "set MASTER_ADDR to the host of rank 0"
+        ) from error
     return done.stdout.split()

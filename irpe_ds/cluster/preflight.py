@@ -1,4 +1,4 @@
-"""Before a run on many hosts: can each be reached, are all alike, does each have what it needs."""
+"""Before a run on many hosts: is each reachable, are all alike, does each have what it needs?"""
 
 import json
 import os
@@ -14,7 +14,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.launcher import runner
 
-from irpe_ds.cluster.consistency import differences, software
+from irpe_ds.cluster.consistency import differences, software_facts
 from irpe_ds.cluster.hostfile import Host
 from irpe_ds.cluster.process_group import device_type
 from irpe_ds.cluster.rendezvous import interface_to
@@ -25,79 +25,85 @@ CONNECT_SECONDS = 20
 """How long a host may take to answer."""
 BUILD_SECONDS = 600
 """How long it may take after that; the operators may have to be compiled."""
-FREE = 0.9
-"""A GPU is free when so much of its memory is."""
-MARK = "irpe_ds check: "
+FREE_SHARE = 0.9
+"""A GPU is free when this share of its memory is."""
+REPORT_PREFIX = "irpe_ds check: "
 
 
-class Finding(NamedTuple):
-    """What one host has told of itself."""
+class HostReport(NamedTuple):
+    """What one host reports about itself."""
 
     facts: dict[str, str]
     """What has to be the same on all."""
     interface: str | None
-    """What leads to the host of rank 0."""
+    """The network interface that leads to the host of rank 0."""
     gpus: int | None
-    """Free ones; None where the run computes on the CPU."""
+    """Number of free GPUs; None for a run on CPUs."""
 
 
 InputFacts = Callable[[RunConfig], Mapping[str, str]]
 
 
-def look(config: RunConfig, first: str, input_facts: InputFacts) -> Finding:
-    """What there is on this host; builds the operators if need be.
+def inspect_host(config: RunConfig, first_host: str, input_facts: InputFacts) -> HostReport:
+    """Inspect this host; compiles the operators if need be.
 
     Args:
-        first: the host of rank 0.
-        input_facts: what to compare beside software, such as data and op.
+        first_host: the host of rank 0.
+        input_facts: what to compare besides software, such as data and op.
 
     Raises:
-        ClusterError: the run could not start here.
+        UserError: the run could not start here.
     """
-    facts = {**software(config), **input_facts(config)}
+    facts = {**software_facts(config), **input_facts(config)}
     gpus = None
     if device_type() == "cuda":
         memory = [torch.cuda.mem_get_info(gpu) for gpu in range(torch.cuda.device_count())]
-        gpus = sum(free > FREE * total for free, total in memory)
-    interface = interface_to(first, socket.gethostname())
-    return Finding(facts, interface, gpus)
+        gpus = sum(free > FREE_SHARE * total for free, total in memory)
+    interface = interface_to(first_host, socket.gethostname())
+    return HostReport(facts, interface, gpus)
 
 
-def report(config: RunConfig, first: str, input_facts: InputFacts) -> None:
-    """Print what `look` finds, or why it finds nothing, for the host that asked."""
+def print_report(config: RunConfig, first_host: str, input_facts: InputFacts) -> None:
+    """Print this host's report, or its error, for `query_hosts` to read."""
     try:
-        found: object = look(config, first, input_facts)
+        answer: object = inspect_host(config, first_host, input_facts)
     except UserError as error:
-        found = str(error)
-    print(f"{MARK}{json.dumps(found)}", flush=True)
+        answer = str(error)
+    print(f"{REPORT_PREFIX}{json.dumps(answer)}", flush=True)
 
 
-def ask(hosts: Sequence[Host], command: Sequence[str]) -> list[Finding | ClusterError]:
-    """Run a command that ends in `report` on all hosts at once, over ssh, where DeepSpeed would."""
+def query_hosts(hosts: Sequence[Host], command: Sequence[str]) -> list[HostReport | ClusterError]:
+    """Run a command that ends in `print_report` on all hosts at once, over ssh."""
     line = "; ".join([*_exports(), f"cd {shlex.quote(os.getcwd())}", shlex.join(command)])
     with ThreadPoolExecutor(len(hosts)) as pool:
-        return list(pool.map(lambda host: _ask(host.name, line), hosts))
+        return list(pool.map(lambda host: _query(host.name, line), hosts))
 
 
-def faults(hosts: Sequence[Host], found: Sequence[Finding | ClusterError]) -> list[ClusterError]:
-    """Everything that is in the way of a run, by host."""
-    told = [error for error in found if isinstance(error, UserError)]
-    whole = [(h, f) for h, f in zip(hosts, found, strict=True) if isinstance(f, Finding)]
-    for host, finding in whole:
-        if finding.gpus is not None and finding.gpus < host.slots:
-            got = f"{finding.gpus} free ones"
-            told.append(ClusterError(host.name, f"{host.slots} GPUs, its slots", got))
-    return [*told, *differences([(host.name, finding.facts) for host, finding in whole])]
+def problems(
+    hosts: Sequence[Host], reports: Sequence[HostReport | ClusterError]
+) -> list[ClusterError]:
+    """Everything that would stop a run, by host."""
+    found = [report for report in reports if isinstance(report, ClusterError)]
+    answered = [
+        (host, report)
+        for host, report in zip(hosts, reports, strict=True)
+        if isinstance(report, HostReport)
+    ]
+    for host, report in answered:
+        if report.gpus is not None and report.gpus < host.slots:
+            expected = f"{host.slots} free GPUs, one for each slot"
+            found.append(ClusterError(host.name, expected, report.gpus))
+    return [*found, *differences([(host.name, report.facts) for host, report in answered])]
 
 
-def table(hosts: Sequence[Host], found: Sequence[Finding | ClusterError]) -> str:
-    """A line for each host."""
+def table(hosts: Sequence[Host], reports: Sequence[HostReport | ClusterError]) -> str:
+    """One line per host."""
     rows = [("host", "slots", "free GPUs", "interface", "op", "source")]
-    for host, finding in zip(hosts, found, strict=True):
-        if isinstance(finding, Finding):
-            gpus = "-" if finding.gpus is None else str(finding.gpus)
-            op, source = (finding.facts[f"the {x}"] for x in ("attention op", "source of irpe_ds"))
-            rows.append((host.name, str(host.slots), gpus, finding.interface or "none", op, source))
+    for host, report in zip(hosts, reports, strict=True):
+        if isinstance(report, HostReport):
+            gpus = "-" if report.gpus is None else str(report.gpus)
+            op, source = (report.facts[f"the {x}"] for x in ("attention op", "source of irpe_ds"))
+            rows.append((host.name, str(host.slots), gpus, report.interface or "none", op, source))
         else:
             rows.append((host.name, str(host.slots), "?", "?", "?", "?"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -105,7 +111,7 @@ def table(hosts: Sequence[Host], found: Sequence[Finding | ClusterError]) -> str
     return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
-def _ask(host: str, line: str) -> Finding | ClusterError:
+def _query(host: str, line: str) -> HostReport | ClusterError:
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
     command = ["ssh", *options, host, line]
     seconds = CONNECT_SECONDS + BUILD_SECONDS
@@ -115,18 +121,21 @@ def _ask(host: str, line: str) -> Finding | ClusterError:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return ClusterError(host, f"an answer over ssh within {seconds} s", error)
-    marked = [text for text in done.stdout.splitlines() if text.startswith(MARK)]
-    if not marked:
-        said = (done.stderr.strip() or "nothing").splitlines()[-1]
-        return ClusterError(host, "an answer over ssh", f"exit code {done.returncode}: {said}")
-    answer = json.loads(marked[-1].removeprefix(MARK))
+    answers = [text for text in done.stdout.splitlines() if text.startswith(REPORT_PREFIX)]
+    if not answers:
+        last_line = (done.stderr.strip() or "no output").splitlines()[-1]
+        return ClusterError(host, "an answer over ssh", f"exit code {done.returncode}: {last_line}")
+    answer = json.loads(answers[-1].removeprefix(REPORT_PREFIX))
     if isinstance(answer, str):
-        return ClusterError(host, "a host that the run can start on", answer)
-    return Finding(*answer)
+        return ClusterError(f"{host}: the run cannot start here: {answer}")
+    return HostReport(*answer)
 
 
 def _exports() -> list[str]:
-    """The variables that `deepspeed` hands on with pdsh: by name, and from .deepspeed_env."""
+    """Shell commands that set what `deepspeed` exports over pdsh: by name, and .deepspeed_env's.
+
+    DeepSpeed 0.19.8 builds its own in PDSHRunner.get_cmd, together with the whole command line.
+    """
     names = tuple(runner.EXPORT_ENVS + get_accelerator().export_envs())
     found = {name: value for name, value in os.environ.items() if name.startswith(names)}
     for folder in runner.DEEPSPEED_ENVIRONMENT_PATHS:

@@ -1,4 +1,4 @@
-"""The ranks of a run: how many, which one is this, and what device it computes on."""
+"""The ranks of a run: how many there are, which one this is, and its device."""
 
 import os
 import socket
@@ -20,19 +20,19 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among the processes of the run."""
+    """This rank, and collectives over all ranks of the run."""
 
     rank: int
     world_size: int
     device: torch.device
     cpu_group: Any
-    """gloo process group: its collectives run on host memory and wait for no GPU."""
+    """A gloo process group: its collectives use host memory and do not wait for a GPU."""
     hostnames: list[str]
     """Host of every rank."""
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that logs and writes."""
+        """True on rank 0, which logs and writes files."""
         return self.rank == 0
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
@@ -41,39 +41,44 @@ class Ranks:
         return values
 
     def all_reduce_max(self, values: Sequence[float]) -> list[float]:
-        """The largest of each value over the ranks."""
-        found = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.cpu_group)
-        return cast(list[float], found.tolist())
+        """The maximum of each value over the ranks."""
+        largest = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.cpu_group)
+        return cast(list[float], largest.tolist())
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on one of the ranks."""
+        """Whether the flag is set on any rank."""
         return bool(self.all_reduce_max([flag])[0])
 
-    def all_gather(self, found: Result) -> list[Result]:
-        """What every rank has found, by rank; all ranks get it."""
-        all_found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(all_found, found, group=self.cpu_group)
-        return all_found
+    def all_gather(self, value: Result) -> list[Result]:
+        """The values of all ranks, by rank; any picklable object."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.cpu_group)
+        return values
 
     def run_checked(self, function: Callable[[], Result]) -> Result:
-        """Call a function on every rank; what is a ClusterError on one is one on all, by name."""
-        result, fault = None, None
+        """Call a function on every rank.
+
+        Raises:
+            UserError: on every rank, if it raised one on any; of the same class. Ranks on which it
+                succeeded name the rank on which it failed.
+        """
+        result, error = None, None
         try:
             result = function()
-        except UserError as error:
-            fault = error
-        faults = self.all_gather(fault)
-        if fault is not None:
-            raise fault
-        for rank, other in enumerate(faults):
+        except UserError as raised:
+            error = raised
+        errors = self.all_gather(error)
+        if error is not None:
+            raise error
+        for rank, other in enumerate(errors):
             if other is not None:
                 where = f"rank {rank} on {self.hostnames[rank]}: {other.where}"
                 raise type(other)(where, other.expected, other.got)
         return cast(Result, result)
 
     def on_rank0(self, function: Callable[[], Result]) -> Result:
-        """Call a function on the first rank alone; its result, or its ClusterError, on all."""
+        """Call a function on rank 0 alone; all ranks return its result or raise its UserError."""
         box: list[Any] = [None]
         if self.is_main:
             try:
@@ -87,58 +92,60 @@ class Ranks:
 
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long a collective waits for a rank that lives. It is longer than anything that one rank does
-while the others wait, such as a build of the operators; ranks that do not live are named sooner."""
+"""How long a collective waits for a rank that is alive: longer than anything that one rank does
+while the others wait, such as compiling operators. The heartbeat reports dead ranks much sooner."""
 
 
 def set_environment() -> None:
-    """Complete what the launcher set; without one, a run of one rank.
+    """Set PyTorch's variables that the launcher has not set; without a launcher, for one rank.
 
     Raises:
         ClusterError: several processes were started by something that does not number them, or by
-            `deepspeed` with a hostfile that does not exist or has a mistake.
+            `deepspeed` with a hostfile that does not exist or is malformed.
     """
     if not torch.cuda.is_available():
+        # Without it DeepSpeed 0.19.8 warns on every rank that it found no accelerator. Remove this
+        # when `import deepspeed` is silent on a machine without a GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    launchers.check_hostfile(launchers.parents())
-    os.environ.update(launchers.numbers(os.environ))
+    launchers.check_hostfile(launchers.parent_commands())
+    os.environ.update(launchers.rank_environment(os.environ))
     if "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1:
-        os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task shows each task its own GPU alone
+        os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task shows each task only its own GPU
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
 
 
-def launched() -> tuple[int, int]:
-    """This rank and the number of ranks, as the launcher numbered them."""
+def rank_and_world_size() -> tuple[int, int]:
+    """This rank and the number of ranks, from the environment."""
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def device_type() -> str:
-    """`cuda`, or `cpu` where there is no GPU or DS_ACCELERATOR says so."""
+    """`cuda`, or `cpu` without a GPU or if DS_ACCELERATOR says so."""
     gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     return "cuda" if gpu else "cpu"
 
 
 def init_process_group(seconds: float) -> Ranks:
-    """Connect to the other ranks: nccl with GPUs, gloo without. DeepSpeed takes this group over.
+    """Connect to the other ranks: nccl with GPUs, gloo without. DeepSpeed uses this group too.
 
     Args:
         seconds: how long to wait for the others.
 
     Raises:
-        ClusterError: on all ranks: one has not come, or cannot take part; names its host.
+        ClusterError: on all ranks, if one is missing or cannot take part; names its host.
     """
-    rank, world_size = launched()
+    rank, world_size = rank_and_world_size()
     gpu, local = device_type() == "cuda", int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if not dist.is_initialized():
-        fault = None
+        error = None
         if gpu and local >= torch.cuda.device_count():
             where = f"rank {rank} on {socket.gethostname()}"
-            got = f"{torch.cuda.device_count()} for {os.environ['LOCAL_WORLD_SIZE']}"
-            fault = ClusterError(where, "a GPU for each rank of the host", got)
-        store = rendezvous(rank, world_size, seconds, fault)
+            expected = f"a GPU for each of the host's {os.environ['LOCAL_WORLD_SIZE']} ranks"
+            error = ClusterError(where, expected, torch.cuda.device_count())
+        store = rendezvous(rank, world_size, seconds, error)
         store.set_timeout(COLLECTIVE_TIMEOUT)
         if gpu:
             torch.cuda.set_device(device)
@@ -158,10 +165,11 @@ def init_process_group(seconds: float) -> Ranks:
     )
 
 
-def without_shared_memory() -> None:
-    """Keep DeepSpeed from its all-reduce in shared memory, which is for inference, on CPUs.
+def disable_shm_allreduce() -> None:
+    """Keep DeepSpeed 0.19.8 from its shared-memory all-reduce for inference on CPUs.
 
-    Its first run would compile it, and every run leave 66 MB a rank in /dev/shm for good.
+    Otherwise the first run compiles it (about 50 s), and every run leaves 66 MB per rank in
+    /dev/shm. Remove this when tests/launch/test_train.py passes without it: it tests for both.
     """
     if device_type() == "cpu":
         import deepspeed
@@ -170,6 +178,6 @@ def without_shared_memory() -> None:
 
 
 def destroy_process_group() -> None:
-    """Close the connections of `init_process_group`, if there are any."""
+    """Close the connections that `init_process_group` opened, if it was called."""
     if dist.is_initialized():
         dist.destroy_process_group()

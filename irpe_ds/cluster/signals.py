@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes its update, saves and ends with a code of its own."""
+"""Signals that stop a run: it finishes the update, saves, and exits with `ExitCode.REQUEUE`."""
 
 import errno
 import os
@@ -10,17 +10,16 @@ from typing import Any, TextIO, cast
 from irpe_ds.cluster.process_group import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_TOGETHER_SECONDS = 2.0  # a terminal and a launcher may both pass one wish on
-
-
-ASK_SECONDS = 1.0
+DUPLICATE_SECONDS = 2.0
+"""Signals this close together are one request, passed on by both terminal and launcher."""
+POLL_SECONDS = 1.0
 """How long a signal to one rank may take to reach the others."""
-ASK_CALLS = 100
-"""Calls after which they are asked however little time has passed."""
+POLL_CALLS = 100
+"""Most calls between two polls, however short they are."""
 
 
-class Lasting:
-    """A stream whose reader may go, as ssh does when a launcher ends: what follows is dropped."""
+class BrokenPipeSafe:
+    """A text stream that drops output once its reader is gone, as ssh is when a launcher exits."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -39,25 +38,25 @@ class Lasting:
         return getattr(self._stream, name)
 
 
-def lasting(stream: TextIO) -> TextIO:
-    """The stream, without an error when its reader has gone."""
-    return cast(TextIO, Lasting(stream))
+def broken_pipe_safe(stream: TextIO) -> TextIO:
+    """The stream, without errors once its reader is gone."""
+    return cast(TextIO, BrokenPipeSafe(stream))
 
 
-class StopVote:
-    """Has a signal come to one of the ranks? Asked on all of them at the same call, now and then.
+class PreemptionCheck:
+    """Has any rank received a stop signal? All ranks poll on the same call.
 
-    To ask takes two messages for each rank, one after the other: at hundreds of ranks longer than
-    an update. The answer has each rank's pace, so all know when to ask next. Every rank calls it
-    as often as the others.
+    A poll is an all-reduce, which at hundreds of ranks takes longer than an update. It carries the
+    slowest rank's time per call too, from which all ranks derive the same next call to poll on.
+    Every rank must call it equally often.
     """
 
     def __init__(self, ranks: Ranks, stop: "StopSignals") -> None:
         self._ranks, self._stop = ranks, stop
-        self.restart()
+        self.reset()
 
-    def restart(self) -> None:
-        """Ask at the next call: what is done between calls is going to be something else."""
+    def reset(self) -> None:
+        """Poll on the next call, because the work between calls is about to change."""
         self._calls, self._next, self._since = 0, 1, time.monotonic()
 
     def __call__(self) -> bool:
@@ -66,38 +65,38 @@ class StopVote:
         if self._calls < self._next:
             return False
         now = time.monotonic()
-        slowest = (now - self._since) / self._calls
-        found, seconds = self._ranks.all_reduce_max([self._stop.received is not None, slowest])
-        wait = int(ASK_SECONDS / max(seconds, 1e-9))
-        self._calls, self._next, self._since = 0, min(max(wait, 1), ASK_CALLS), now
-        return bool(found)
+        own = (now - self._since) / self._calls
+        received, slowest = self._ranks.all_reduce_max([self._stop.received is not None, own])
+        calls = int(POLL_SECONDS / max(slowest, 1e-9))
+        self._calls, self._next, self._since = 0, min(max(calls, 1), POLL_CALLS), now
+        return bool(received)
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C only leave a note.
+    """While entered, SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C are only recorded.
 
-    Ctrl-C, seconds after another signal, ends the process at once; a scheduler that repeats its own
-    does not cut the saving short. A thread reads what the kernel delivers, because Python's own
-    handlers wait as long as the main thread waits for other ranks.
+    Ctrl-C some seconds after another signal ends the process at once; a scheduler that repeats its
+    own signal does not interrupt saving. A thread reads what the kernel delivers, because Python
+    runs signal handlers in the main thread, which may be waiting in a collective.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        """The name of the first signal."""
+        """Name of the first signal."""
         self.finished = False
-        """Set when everything is saved: further signals change nothing."""
+        """Set once everything is saved: further signals have no effect."""
 
     def __enter__(self) -> "StopSignals":
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        self._before = {number: signal.signal(number, _ignore) for number in SIGNALS}
+        self._handlers_before = {number: signal.signal(number, _ignore) for number in SIGNALS}
         self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._fd_before)
-        for number, handler in self._before.items():
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
         os.close(self._writer)  # ends the thread, which closes the other end
 
@@ -110,11 +109,11 @@ class StopSignals:
             if self.received is None:
                 self.received, first = signal.Signals(number).name, time.monotonic()
                 continue
-            late = time.monotonic() - first > _TOGETHER_SECONDS
-            if number == signal.SIGINT and late and not self.finished:
-                os._exit(128 + number)
+            is_new = time.monotonic() - first > DUPLICATE_SECONDS
+            if number == signal.SIGINT and is_new and not self.finished:
+                os._exit(128 + number)  # as a shell reports a process killed by it
         os.close(self._reader)
 
 
 def _ignore(number: int, frame: object) -> None:
-    """What Python runs; the thread has read the signal already."""
+    """The handler that Python runs; the thread has read the signal already."""

@@ -1,1 +1,1 @@
-"""Training under DeepSpeed: engine, optimiser, loop, evaluation, checkpoints."""
+"""Training with DeepSpeed: engine, optimizer, loop, evaluation, checkpoints."""

@@ -1,4 +1,4 @@
-"""From the loader's uint8 batch to what the model is fed: normalise and mix on the device."""
+"""From the loader's uint8 batch to the model's input: normalise, augment and mix on the device."""
 
 import numpy as np
 import torch
@@ -24,20 +24,20 @@ class Normalize:
 
 
 def build_augment(config: RunConfig) -> Augment:
-    """RandAugment, three-augment, colour jitter; nothing where timm has done it on the host.
+    """RandAugment, three-augment, colour jitter; none if timm's pipeline did them on the host.
 
     Raises:
-        ConfigError: augmentation that there is none of.
+        ConfigError: unknown augmentation name.
     """
-    augment = Augment(config.augment, config.data.mean)  # whoever does it: the names are checked
+    augment = Augment(config.augment, config.data.mean)  # checks the names for either pipeline
     if config.data.pipeline == "timm":
-        nothing = config.augment.model_copy(update={"auto": None, "color_jitter": 0.0})
-        augment = Augment(nothing, config.data.mean)
+        done = config.augment.model_copy(update={"auto": None, "color_jitter": 0.0})
+        augment = Augment(done, config.data.mean)
     return augment
 
 
 def build_mixup(config: RunConfig) -> Mixup | None:
-    """timm's mixup and cutmix, which also smooths the labels; None when both are off."""
+    """timm's mixup and cutmix, which also smooth the labels; None when both are off."""
     augment = config.augment
     if not augment.mixup and not augment.cutmix:
         return None
@@ -54,7 +54,7 @@ def build_mixup(config: RunConfig) -> Mixup | None:
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Make dropout, drop path and mixing of one forward pass a function of these three numbers.
 
-    A resumed run then repeats the run that was not interrupted, with no generator state to keep.
+    A resumed run then equals an uninterrupted one, without generator states in checkpoints.
     """
     torch_seed, numpy_seed = np.random.SeedSequence([seed, step, rank]).generate_state(2)
     torch.manual_seed(int(torch_seed))

@@ -22,7 +22,7 @@ from irpe_ds.models.build import build_model, load_weights
 from irpe_ds.training.batch import Normalize
 
 EvalBatch = tuple[Tensor, Tensor, Tensor]
-"""Images, labels and which of them count."""
+"""Images, labels and which of them are valid."""
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def evaluate(
     Args:
         batches: (images, labels, valid) of this rank. Images that are not valid are padding, which
             keeps the number of forward passes equal on all ranks, as ZeRO-3 needs.
-        prepare: from uint8 images to what the model takes.
+        prepare: turns uint8 images into the model's input.
     """
     was_training = model.training
     model.eval()
@@ -60,13 +60,13 @@ def evaluate(
 
 
 def evaluate_weights(config: RunConfig, weights: Path, batch_size: int) -> dict[str, float] | None:
-    """Scores of a weights file in fp32 under a run's configuration; None on all but rank 0.
+    """Scores of a weights file in fp32 with a run's configuration; None on all ranks but rank 0.
 
     Args:
         batch_size: images of one forward pass of one rank.
 
     Raises:
-        ConfigError: the data or the weights are not what the configuration says.
+        UserError: the data or the weights do not match the configuration.
     """
     set_environment()
     open_checked(config, "val")
@@ -90,10 +90,10 @@ def evaluate_weights(config: RunConfig, weights: Path, batch_size: int) -> dict[
 
 
 def check_data(config: RunConfig) -> dict[str, DatasetInfo]:
-    """What `train` and `val` hold, once both are whole and of the model's classes.
+    """What data.train and data.val hold, after checking that both are complete and fit the model.
 
     Raises:
-        ConfigError: one is not; the message names the configuration key.
+        UserError: one does not; the message names the configuration key.
     """
     train, val = open_checked(config, "train"), open_checked(config, "val")
     if train.classes and val.classes and train.classes != val.classes:
@@ -104,13 +104,13 @@ def check_data(config: RunConfig) -> dict[str, DatasetInfo]:
 
 
 def open_checked(config: RunConfig, part: str) -> DatasetInfo:
-    """What data.train or data.val holds, if it is whole and of the model's classes."""
+    """What data.train or data.val holds, after checking that it is complete and fits the model."""
     path, num_classes = getattr(config.data, part), config.model.num_classes
     info = describe(path, f"data.{part}", config.data.pipeline)
     if info.num_classes not in (None, num_classes):
         expected = f"{info.num_classes}, the classes of {path}"
         raise ConfigError("model.num_classes", expected, num_classes)
-    if info.num_classes is None:  # no manifest: the labels have to tell
+    if info.num_classes is None:  # no manifest: the labels decide
         largest = int(read_beton(path, f"data.{part}").entries["label"].max())
         if largest >= num_classes:
             expected = f"more than {largest}, the largest label of {path}"

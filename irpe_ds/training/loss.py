@@ -1,4 +1,4 @@
-"""The loss of a forward pass: what the labels say, and what a teacher says of the same images."""
+"""The loss of a forward pass: cross entropy with the labels, and distillation from a teacher."""
 
 from typing import Any
 
@@ -21,23 +21,23 @@ class Loss(nn.Module):
         self.smoothing = smoothing
 
     def prepare(self, model: nn.Module) -> None:
-        """Make the model give in training what the loss takes; before DeepSpeed wraps it."""
+        """Make the model return what the loss needs; call it before DeepSpeed wraps the model."""
 
     def forward(self, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean over the batch.
 
         Args:
-            images: (B, 3, H, W), as the model has seen them.
-            outputs: (B, C), what the model has made of them.
+            images: (B, 3, H, W), the model's input.
+            outputs: (B, C), its logits.
             targets: labels (B,), or probabilities (B, C).
         """
         return F.cross_entropy(outputs.float(), targets, label_smoothing=self.smoothing)
 
 
 class DistillationLoss(Loss):
-    """(1 - alpha) of the labels' loss and alpha of a teacher's, as in DeiT.
+    """(1 - alpha) * loss on the labels + alpha * loss on a teacher's outputs, as in DeiT.
 
-    The student has two heads: the labels teach one, the teacher the other.
+    The student has two heads: one is trained on the labels, the other on the teacher's outputs.
 
     Args:
         teacher: the model to learn from; it is not trained, and computes in `dtype`.
@@ -51,10 +51,10 @@ class DistillationLoss(Loss):
         self.teacher = teacher.eval().requires_grad_(False)
 
     def prepare(self, model: Any) -> None:
-        """Make the student return both of its heads' logits in training.
+        """Make the student return the logits of both heads in training.
 
         Raises:
-            ConfigError: it has no head for the teacher.
+            ConfigError: it has no distillation head.
         """
         if not hasattr(model, "set_distilled_training"):
             with_head = "a model with a distillation head, such as deit_small_distilled_patch16_224"
@@ -66,8 +66,8 @@ class DistillationLoss(Loss):
         """The mean over the batch; `outputs` are the logits of both heads, (B, C) each."""
         logits, distilled = outputs
         loss = super().forward(images, logits, targets)
-        teaching = self._from_teacher(distilled.float(), self._ask(images))
-        return torch.lerp(loss, teaching, self.distill.alpha)
+        from_teacher = self._from_teacher(distilled.float(), self._teacher_logits(images))
+        return torch.lerp(loss, from_teacher, self.distill.alpha)
 
     def _from_teacher(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.distill.kind == "hard":
@@ -82,7 +82,7 @@ class DistillationLoss(Loss):
         return divergence * tau**2 / student.numel()  # DeiT divides by the classes too
 
     @torch.no_grad()
-    def _ask(self, images: Tensor) -> Tensor:
+    def _teacher_logits(self, images: Tensor) -> Tensor:
         """The teacher's logits, (B, C) in float32."""
         height, width = images.shape[-2:]
         set_resolution(self.teacher, (height, width))
@@ -92,14 +92,14 @@ class DistillationLoss(Loss):
 
 
 def build_loss(config: RunConfig) -> Loss:
-    """The loss of a run, with its teacher's weights read from their file if it has one.
+    """The loss of a run; reads the teacher's weights if it has one.
 
     Raises:
-        ConfigError: no such teacher, or the file does not hold its weights for these classes.
+        ConfigError: unknown teacher, or a file that does not hold its weights for these classes.
     """
     augment, distill = config.augment, config.distill
     mixed = augment.mixup > 0 or augment.cutmix > 0
-    smoothing = 0.0 if mixed else augment.label_smoothing  # mixing has smoothed the targets
+    smoothing = 0.0 if mixed else augment.label_smoothing  # mixup smooths the targets itself
     if distill.kind == "none":
         return Loss(smoothing)
     dtype = PRODUCTS[config.train.precision]
@@ -108,7 +108,7 @@ def build_loss(config: RunConfig) -> Loss:
 
 def _build_teacher(config: RunConfig) -> nn.Module:
     distill, student = config.distill, config.model
-    assert distill.weights is not None  # DistillConfig has made sure
+    assert distill.weights is not None  # DistillConfig ensures it
     model = ModelConfig(
         name=distill.teacher,
         num_classes=student.num_classes,

@@ -1,4 +1,4 @@
-"""What a training log row says: loss, speed, waiting, use of the hardware."""
+"""The training metrics of a log row: loss, speed, time waiting for data, memory."""
 
 import resource
 import time
@@ -12,14 +12,14 @@ from irpe_ds.data.loaders import Batch
 
 
 class Meter:
-    """Adds up the loss, the images and the time spent waiting for them between two rows.
+    """Adds up loss, images and time spent waiting for data between two log rows.
 
-    The loss is summed on the device; only `read` and `save` wait for it. Sums of fp32 losses in
-    fp64 are exact, so a row does not depend on where a run was interrupted. A loss that is not
-    finite belongs to an update that is left out, and so it is here.
+    The loss is summed on the device; only `read` and `save` synchronise with it. Sums of fp32
+    losses in fp64 are exact, so a row does not depend on where a run was interrupted. A loss that
+    is not finite is skipped, as its update is.
 
     Args:
-        saved: what `save` gave, of the run that this one goes on with.
+        saved: what `save` returned in the run that this one continues.
     """
 
     def __init__(self, ranks: Ranks, saved: Mapping[str, float]) -> None:
@@ -30,7 +30,7 @@ class Meter:
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Measure speed from now on."""
+        """Restart the measurement of speed."""
         self.images = self.updates = 0
         self.waited, self.since = 0.0, time.perf_counter()
 
@@ -42,7 +42,7 @@ class Meter:
         return batch
 
     def add(self, loss: Tensor, images: int) -> None:
-        """Enter a forward pass of this rank."""
+        """Add a forward pass of this rank."""
         finite = torch.isfinite(loss)
         self.sums += torch.stack([torch.where(finite, loss, 0.0).double(), finite.double()])
         self.images += images
@@ -53,7 +53,7 @@ class Meter:
         return {"loss": loss, "passes": passes}
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading, over all ranks; starts anew. All ranks call it."""
+        """Means over all ranks since the last call, and a reset; all ranks call it."""
         sums = self.save()
         seconds = time.perf_counter() - self.since
         row = {
@@ -69,7 +69,7 @@ class Meter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that were in use at once: of tensors on a GPU, else of the process."""
+    """Peak memory in bytes: of tensors on a GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

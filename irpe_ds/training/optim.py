@@ -1,47 +1,100 @@
-"""AdamW and the cosine schedule, as DeiT's recipe has them."""
+"""AdamW with a moving average of the weights, its parameter groups and the cosine schedule."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
-from torch import nn
+from torch import Tensor, nn
 
 from irpe_ds.config import RunConfig
-from irpe_ds.training.adamw import AdamW, host_adamw
+from irpe_ds.training.engine_state import EMA
+
+
+class _WithEMA:
+    """What `AdamW` and `cpu_adamw` add to their base classes.
+
+    The average is part of the optimizer's state, like the moments: however ZeRO partitions or
+    offloads a parameter, its average is partitioned, offloaded, gathered and saved with it.
+
+    Args:
+        ema_decay: average = decay * average + (1 - decay) * weights after every update that is
+            applied. None: no average.
+        skip_nonfinite: skip an update if a gradient is not finite. With ZeRO or in half precision
+            DeepSpeed does this itself.
+    """
+
+    overflow = False
+    """Whether the last update was skipped; DeepSpeed's engine reads it under this name."""
+
+    def __init__(
+        self, groups: Iterable[Any], *, ema_decay: float | None, skip_nonfinite: bool, **own: Any
+    ) -> None:
+        super().__init__(groups, **own)  # type: ignore[call-arg]
+        self.ema_decay, self.skip_nonfinite = ema_decay, skip_nonfinite
+
+    @torch.no_grad()
+    def step(self: Any, closure: Callable[[], float] | None = None) -> Any:
+        """Update every tensor that has a gradient, and its average."""
+        tensors = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.skip_nonfinite and tensors:
+            self.overflow = not _all_finite([p.grad for p in tensors])
+            if self.overflow:
+                return None
+        result = super().step(closure)  # type: ignore[misc]
+        if self.ema_decay is not None:
+            averages = [self.state[p][EMA] for p in tensors if EMA in self.state[p]]
+            # DeepSpeed 0.19.8 takes a step with zero gradients in initialize(), before there are
+            # averages. Without the check torch refuses an empty list.
+            if averages:
+                torch._foreach_lerp_(averages, tensors, 1 - self.ema_decay)
+        return result
+
+
+class AdamW(_WithEMA, torch.optim.AdamW):
+    """PyTorch's fused AdamW, with a moving average."""
+
+
+def cpu_adamw() -> type[torch.optim.Optimizer]:
+    """DeepSpeed's AdamW for optimizer states offloaded to the host, with a moving average."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return type("CPUAdamW", (_WithEMA, DeepSpeedCPUAdam), {})
 
 
 def build_optimizer(
-    model: nn.Module, config: RunConfig, settings: dict[str, Any]
+    model: nn.Module, config: RunConfig, ds_config: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """AdamW with the moving average that the run keeps, on the host where `settings` offload it."""
+    """AdamW with the run's moving average; on the host if `ds_config` offloads the optimizer."""
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-    optim, zero = config.optim, settings["zero_optimization"]
+    optim, zero = config.optim, ds_config["zero_optimization"]
     arguments: dict[str, Any] = {
         "lr": peak_lr(config),
         "betas": optim.betas,
         "eps": optim.eps,
         "ema_decay": config.train.ema_decay,
-        # ZeRO looks at all gradients before it calls the optimizer, as does half precision.
-        "skips_non_finite": zero["stage"] == 0 and config.train.precision in ("fp32", "autocast"),
+        # ZeRO and half precision check all gradients before they call the optimizer.
+        "skip_nonfinite": zero["stage"] == 0 and config.train.precision in ("fp32", "autocast"),
     }
     groups = parameter_groups(model, config)
     if zero.get("offload_optimizer"):
-        optimizer = host_adamw()(groups, **arguments)
+        optimizer = cpu_adamw()(groups, **arguments)
     else:
         optimizer = AdamW(groups, fused=True, **arguments)
-    ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # or it warns of what our tests test
+    # DeepSpeed 0.19.8 refuses subclasses of its supported optimizers with ZeRO, unless
+    # zero_allow_untested_optimizer is set, and then warns. The comparison is by exact type.
+    ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))
     return optimizer
 
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """Which tensors decay, and with optim.layer_decay how fast each layer learns.
+    """Which tensors have weight decay and, with optim.layer_decay, the `lr_scale` of each layer.
 
-    Tensors of one dimension and the model's exempt names do not decay. Relative position tables
-    have two dimensions or more and do, as in the released recipe; they learn with their block. The
-    schedule multiplies a group's learning rate with its `lr_scale`, 1 for the head.
+    One-dimensional tensors and the model's exempt names have no weight decay. Relative position
+    tables have two dimensions or more and do, as in the released recipe; they belong to their
+    block's layer. The schedule multiplies a group's learning rate by `lr_scale`, 1 for the head.
     """
     exempt: Collection[str] = getattr(model, "no_weight_decay", tuple)()
     optim = config.optim
@@ -60,9 +113,9 @@ def peak_lr(config: RunConfig) -> float:
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: RunConfig, updates_per_epoch: int
 ) -> CosineLRScheduler:
-    """Linear warm-up, then a cosine to min_lr at the last update; `step_update(n)` sets update n.
+    """Linear warm-up, then cosine decay to min_lr at the last update; `step_update(n)` sets it.
 
-    A function of n alone, so that a resumed run needs no state of it.
+    A function of n alone, so that checkpoints need no state of it.
     """
     optim = config.optim
     return CosineLRScheduler(
@@ -73,3 +126,8 @@ def build_schedule(
         warmup_lr_init=optim.warmup_lr,
         t_in_epochs=False,
     )
+
+
+def _all_finite(gradients: list[Tensor]) -> bool:
+    norms = torch.stack(torch._foreach_norm(gradients, float("inf")))
+    return bool(torch.isfinite(norms).all())

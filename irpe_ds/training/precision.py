@@ -1,4 +1,4 @@
-"""What `train.precision` means for tensors."""
+"""The dtypes that `train.precision` stands for."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,14 +10,14 @@ MODEL = {
     "fp16": torch.float16,
     "autocast": torch.float32,
 }
-"""Type of the parameters that the model computes with, and of what it is fed."""
+"""dtype of the parameters in forward and backward passes, and of the images."""
 
 PRODUCTS = MODEL | {"autocast": torch.bfloat16}
-"""Type in which matrix products, and the attention op, take their inputs."""
+"""dtype of the inputs of matrix products and of the attention op."""
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """What a forward pass outside of DeepSpeed's engine runs in."""
+    """The autocast context for a forward pass outside DeepSpeed's engine."""
     if precision == "autocast":
         return torch.autocast(device.type, PRODUCTS[precision])
     return nullcontext()

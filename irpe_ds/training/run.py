@@ -1,87 +1,118 @@
-"""A run from its configuration: check everything, build, train, keep the record."""
+"""A run from its configuration: check everything, build, train, record what ran where."""
 
+import json
+import os
+import platform
+import shlex
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from irpe_ds.cluster.consistency import check_consistency, software
+from irpe_ds.cluster.consistency import check_consistency, software_facts
 from irpe_ds.cluster.heartbeat import Heartbeat
-from irpe_ds.cluster.process_group import device_type, init_process_group, launched, set_environment
-from irpe_ds.cluster.signals import StopSignals, lasting
+from irpe_ds.cluster.process_group import (
+    Ranks,
+    device_type,
+    init_process_group,
+    rank_and_world_size,
+    set_environment,
+)
+from irpe_ds.cluster.rendezvous import INTERFACE
+from irpe_ds.cluster.signals import StopSignals, broken_pipe_safe
 from irpe_ds.config import RunConfig
 from irpe_ds.data.beton.reader import DatasetInfo
-from irpe_ds.errors import ConfigError
+from irpe_ds.errors import ConfigError, UserError
+from irpe_ds.models.attention import RPEAttention
 from irpe_ds.models.build import build_model
-from irpe_ds.ops.dispatch import Choice
+from irpe_ds.ops.dispatch import Choice, FallbackWarning, select
+from irpe_ds.provenance import commit, package_versions
 from irpe_ds.runlog import RunLog
-from irpe_ds.training import checkpoint
 from irpe_ds.training.deepspeed_config import deepspeed_config
 from irpe_ds.training.evaluation import check_data
 from irpe_ds.training.loss import Loss, build_loss
-from irpe_ds.training.run_length import RunLength, run_length
-from irpe_ds.training.run_metadata import attention_op, inputs, write_run_metadata
-from irpe_ds.training.start import FolderLock, check_folder, find_start, first_model
+from irpe_ds.training.precision import PRODUCTS
+from irpe_ds.training.start import (
+    FolderLock,
+    RunLength,
+    check_folder,
+    find_start,
+    initial_manifest,
+    model_to_build,
+    run_length,
+)
 from irpe_ds.training.trainer import Trainer
 
 
-class Ready(NamedTuple):
-    """What every rank makes by itself, and finds mistakes by."""
+class Prepared(NamedTuple):
+    """What every rank builds by itself before training, which finds most mistakes."""
 
     data: dict[str, DatasetInfo]
-    plan: RunLength
+    length: RunLength
     model: nn.Module
     loss: Loss
     op: Choice
+
+    def facts(self) -> dict[str, str]:
+        """What has to be the same on all ranks: the data sets and the attention op."""
+        found = {}
+        for part, info in self.data.items():
+            images = f"{info.num_samples} images"
+            found[f"data.{part}"] = info.manifest.sha256[:12] if info.manifest else images
+        return {**found, "the attention op": self.op.name}
 
 
 def train(
     config: RunConfig, resume: str = "never", work: Callable[[Trainer, RunLog], bool] = Trainer.fit
 ) -> bool:
-    """Train a run to its end, or until a signal asks it to stop; whether it is at its end.
+    """Train a run to its end, or until a signal asks it to stop; whether it reached its end.
 
     Args:
-        resume: `never`, `auto` (go on from the newest undamaged checkpoint of the run folder, or
-            start if there is none), or the folder of one checkpoint.
-        work: what to do with the trainer once all is ready.
+        resume: `never`, `auto` (continue from the newest undamaged checkpoint in the run folder, or
+            start if there is none), or the folder of a checkpoint.
+        work: what to do with the trainer once everything is ready.
 
     Raises:
-        ConfigError: a mistake in the configuration or the data.
-        TrainingError: gradients are not finite any more.
+        UserError: a mistake in the configuration, the data, the checkpoint or the cluster.
+        TrainingError: too many updates in a row with gradients that are not finite.
     """
     set_environment()
-    _, world_size = launched()
-    settings = deepspeed_config(config, world_size)
+    _, world_size = rank_and_world_size()
+    ds_config = deepspeed_config(config, world_size)
     ranks = init_process_group(config.train.join_seconds)
-    check_consistency(ranks, software(config))
+    check_consistency(ranks, software_facts(config))
     with (
-        redirect_stdout(lasting(sys.stdout)),
-        redirect_stderr(lasting(sys.stderr)),
+        redirect_stdout(broken_pipe_safe(sys.stdout)),
+        redirect_stderr(broken_pipe_safe(sys.stderr)),
         StopSignals() as stop,
         Heartbeat(ranks),
     ):
-        ready = ranks.run_checked(partial(prepare, config, resume))
-        plan, model, op = ready.plan, ready.model, ready.op
-        check_consistency(ranks, inputs(ready.data, op))
-        manifest = checkpoint.describe(config, settings, plan, model, world_size, op._asdict())
+        prepared = ranks.run_checked(partial(prepare, config, resume))
+        length, model, op = prepared.length, prepared.model, prepared.op
+        check_consistency(ranks, prepared.facts())
+        manifest = initial_manifest(config, ds_config, length, model, world_size, op._asdict())
         start = ranks.on_rank0(partial(find_start, config, resume, manifest))
         if start.path is not None and ranks.any_rank(not start.path.exists()):
             expected = "a run folder that all nodes share"
-            raise ConfigError(config.folder, expected, f"no {start.path} on one of them")
+            raise ConfigError(config.folder, expected, f"a node without {start.path}")
         saved = start.saved
-        if saved.update > plan.last_update or (saved.update == plan.last_update and saved.scores):
+        if saved.update > length.last_update or (
+            saved.update == length.last_update and saved.scores
+        ):
             if ranks.is_main:
-                done = f"{config.folder} is trained already, {saved.update} updates"
-                print(f"{done}; name=... starts another")
+                done = f"{config.folder}: already trained ({saved.update} updates)"
+                print(f"{done}; start another run with name=...")
             return True
         check_folder(config)
         with FolderLock(config.folder, ranks):
             trainer = Trainer(
-                config, plan, manifest, start, model, ready.loss, settings, ranks, stop
+                config, length, manifest, start, model, prepared.loss, ds_config, ranks, stop
             )
             with RunLog(
                 config.folder,
@@ -91,29 +122,85 @@ def train(
                 wandb=config.log.wandb.model_dump(),
                 tensorboard=config.log.tensorboard,
                 resume_update=None if resume == "never" else saved.update,
-                again=() if saved.scores else ("eval",),
+                repeated_kinds=() if saved.scores else ("eval",),
             ) as log:
                 if ranks.is_main:
-                    log.note(write_run_metadata(config, settings, ranks, op))
+                    log.note(write_run_metadata(config, ds_config, ranks, op))
                 for text in start.notes:
                     log.note(text)
                 return work(trainer, log)
 
 
-def prepare(config: RunConfig, resume: str) -> Ready:
-    """Check the data, build the model and, where they are not built, the operators."""
+def prepare(config: RunConfig, resume: str) -> Prepared:
+    """Check the data, build the model and, if need be, compile the operators.
+
+    Raises:
+        UserError: a mistake in the configuration or the data.
+    """
     data = check_data(config)
-    plan = run_length(config, data["train"].num_samples)
+    length = run_length(config, data["train"].num_samples)
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.train.tf32
     torch.manual_seed(config.seed)
-    model = build_model(first_model(config, resume))
+    model = build_model(model_to_build(config, resume))
     loss = build_loss(config)
     loss.prepare(model)
-    return Ready(data, plan, model, loss, attention_op(config, model, device_type()))
+    return Prepared(data, length, model, loss, choose_op(config, model, device_type()))
 
 
 def input_facts(config: RunConfig) -> dict[str, str]:
-    """What `prepare` finds on this host that has to be the same on all."""
-    ready = prepare(config, "never")
-    return inputs(ready.data, ready.op)
+    """What `prepare` finds on this host that has to be the same on all hosts."""
+    return prepare(config, "never").facts()
+
+
+def choose_op(config: RunConfig, model: nn.Module, device_type: str) -> Choice:
+    """The implementation of the attention op that will run, and why; compiled if need be.
+
+    Raises:
+        ConfigError: `model.impl` names one that does not run here.
+    """
+    layer = next((m for m in model.modules() if isinstance(m, RPEAttention)), None)
+    if layer is None:
+        return Choice("timm's own", "the model has no relative position encoding")
+    warnings.simplefilter("ignore", FallbackWarning)  # the run's log says it, once
+    try:
+        return select(config.model.impl, layer.case(device_type, PRODUCTS[config.train.precision]))
+    except UserError as error:
+        raise ConfigError(f"model.{error.where}", error.expected, error.got) from None
+
+
+def write_run_metadata(
+    config: RunConfig, ds_config: dict[str, Any], ranks: Ranks, op: Choice
+) -> str:
+    """Write config.yaml (resolved), deepspeed.json and environment.json to the run folder.
+
+    Returns:
+        One line for the log: what runs where.
+    """
+    found = run_environment(ranks, op)
+    (config.folder / "config.yaml").write_text(config.dump())
+    (config.folder / "deepspeed.json").write_text(json.dumps(ds_config, indent=2) + "\n")
+    (config.folder / "environment.json").write_text(json.dumps(found, indent=2) + "\n")
+    nodes = len(found["hosts"])
+    network = f", {nodes} nodes over {found['interface']}" if nodes > 1 else ""
+    return (
+        f"{config.folder}: {config.model.name} in {config.train.precision}, "
+        f"{found['ranks']} ranks on {found['device']}{network}, attention op {op.name} ({op.why})"
+    )
+
+
+def run_environment(ranks: Ranks, op: Choice) -> dict[str, Any]:
+    """Command, commit, versions, hardware, and which implementation of the op runs and why."""
+    on_gpu = ranks.device.type == "cuda"
+    return {
+        "command": shlex.join(arg for arg in sys.argv if not arg.startswith("--local_rank")),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "device": torch.cuda.get_device_name(ranks.device) if on_gpu else "CPU",
+        "cuda": torch.version.cuda if on_gpu else None,
+        "ranks": ranks.world_size,
+        "hosts": dict(Counter(ranks.hostnames)),
+        "interface": os.environ.get(INTERFACE),
+        "attention_op": op._asdict(),
+    }

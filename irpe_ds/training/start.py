@@ -1,44 +1,108 @@
-"""Where a run begins: anew, or from a checkpoint."""
+"""Where a run starts, from scratch or from a checkpoint, and how long it is."""
 
-import fcntl
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
+
+from torch import nn
 
 from irpe_ds.cluster.process_group import Ranks
 from irpe_ds.config import ModelConfig, RunConfig
-from irpe_ds.errors import CheckpointError
+from irpe_ds.errors import CheckpointError, ConfigError
+from irpe_ds.files import lock_file
 from irpe_ds.runlog import METRICS
 from irpe_ds.training import checkpoint
+from irpe_ds.training.checkpoint import CheckpointManifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLength:
+    """Length of a run, in updates."""
+
+    num_samples: int
+    """Images in the training set."""
+    updates_per_epoch: int
+    """Full global batches in the training set."""
+    last_update: int
+    """The update after which training ends."""
+
+
+def run_length(config: RunConfig, num_samples: int) -> RunLength:
+    """The length of this run on `num_samples` training images.
+
+    Raises:
+        ConfigError: they do not fill one global batch.
+    """
+    train = config.train
+    updates_per_epoch = num_samples // train.global_batch
+    if not updates_per_epoch:
+        expected = f"at most {num_samples}, the images in {config.data.train}"
+        raise ConfigError("train.global_batch", expected, train.global_batch)
+    last_update = train.epochs * updates_per_epoch
+    return RunLength(
+        num_samples=num_samples,
+        updates_per_epoch=updates_per_epoch,
+        last_update=min(last_update, train.max_updates or last_update),
+    )
+
+
+def initial_manifest(
+    config: RunConfig,
+    ds_config: Mapping[str, Any],
+    length: RunLength,
+    model: nn.Module,
+    world_size: int,
+    op: Mapping[str, str],
+) -> CheckpointManifest:
+    """The checkpoint manifest of this run before its first update."""
+    return CheckpointManifest(
+        updates_per_epoch=length.updates_per_epoch,
+        global_batch=config.train.global_batch,
+        num_samples=length.num_samples,
+        seed=config.seed,
+        shapes={name: list(p.shape) for name, p in model.named_parameters()},
+        world_size=world_size,
+        zero_stage=ds_config["zero_optimization"]["stage"],
+        op=dict(op),
+        config=config.model_dump(mode="json"),
+    )
 
 
 class Start(NamedTuple):
-    """Where a run begins."""
+    """Where a run starts."""
 
     path: Path | None
-    """The checkpoint to go on from; None to start anew."""
-    saved: checkpoint.Manifest
+    """The checkpoint to resume from; None to start from scratch."""
+    saved: CheckpointManifest
     """Its manifest, or that of the run before its first update."""
     notes: list[str]
-    """What the log should say about it."""
+    """Messages about it for the log."""
 
 
-def find_start(config: RunConfig, resume: str, present: checkpoint.Manifest) -> Start:
-    """Where to go on from.
+def find_start(config: RunConfig, resume: str, present: CheckpointManifest) -> Start:
+    """Find out where to start.
+
+    Args:
+        resume: `never`, `auto` or the folder of a checkpoint, as in `run.train`.
+        present: manifest of this run before its first update.
 
     Raises:
-        CheckpointError: there is no such checkpoint, it is damaged or another model's, or a run is
-            there already that would be overwritten.
+        CheckpointError: the checkpoint does not exist, is damaged or is another model's, or an
+            existing run would be overwritten.
     """
     folder = config.folder / checkpoint.FOLDER
-    there = (config.folder / METRICS).exists()
+    exists = (config.folder / METRICS).exists()
     if resume == "never":
-        if there:
-            expected = "a new run: --resume auto goes on with this one, name=... starts another"
-            raise CheckpointError(config.folder, expected, "the folder of a run")
+        if exists:
+            raise CheckpointError(
+                f"{config.folder} holds a run already: continue it with --resume auto, or start "
+                "another with name=..."
+            )
         return Start(None, present, [])
     if resume == "auto" or Path(resume).resolve().parent == folder.resolve():
-        path, damaged = checkpoint.newest_good(folder)
+        path, damaged = checkpoint.newest_undamaged(folder)
         if resume != "auto" and (path is None or Path(resume).resolve() != path.resolve()):
             expected = f"its newest undamaged checkpoint ({path}), or name=... to start another run"
             raise CheckpointError(config.folder, expected, resume)
@@ -49,69 +113,70 @@ def find_start(config: RunConfig, resume: str, present: checkpoint.Manifest) -> 
         if any(folder.glob("update-*")):
             expected = "--resume auto, or name=... to start another run from a checkpoint"
             raise CheckpointError(config.folder, expected, resume)
-        if found := checkpoint.fault(path):
-            raise CheckpointError("--resume", "an undamaged checkpoint", f"{path}: {found}")
-    notes = [f"damaged, not used: {text}" for text in damaged]
+        if damage := checkpoint.find_damage(path):
+            raise CheckpointError(f"--resume {path}: damaged checkpoint: {damage}")
+    notes = [f"skipped a damaged checkpoint: {text}" for text in damaged]
     if path is None:
-        return Start(None, present, ["no checkpoint yet: starting anew"] if there else [])
-    saved = checkpoint.check(path, present)
+        return Start(None, present, ["no checkpoint yet: starting from scratch"] if exists else [])
+    saved = checkpoint.check_compatible(path, present)
     changes = "; ".join(checkpoint.changes(saved, present))
-    notes.append(f"going on from {path}" + (f" with {changes}" if changes else ""))
+    notes.append(f"resuming from {path}" + (f" with {changes}" if changes else ""))
     return Start(path, saved, notes)
 
 
 class FolderLock:
-    """While entered, no other run writes into the run folder; the kernel ends it with the process.
+    """While entered, no other run writes to the run folder; the kernel unlocks it on any exit.
 
     Raises:
-        CheckpointError: on all ranks, where another run does.
+        CheckpointError: on all ranks, if another run does.
     """
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         self._folder, self._ranks = folder, ranks
 
     def __enter__(self) -> None:
-        self._ranks.on_rank0(self._take)
+        self._ranks.on_rank0(self._acquire)
 
     def __exit__(self, *_: object) -> None:
         if self._ranks.is_main:
             self._file.close()
 
-    def _take(self) -> None:
+    def _acquire(self) -> None:
         self._file = lock(self._folder)
 
 
 def lock(folder: Path) -> TextIO:
-    """A file of the folder that is this process's alone until it is closed.
+    """Lock a run folder until the returned file is closed.
 
     Raises:
-        CheckpointError: it is another's, or cannot be locked.
+        CheckpointError: another process has locked it, or its file system does not support locks.
     """
     try:
-        file = (folder / ".lock").open("w")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock_file(folder / ".lock")
     except BlockingIOError:
-        expected = "a run folder that no other run is writing into"
-        raise CheckpointError(folder, expected, "one that is at work") from None
+        message = f"{folder}: run folder is locked by another running process"
+        raise CheckpointError(message) from None
     except OSError as error:
-        expected = "a file system on which files can be locked (flock)"
-        raise CheckpointError(folder, expected, error.strerror) from None
-    return file
+        raise CheckpointError(f"{folder}: cannot lock run folder (flock): {error}") from None
 
 
-def first_model(config: RunConfig, resume: str) -> ModelConfig:
-    """The model to build: where a checkpoint will be loaded, without the weights to start from."""
+def model_to_build(config: RunConfig, resume: str) -> ModelConfig:
+    """The model's configuration, without `weights` if a checkpoint's will replace them."""
     own = (config.folder / checkpoint.FOLDER).glob("update-*")
-    anew = resume == "never" or (resume == "auto" and not any(own))
-    return config.model if anew else config.model.model_copy(update={"weights": None})
+    from_scratch = resume == "never" or (resume == "auto" and not any(own))
+    return config.model if from_scratch else config.model.model_copy(update={"weights": None})
 
 
 def check_folder(config: RunConfig) -> None:
-    """Make the run folder; raise CheckpointError where nothing can be written."""
+    """Create the run folder, and check that files can be written to it.
+
+    Raises:
+        CheckpointError: they cannot.
+    """
     try:
         config.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=config.folder):
             pass
     except OSError as error:
-        got = f"{config.folder}: {error.strerror}"
-        raise CheckpointError("output", "a folder that can be written", got) from None
+        message = f"output: cannot write to {config.folder}: {error.strerror}"
+        raise CheckpointError(message) from None

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from irpe_ds.cluster.process_group import Ranks, without_shared_memory
-from irpe_ds.cluster.signals import StopSignals, StopVote
+from irpe_ds.cluster.process_group import Ranks, disable_shm_allreduce
+from irpe_ds.cluster.signals import PreemptionCheck, StopSignals
 from irpe_ds.config import RunConfig
 from irpe_ds.data.augment.policies import Erase
 from irpe_ds.data.loaders import Batch, EvalLoader, TrainLoader
@@ -29,47 +29,46 @@ from irpe_ds.training.evaluation import EvalBatch, evaluate
 from irpe_ds.training.loss import Loss
 from irpe_ds.training.metrics import Meter
 from irpe_ds.training.optim import build_optimizer, build_schedule
-from irpe_ds.training.run_length import RunLength
-from irpe_ds.training.start import Start
+from irpe_ds.training.start import RunLength, Start
 
 SKIPPED = "skipped.jsonl"
-"""File of the run folder: the updates that were left out, and the samples of each."""
+"""File of the run folder: the updates that were skipped, and the samples of each."""
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop."""
+    """A rank received a stop signal."""
 
 
 class Trainer:
-    """One model under DeepSpeed with its data: trains epochs, evaluates, saves, goes on.
+    """A model in a DeepSpeed engine with its data: trains, evaluates, saves and resumes.
 
     Args:
-        manifest: what checkpoints of this run say of it.
-        start: where training begins.
-        model: where it starts anew, with its first weights.
-        settings: DeepSpeed's configuration.
-        stop: told after every update and every batch of an evaluation.
+        manifest: the run's checkpoint manifest before its first update.
+        start: where training starts.
+        model: its initial weights are used when training starts from scratch.
+        ds_config: DeepSpeed's configuration.
+        stop: checked after every update and every batch of an evaluation.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        plan: RunLength,
-        manifest: checkpoint.Manifest,
+        length: RunLength,
+        manifest: checkpoint.CheckpointManifest,
         start: Start,
         model: nn.Module,
         loss: Loss,
-        settings: dict[str, Any],
+        ds_config: dict[str, Any],
         ranks: Ranks,
         stop: StopSignals,
     ) -> None:
-        self.config, self.plan, self.ranks, self.stop = config, plan, ranks, stop
-        self.vote = StopVote(ranks, stop)
+        self.config, self.length, self.ranks, self.stop = config, length, ranks, stop
+        self.preemption = PreemptionCheck(ranks, stop)
         self.manifest, self.folder = manifest, config.folder / checkpoint.FOLDER
         self.loss = loss.to(ranks.device)
         self.dtype = precision.MODEL[config.train.precision]
         shared: dict[str, Any] = {
-            "batch_size": settings["train_micro_batch_size_per_gpu"],
+            "batch_size": ds_config["train_micro_batch_size_per_gpu"],
             "img_size": config.model.img_size,
             "rank": ranks.rank,
             "world_size": ranks.world_size,
@@ -85,23 +84,23 @@ class Trainer:
             **shared,
         )
         self.val_batches = EvalLoader(config.data.val, crop=config.data.val_crop, **shared)
-        self.begin(start, model, settings)
-        self.schedule = build_schedule(self.engine.optimizer, config, plan.updates_per_epoch)
+        self.setup_engine(start, model, ds_config)
+        self.schedule = build_schedule(self.engine.optimizer, config, length.updates_per_epoch)
         self.augment = build_augment(config)
         self.normalize = Normalize(config.data, ranks.device)
         self.erase = Erase(config.augment.erase)
         self.mixup = build_mixup(config)
         own = start.path is not None and start.path.resolve().parent == self.folder.resolve()
-        self.saved = start.saved if own else manifest
+        self.last_checkpoint = start.saved if own else manifest
         """Manifest of this run's newest checkpoint."""
         self.update = start.saved.update
         self.skips = 0
-        """Updates in a row that were left out until now."""
+        """Updates skipped in a row because of gradients that are not finite."""
         self.meter = Meter(ranks, start.saved.meter)
         self.flops = flops.TRAINING * flops.forward_flops(config.model)
 
-    def begin(self, start: Start, model: nn.Module, settings: dict[str, Any]) -> None:
-        """Put the model under DeepSpeed, in the state that training begins with."""
+    def setup_engine(self, start: Start, model: nn.Module, ds_config: dict[str, Any]) -> None:
+        """Wrap the model in a DeepSpeed engine, in the state that training starts with."""
         import deepspeed
 
         config = self.config
@@ -109,16 +108,17 @@ class Trainer:
         if saved:
             model.load_state_dict(saved[WEIGHTS])
         named = model.named_parameters(remove_duplicate=False)
+        # Full fp32 copies: ZeRO-3 and half precision replace the parameters in initialize().
         weights = {name: p.detach().clone() for name, p in named}
         self.ema_model = None
         if config.train.ema_decay is not None:
             self.ema_model = copy.deepcopy(model).to(self.ranks.device, self.dtype).eval()
-        without_shared_memory()
+        disable_shm_allreduce()
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=build_optimizer(model, config, settings), config=settings
+            model=model, optimizer=build_optimizer(model, config, ds_config), config=ds_config
         )
         self.state = EngineState(self.engine, ema=self.ema_model is not None)
-        self.state.start(weights, step=start.saved.steps)
+        self.state.initialize(weights, step=start.saved.steps)
         if saved:
             self.state.write(saved)
             self.state.set_loss_scaler(start.saved.loss_scaler)
@@ -126,65 +126,66 @@ class Trainer:
             self.engine.compile()
 
     def fit(self, log: RunLog) -> bool:
-        """Train to the last update, or until a signal comes; whether it is the last update."""
+        """Train to the last update or until a signal; whether the last update was reached."""
         try:
-            if self.saved.update != self.update:  # begun with another run's checkpoint
+            if self.last_checkpoint.update != self.update:  # started from another run's
                 self.save(log)
             while True:
-                if self.is_at_end_of_epoch() and not self.saved.scores:
+                if self.is_at_end_of_epoch() and not self.last_checkpoint.scores:
                     self.add_scores(log, self.validate(log))
-                if self.update == self.plan.last_update:
+                if self.update == self.length.last_update:
                     return True
                 self.train_epoch(log)
         except Stopped:
-            if self.saved.update != self.update:
+            if self.last_checkpoint.update != self.update:
                 self.save(log)
             self.stop.finished = True
-            asked = self.stop.received or "a signal to another rank"
-            log.note(f"stopped by {asked} after update {self.update}; --resume auto goes on")
+            signal = self.stop.received or "a signal to another rank"
+            rerun = "rerun with --resume auto to continue"
+            log.note(f"stopped by {signal} after update {self.update}; {rerun}")
             return False
 
     def is_at_end_of_epoch(self) -> bool:
-        """Whether the present weights are to be evaluated."""
-        ends = self.update % self.plan.updates_per_epoch == 0
-        return self.update > 0 and (ends or self.update == self.plan.last_update)
+        """Whether the current weights are to be evaluated."""
+        ends = self.update % self.length.updates_per_epoch == 0
+        return self.update > 0 and (ends or self.update == self.length.last_update)
 
     def raise_if_stopped(self) -> None:
-        """Raise Stopped on all ranks when a signal has come to one of them."""
-        if self.vote():
+        """Raise Stopped on all ranks once one of them has received a signal."""
+        if self.preemption():
             raise Stopped
 
     def train_epoch(self, log: RunLog) -> None:
-        """Train from the present update to the end of its epoch, or to the last update."""
+        """Train from the current update to the end of its epoch, or to the last update."""
         train = self.config.train
-        epoch, done = divmod(self.update, self.plan.updates_per_epoch)
-        end = min(self.plan.last_update, (epoch + 1) * self.plan.updates_per_epoch)
+        epoch, done = divmod(self.update, self.length.updates_per_epoch)
+        end = min(self.length.last_update, (epoch + 1) * self.length.updates_per_epoch)
         size = self.config.model.size_at(epoch)
         set_resolution(self.engine.module, size)
         first_pass = done * train.accumulation
         batches = self.train_batches.epoch(epoch, first_pass=first_pass, img_size=size)
         with closing(batches), self.progress_bar(epoch, done) as bar:
             self.meter.start_clock()
-            self.vote.restart()
+            self.preemption.reset()
             while self.update < end:
                 self.train_update(batches, log)
                 bar.update()
                 if self.update % train.log_every == 0 or self.update == end:
-                    row = self.report(self.meter.read())
+                    row = self.log_row(self.meter.read())
                     log.log("train", self.update, row)
                     bar.set_postfix_str(
                         f"loss {row['loss']:.3f}, lr {row['lr']:.1e}, "
                         f"{row['images_per_s']:.0f} img/s"
                     )
-                often = train.save_every or end
-                if self.update % often == 0 or self.update == end:
+                save_every = train.save_every or end
+                if self.update % save_every == 0 or self.update == end:
                     self.save(log)
                 self.raise_if_stopped()
 
     def progress_bar(self, epoch: int, done: int) -> tqdm:
-        """Updates of this epoch, on rank 0; a redirected log gets a line now and then."""
+        """Updates of this epoch, on rank 0; a redirected log gets a line every 30 seconds."""
         return tqdm(
-            total=self.plan.updates_per_epoch,
+            total=self.length.updates_per_epoch,
             initial=done,
             desc=f"epoch {epoch + 1}/{self.config.train.epochs}",
             unit="update",
@@ -194,7 +195,7 @@ class Trainer:
         )
 
     def train_update(self, batches: Iterator[Batch], log: RunLog) -> None:
-        """All forward and backward passes of one update, and the update."""
+        """All forward and backward passes of one update, and the optimizer step."""
         self.schedule.step_update(self.update)
         for micro_step in range(self.config.train.accumulation):
             batch = self.meter.wait(batches)
@@ -203,13 +204,13 @@ class Trainer:
         self.meter.updates += 1
         if self.engine.was_step_applied():
             self.skips = 0
-        elif not self.state.loss_scale_can_sink():
-            self.count_skip(log)
+        elif not self.state.loss_scale_can_drop():
+            self.record_skip(log)
 
     def step(self, batch: Batch, micro_step: int) -> Tensor:
-        """One forward and backward pass, the last of an update with the update; the loss."""
-        number = self.update * self.config.train.accumulation + micro_step
-        seed_step(self.config.seed, number, self.ranks.rank)
+        """One forward and backward pass, with the update if it is its last; returns the loss."""
+        step = self.update * self.config.train.accumulation + micro_step
+        seed_step(self.config.seed, step, self.ranks.rank)
         images = batch.images.to(self.ranks.device, non_blocking=True)
         images = self.erase(self.normalize(self.augment(images, batch.keys)), batch.keys)
         targets = batch.labels.to(self.ranks.device, non_blocking=True)
@@ -221,11 +222,11 @@ class Trainer:
         self.engine.step()
         return loss.detach()
 
-    def count_skip(self, log: RunLog) -> None:
-        """Write down the samples of an update that was left out; stop after too many in a row.
+    def record_skip(self, log: RunLog) -> None:
+        """Record the samples of an update that was skipped; fail after too many in a row.
 
         Raises:
-            TrainingError: on all ranks, since a gradient that is not finite is so on all.
+            TrainingError: on all ranks, since all see the same reduced gradients.
         """
         self.skips += 1
         limit = self.config.train.max_skips
@@ -234,20 +235,20 @@ class Trainer:
             with path.open("a", encoding="utf-8") as file:
                 row = {"update": self.update, "samples": self.samples_of(self.update)}
                 file.write(json.dumps(row) + "\n")
-            log.note(f"update {self.update} is left out: a gradient is not finite; see {path}")
+            log.note(f"update {self.update} skipped: a gradient is not finite; see {path}")
         if self.skips > limit:
             raise TrainingError(
-                f"{self.skips} updates in a row, the last {self.update}, had gradients that are "
-                f"not finite (train.max_skips is {limit}); their samples are in {path}, and the "
-                f"last checkpoint is of update {self.saved.update}"
+                f"{self.skips} updates in a row, up to {self.update}, had gradients that are not "
+                f"finite (train.max_skips is {limit}); their samples are in {path}, and the last "
+                f"checkpoint is of update {self.last_checkpoint.update}"
             )
 
     def samples_of(self, update: int) -> list[int]:
-        """The samples that all ranks see in an update, counted from 1."""
-        epoch, done = divmod(update - 1, self.plan.updates_per_epoch)
+        """The samples of an update over all ranks; updates count from 1."""
+        epoch, done = divmod(update - 1, self.length.updates_per_epoch)
         images = self.config.train.global_batch
         samples, _ = train_order(
-            self.plan.num_samples,
+            self.length.num_samples,
             batch_size=images,
             accumulation=1,
             rank=0,
@@ -258,10 +259,10 @@ class Trainer:
         )
         return samples[done * images : (done + 1) * images].tolist()
 
-    def report(self, row: dict[str, float]) -> dict[str, float]:
-        """The meter's row with what the engine and the model's arithmetic tell."""
+    def log_row(self, row: dict[str, float]) -> dict[str, float]:
+        """The meter's row with the engine's numbers and the share of the hardware's FLOPs."""
         row["lr"] = max(group["lr"] for group in self.engine.optimizer.param_groups)
-        row["epoch"] = self.update / self.plan.updates_per_epoch
+        row["epoch"] = self.update / self.length.updates_per_epoch
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             row["grad_norm"] = float(norm)
@@ -275,28 +276,28 @@ class Trainer:
         return row
 
     def validate(self, log: RunLog) -> dict[str, float]:
-        """Scores of the present weights, and of their average, on the whole validation set."""
+        """Scores of the current weights, and of their average, on the whole validation set."""
         set_resolution(self.engine.module, self.config.model.img_size)
         scores = self.evaluate(self.engine)
-        said = ""
+        ema_text = ""
         if self.ema_model is not None:
             average = self.state.read_kind(EMA, keep=True) | self.state.constants()
             self.ema_model.load_state_dict(average)
             with precision.autocast(self.config.train.precision, self.ranks.device):
                 average_scores = self.evaluate(self.ema_model)
             scores |= {f"ema_{key}": average_scores[key] for key in ("top1", "top5", "loss")}
-            said = f"; their average: top-1 {scores['ema_top1']:.2f} %"
-        epoch = self.update / self.plan.updates_per_epoch
+            ema_text = f"; EMA: top-1 {scores['ema_top1']:.2f} %"
+        epoch = self.update / self.length.updates_per_epoch
         log.log("eval", self.update, {"epoch": epoch, **scores})
         log.note(
             f"epoch {epoch:g}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, "
-            f"loss {scores['loss']:.4f} on {scores['images']:.0f} images{said}"
+            f"loss {scores['loss']:.4f} on {scores['images']:.0f} images{ema_text}"
         )
         return scores
 
     def evaluate(self, model: Any) -> dict[str, float]:
         """Scores of one model; raises Stopped between batches."""
-        self.vote.restart()
+        self.preemption.reset()
 
         def batches() -> Iterator[EvalBatch]:
             for batch in self.val_batches:
@@ -306,8 +307,8 @@ class Trainer:
         return evaluate(model, batches(), lambda x: self.normalize(x).to(self.dtype), self.ranks)
 
     def save(self, log: RunLog) -> None:
-        """Write a checkpoint of the present update; all ranks call it."""
-        log.sync()  # rows of a checkpoint are on the disk before it
+        """Write a checkpoint of the current update; all ranks call it."""
+        log.sync()  # a checkpoint's rows are on disk before it
         manifest = self.manifest.at(
             self.update,
             steps=self.state.steps(),
@@ -322,10 +323,11 @@ class Trainer:
             constants=self.state.constants(),
             keep=self.config.train.keep_checkpoints,
         )
-        self.saved = self.ranks.on_rank0(write)
+        self.last_checkpoint = self.ranks.on_rank0(write)
 
     def add_scores(self, log: RunLog, scores: dict[str, float]) -> None:
-        """Enter what the evaluation of the newest checkpoint found."""
+        """Add the scores of the newest checkpoint to its manifest."""
         log.sync()
-        manifest = replace(self.saved, scores=scores)
-        self.saved = self.ranks.on_rank0(partial(checkpoint.add_scores, self.folder, manifest))
+        manifest = replace(self.last_checkpoint, scores=scores)
+        write = partial(checkpoint.add_scores, self.folder, manifest)
+        self.last_checkpoint = self.ranks.on_rank0(write)

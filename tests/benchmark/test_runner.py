@@ -12,7 +12,7 @@ import pytest
 from irpe_ds.benchmark import runner
 from irpe_ds.benchmark.experiment import Cell, Experiment, load_experiment
 from irpe_ds.benchmark.runner import Results, read_results_file, run_experiment
-from irpe_ds.errors import ConfigError
+from irpe_ds.errors import CheckpointError, ConfigError
 from irpe_ds.training.start import lock
 from tests.benchmark.test_experiment import write
 
@@ -161,7 +161,10 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path: Path, speeds: 
 
 def test_two_at_once_are_refused(tmp_path: Path, speeds: Speeds) -> None:
     (tmp_path / "test").mkdir()
-    with lock(tmp_path / "test"), pytest.raises(ConfigError, match="at work"):
+    with (
+        lock(tmp_path / "test"),
+        pytest.raises(CheckpointError, match="locked by another running process"),
+    ):
         run(experiment(tmp_path))
 
 
@@ -180,7 +183,7 @@ def test_what_a_killed_one_has_started_is_not_disturbed(tmp_path: Path) -> None:
         time.sleep(0.02)
     process.kill()
     process.wait()
-    with pytest.raises(ConfigError, match="at work"):
+    with pytest.raises(CheckpointError, match="locked by another running process"):
         lock(tmp_path)
     time.sleep(3)
     lock(tmp_path).close()

@@ -1,4 +1,4 @@
-"""Ranks that do not come are named, and the network interface is chosen."""
+"""Ranks that do not join are named, and the network interface is chosen."""
 
 import base64
 import json
@@ -27,77 +27,79 @@ def _place(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def meet(
-    *ranks: int, world_size: int = 2, fault: ClusterError | None = None, seconds: float = 60
+def join(
+    *ranks: int, world_size: int = 2, error: ClusterError | None = None, seconds: float = 60
 ) -> list[str | None]:
-    """What these ranks, threads of this process, are told; None where all is well."""
+    """The error of each of these ranks, threads of this process; None if there is none."""
     stores = []  # of which the first must outlive the others
 
     def one(rank: int) -> str | None:
         try:
             stores.append(
-                rendezvous.rendezvous(rank, world_size, seconds, fault if rank == 1 else None)
+                rendezvous.rendezvous(rank, world_size, seconds, error if rank == 1 else None)
             )
-        except ClusterError as error:
-            return str(error)
+        except ClusterError as raised:
+            return str(raised)
         return None
 
     with ThreadPoolExecutor(len(ranks)) as pool:
         return list(pool.map(one, ranks))
 
 
-def test_all_come() -> None:
-    assert meet(0, 1) == [None, None]
+def test_all_join() -> None:
+    assert join(0, 1) == [None, None]
     assert os.environ[rendezvous.INTERFACE] == "lo"
 
 
 def test_on_one_node_the_interface_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert meet(0, 1) == [None, None]
+    assert join(0, 1) == [None, None]
     assert rendezvous.INTERFACE not in os.environ
 
 
 def test_an_absent_rank_is_named_with_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
     world = base64.urlsafe_b64encode(json.dumps({"a": [0], "b": [0, 1], "c": [0]}).encode())
-    monkeypatch.setattr(launchers, "parents", lambda: [["x", f"--world_info={world.decode()}"]])
+    monkeypatch.setattr(
+        launchers, "parent_commands", lambda: [["x", f"--world_info={world.decode()}"]]
+    )
     began = time.monotonic()
-    found = meet(0, 2, world_size=4, seconds=6)
+    found = join(0, 2, world_size=4, seconds=6)
     assert time.monotonic() - began < 12
-    told = "expected to join within 6 s (train.join_seconds), got no sign of life"
-    assert found == [f"rank 1 on b, rank 3 on c: {told}"] * 2
+    told = "rank 1 on b, rank 3 on c did not join within 6 s (train.join_seconds)"
+    assert found == [told] * 2
 
 
 def test_an_absent_rank_of_an_unknown_host() -> None:
-    (told,) = meet(0, world_size=3, seconds=6)
+    (told,) = join(0, world_size=3, seconds=6)
     assert told is not None
-    assert told.startswith("ranks 1, 2: expected to join")
-    assert told.endswith(f"no sign of life, only ranks on {HERE}")
+    assert told.startswith("ranks 1, 2 did not join within 6 s")
+    assert told.endswith(f"; only ranks on {HERE} did")
 
 
 def test_the_first_rank_is_absent() -> None:
-    (told,) = meet(1, seconds=1)
+    (told,) = join(1, seconds=1)
     assert told is not None
-    assert told.startswith("rank 0 on 127.0.0.1, port ")
-    assert "an answer within 1 s" in told
+    assert told.startswith("rank 0 at 127.0.0.1, port ")
+    assert "did not answer within 1 s" in told
 
 
-def test_a_fault_of_one_is_told_to_all() -> None:
-    fault = ClusterError("rank 1 on b", "a GPU for each rank", "1 for 2")
-    assert meet(0, 1, fault=fault) == [str(fault)] * 2
+def test_an_error_of_one_rank_is_raised_on_all() -> None:
+    error = ClusterError("rank 1 on b", "a GPU for each rank", "1 for 2")
+    assert join(0, 1, error=error) == [str(error)] * 2
 
 
 def test_the_port_is_taken() -> None:
     with socket.socket() as taken:
         taken.bind(("", int(os.environ["MASTER_PORT"])))
         taken.listen()
-        (told,) = meet(0)
+        (told,) = join(0)
     assert told is not None
     assert told.startswith(f"MASTER_PORT on {HERE}: expected a free port, got ")
 
 
 def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(rendezvous.INTERFACE, "ib77")
-    told, other = meet(0, 1)
+    told, other = join(0, 1)
     assert told == other
     assert told is not None
     assert told.startswith(f"{rendezvous.INTERFACE} on {HERE}: expected one of ")
@@ -106,9 +108,9 @@ def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_no_such_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "node.invalid")
-    (told,) = meet(1)
+    (told,) = join(1)
     assert told is not None
-    assert told.startswith(f"{HERE}: expected a way to node.invalid, got ")
+    assert told.startswith(f"{HERE} has no route to node.invalid: ")
 
 
 class Address:

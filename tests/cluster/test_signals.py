@@ -1,4 +1,4 @@
-"""A signal to one rank reaches all at the same call, and they are not asked at every call."""
+"""A signal to one rank stops all at the same call, and they do not poll at every call."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, get_ident
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from irpe_ds.cluster import signals
-from irpe_ds.cluster.signals import StopVote
+from irpe_ds.cluster.signals import PreemptionCheck
 
 
 class Together:
@@ -50,12 +50,12 @@ def calls_until_stopped(
 
     def run(number: int) -> int:
         received = Signals()
-        vote = StopVote(together.rank(number), received)  # type: ignore[arg-type]
+        check = PreemptionCheck(together.rank(number), received)  # type: ignore[arg-type]
         for call in range(1, 10_000):
             clocks[number] += paces[number]
             if number == len(paces) - 1 and call == signal_at:
                 received.received = "SIGTERM"
-            if vote():
+            if check():
                 return call
         return 0
 
@@ -76,7 +76,7 @@ def test_all_stop_at_the_same_call_and_soon(
     stopped, asked = calls_until_stopped(paces, signal_at=201, monkeypatch=monkeypatch)
     assert len(set(stopped)) == 1
     late = stopped[0] - 201
-    assert 0 <= late <= signals.ASK_CALLS
-    assert late * max(paces) <= signals.ASK_SECONDS
+    assert 0 <= late <= signals.POLL_CALLS
+    assert late * max(paces) <= signals.POLL_SECONDS
     if max(paces) < 1:
         assert asked < 201 / 4

@@ -14,7 +14,7 @@ import irpe_ds
 from irpe_ds.config import RunConfig, load_config
 from irpe_ds.models.build import build_model, load_weights
 from irpe_ds.training import checkpoint
-from irpe_ds.training.run_length import run_length
+from irpe_ds.training.start import initial_manifest, run_length
 
 NAME = "deit_tiny_patch16_224_ctx_product_50_shared_k"
 
@@ -38,9 +38,9 @@ def state(config: RunConfig) -> dict[str, dict[str, torch.Tensor]]:
     kinds = ("weights", "ema", "exp_avg", "exp_avg_sq")
     shapes = {name: p.shape for name, p in model().named_parameters()}
     state = {k: {n: 0.1 * torch.randn(shape) for n, shape in shapes.items()} for k in kinds}
-    settings = {"zero_optimization": {"stage": 0}}
-    plan = run_length(config, 640)
-    manifest = checkpoint.describe(config, settings, plan, model(), world_size=1, op={})
+    ds_config = {"zero_optimization": {"stage": 0}}
+    length = run_length(config, 640)
+    manifest = initial_manifest(config, ds_config, length, model(), world_size=1, op={})
     folder = config.folder / checkpoint.FOLDER
     checkpoint.save(folder, manifest.at(3), state, constants={}, keep=1)
     return state

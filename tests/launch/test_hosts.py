@@ -142,7 +142,7 @@ def test_a_signal_to_the_command_saves(hosts: Hosts, common: list[str]) -> None:
 def test_a_host_that_does_not_answer_is_named(hosts: Hosts, common: list[str]) -> None:
     process, log = launch(hosts, ["node1", "absent", "node2"], [*common, "name=absent"])
     assert process.wait(90) != 0
-    assert "error: rank 1 on absent: expected to join within 45 s" in log.read_text()
+    assert "error: rank 1 on absent did not join within 45 s" in log.read_text()
 
 
 def test_a_host_with_another_commit_is_named(hosts: Hosts, common: list[str]) -> None:
@@ -202,4 +202,4 @@ def test_a_host_that_dies_ends_the_run_by_name(hosts: Hosts, common: list[str]) 
     more = f"train.max_updates={updates + 10}"
     process, log = launch(hosts, ["node1", "node3"], [*run, more], "auto")
     assert process.wait(200) == 0, log.read_text()
-    assert f"going on from {folder}" in log.read_text()
+    assert f"resuming from {folder}" in log.read_text()

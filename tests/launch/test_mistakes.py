@@ -38,7 +38,7 @@ def mistakes(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "shapes": {},
     }
     empty = {kind: {} for kind in ("weights", "exp_avg", "exp_avg_sq")}
-    checkpoint.save(folder, checkpoint.Manifest(**saved), empty, constants={}, keep=1)
+    checkpoint.save(folder, checkpoint.CheckpointManifest(**saved), empty, constants={}, keep=1)
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -113,7 +113,6 @@ def test_every_rank_says_it_once(run: Any, digits: Path, tmp_path: Path) -> None
     done = run(
         *("deepspeed", "--num_accelerators", 2, "launch/train.py", "--config", CONFIG),
         *(f"data.train={digits}/train.beton", "data.val=nowhere.beton", f"output={tmp_path}"),
-        timeout=60,
     )
     assert done.returncode == 2, done.stderr
     messages = [line for line in done.stderr.splitlines() if "error: data.val" in line]

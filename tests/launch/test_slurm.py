@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from irpe_ds.errors import ExitCode
 from tests.launch.hosts import python_environment
 from tests.launch.ranks import CONFIG, Ranks, rows
 from tests.launch.slurm import Slurm, missing
@@ -72,6 +73,13 @@ def test_no_other_is(rank_does: str, state: str, expected: int, job: Job) -> Non
     assert "scontrol" not in calls
 
 
+@pytest.mark.parametrize("code", sorted({*ExitCode, 74, 76, 130, 137, 255}))
+def test_exactly_the_exit_code_requeue_requeues(code: int, job: Job) -> None:
+    ended, calls = job(f"exit {int(code)}")
+    assert ended == code
+    assert ("scontrol" in calls) == (code == ExitCode.REQUEUE)
+
+
 def test_an_element_of_an_array_is_a_run_of_its_own(job: Job) -> None:
     code, calls = job("exit 75", "name=x-%a", "seed=%a", element="12")
     assert code == 75
@@ -82,7 +90,7 @@ def test_an_element_of_an_array_is_a_run_of_its_own(job: Job) -> None:
 
 def test_an_array_of_one_name_is_refused(job: Job) -> None:
     code, calls = job("exit 0", "name=x", element="0")
-    assert (code, calls) == (2, {})
+    assert (code, calls) == (ExitCode.MISTAKE, {})
 
 
 def test_outside_an_array_nothing_is_replaced(job: Job) -> None:
@@ -151,7 +159,7 @@ def test_the_element_that_is_signalled_goes_on_alone(
         assert job["Restarts"] == str(number)
         assert_same_rows(output / f"element-{number}", alone)
     log = slurm.log(f"{array}_1")
-    assert "going on from" in log
+    assert "resuming from" in log
 
 
 @with_slurm

@@ -284,7 +284,7 @@ def test_two_runs_do_not_share_a_folder(common: list[str], tmp_path: Path) -> No
     first.wait_for("hanging")
     second = Ranks(tmp_path, 2, [(run, "auto")])
     assert second.wait(60) == [2, 2]
-    assert "expected a run folder that no other run is writing into" in second.output()
+    assert "run folder is locked by another running process" in second.output()
     first.kill()
 
 
@@ -499,7 +499,7 @@ def test_too_many_of_them_end_the_run(common: list[str], output: Path, tmp_path:
     run = [*common, *zero(1, "bf16"), "name=hopeless", "train.max_skips=4"]
     ranks = Ranks(tmp_path, 2, [(run, "never")], partial(poison, range(18, 100)))
     assert ranks.wait() == [1, 1]
-    assert "error: 5 updates in a row, the last 22, had gradients" in ranks.output()
+    assert "error: 5 updates in a row, up to 22, had gradients" in ranks.output()
     assert "Traceback" not in ranks.output()
     assert len((output / "hopeless/skipped.jsonl").read_text().splitlines()) == 5
     (checkpoint,) = (output / "hopeless/checkpoints").iterdir()

@@ -125,7 +125,7 @@ def test_clipping_is_applied(runs: Path) -> None:
 
 def check_resumed(runs: Path, case: str) -> None:
     whole, resumed = (runs / f"{kind}-{case}" for kind in ("whole", "resumed"))
-    assert "going on from" in (resumed / "log.txt").read_text()
+    assert "resuming from" in (resumed / "log.txt").read_text()
     assert torch.equal(losses(resumed), losses(whole))
     assert rows(resumed, "eval")[-1] == rows(whole, "eval")[-1]
     expected, got = weights(whole), weights(resumed)

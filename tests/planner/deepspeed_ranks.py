@@ -104,7 +104,7 @@ def measure(case: dict[str, Any], folder: Path, counter: Counter) -> dict[str, A
         model=model, optimizer=build_optimizer(model, config, settings), config=settings
     )
     state = EngineState(engine, ema=average is not None)
-    state.start(dict(build_model(config.model).named_parameters()))
+    state.initialize(dict(build_model(config.model).named_parameters()))
     logger = deepspeed.comm.comm.comms_logger
     wires = []
     # Stage 3 needs two updates to know the order of its parameters.

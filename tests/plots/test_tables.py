@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from irpe_ds.config import load_config
-from irpe_ds.errors import ConfigError
+from irpe_ds.errors import CheckpointError, ConfigError
 from irpe_ds.models.build import build_model
 from irpe_ds.training import checkpoint
 from launch import tables
@@ -150,7 +150,7 @@ def test_mistakes_end_with_code_2_and_one_message(config: Path) -> None:
 
 def test_run_without_a_checkpoint(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
     config.rename(config.with_name("config.yaml"))
-    with pytest.raises(ConfigError, match="a run folder with a checkpoint"):
+    with pytest.raises(CheckpointError, match="no checkpoint in this run folder"):
         draw(monkeypatch, "--run", config.parent)
 
 
@@ -159,7 +159,7 @@ def test_newest_checkpoint_of_a_run(monkeypatch: pytest.MonkeyPatch, config: Pat
     state = {"weights": load_file(save(config)), "exp_avg": none, "exp_avg_sq": none}
     run: dict[str, Any] = {"updates_per_epoch": 5, "global_batch": 8, "num_samples": 40, "seed": 0}
     run |= {"world_size": 1, "zero_stage": 0, "shapes": {}, "op": {}, "config": {}}
-    manifest = checkpoint.Manifest(**run).at(2)
+    manifest = checkpoint.CheckpointManifest(**run).at(2)
     checkpoint.save(config.parent / "checkpoints", manifest, state, constants={}, keep=1)
     config.rename(config.with_name("config.yaml"))
     out = config.with_name("t.png")

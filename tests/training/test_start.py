@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from irpe_ds.config import RunConfig
-from irpe_ds.errors import CheckpointError
+from irpe_ds.errors import CheckpointError, ConfigError
 from irpe_ds.training import checkpoint
-from irpe_ds.training.run_length import run_length
-from irpe_ds.training.start import check_folder, find_start
+from irpe_ds.training.checkpoint import CheckpointManifest
+from irpe_ds.training.start import check_folder, find_start, initial_manifest, run_length
 
 
 @pytest.fixture
@@ -23,16 +23,16 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 @pytest.fixture
-def present(config: RunConfig) -> checkpoint.Manifest:
+def present(config: RunConfig) -> CheckpointManifest:
     """A run before its first update."""
-    settings = {"zero_optimization": {"stage": 1}}
+    ds_config = {"zero_optimization": {"stage": 1}}
     op = {"name": "cpu", "why": "asked for"}
-    plan = run_length(config, 640)
-    return checkpoint.describe(config, settings, plan, nn.Linear(2, 3), world_size=2, op=op)
+    length = run_length(config, 640)
+    return initial_manifest(config, ds_config, length, nn.Linear(2, 3), world_size=2, op=op)
 
 
 def save(
-    folder: Path, manifest: checkpoint.Manifest, update: int, keep: int = 2, **scores: float
+    folder: Path, manifest: CheckpointManifest, update: int, keep: int = 2, **scores: float
 ) -> Path:
     """A checkpoint of nn.Linear(2, 3) in a run folder."""
     shapes = {"weight": (3, 2), "bias": (3,)}
@@ -42,69 +42,78 @@ def save(
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").touch()
-    place = folder / checkpoint.FOLDER
-    checkpoint.save(place, manifest.at(update, scores=scores), state, constants={}, keep=keep)
-    return checkpoint.place(place, update)
+    checkpoints = folder / checkpoint.FOLDER
+    scored = manifest.at(update, scores=scores)
+    checkpoint.save(checkpoints, scored, state, constants={}, keep=keep)
+    return checkpoint.path_of(checkpoints, update)
 
 
 class TestStart:
-    def test_anew(self, config: RunConfig, present: checkpoint.Manifest) -> None:
+    def test_from_scratch(self, config: RunConfig, present: CheckpointManifest) -> None:
         for resume in ("never", "auto"):
             assert find_start(config, resume, present) == (None, present, [])
 
-    def test_from_the_newest(self, config: RunConfig, present: checkpoint.Manifest) -> None:
+    def test_from_the_newest(self, config: RunConfig, present: CheckpointManifest) -> None:
         save(config.folder, present, 9)
         newest = save(config.folder, present, 10)
         for resume in ("auto", str(newest)):
             start = find_start(config, resume, present)
             assert start.path == newest
             assert (start.saved.update, start.saved.epoch, start.saved.images) == (10, 1, 0)
-            assert start.notes == [f"going on from {newest}"]
+            assert start.notes == [f"resuming from {newest}"]
 
-    def test_what_changed_is_said(self, config: RunConfig, present: checkpoint.Manifest) -> None:
+    def test_what_changed_is_said(self, config: RunConfig, present: CheckpointManifest) -> None:
         save(config.folder, present, 9)
         other = checkpoint.replace(present, world_size=4, zero_stage=3)
         (note,) = find_start(config, "auto", other).notes
         assert note.endswith(" with ranks: 2 -> 4; ZeRO stage: 1 -> 3")
 
     def test_from_another_run(
-        self, config: RunConfig, present: checkpoint.Manifest, tmp_path: Path
+        self, config: RunConfig, present: CheckpointManifest, tmp_path: Path
     ) -> None:
         other = save(tmp_path / "other", present, 7)
         assert find_start(config, str(other), present).path == other
 
-    @pytest.mark.parametrize(("resume", "got"), [("never", "the folder of a run"), ("old", "0009")])
+    @pytest.mark.parametrize(
+        ("resume", "message"),
+        [
+            ("never", r"x holds a run already: .*--resume auto, .*name=\.\.\.$"),
+            ("old", r"name=\.\.\. .*, got .*0009$"),
+        ],
+    )
     def test_no_run_is_overwritten(
-        self, resume: str, got: str, config: RunConfig, present: checkpoint.Manifest
+        self, resume: str, message: str, config: RunConfig, present: CheckpointManifest
     ) -> None:
         old = save(config.folder, present, 9)
         save(config.folder, present, 10)
-        with pytest.raises(CheckpointError, match=rf"name=\.\.\. .*got .*{got}"):
+        with pytest.raises(CheckpointError, match=message):
             find_start(config, str(old) if resume == "old" else resume, present)
 
     def test_a_checkpoint_of_another_run_until_there_is_an_own(
-        self, config: RunConfig, present: checkpoint.Manifest, tmp_path: Path
+        self, config: RunConfig, present: CheckpointManifest, tmp_path: Path
     ) -> None:
         other = save(tmp_path / "other", present, 7)
         config.folder.mkdir(parents=True)
         (config.folder / "metrics.jsonl").touch()  # it was killed before it saved
         assert find_start(config, str(other), present).path == other
-        assert find_start(config, "auto", present).notes == ["no checkpoint yet: starting anew"]
+        assert find_start(config, "auto", present).notes == [
+            "no checkpoint yet: starting from scratch"
+        ]
         save(config.folder, present, 8)
         with pytest.raises(CheckpointError, match="expected --resume auto"):
             find_start(config, str(other), present)
 
-    def test_from_nothing(self, config: RunConfig, present: checkpoint.Manifest) -> None:
+    def test_from_nothing(self, config: RunConfig, present: CheckpointManifest) -> None:
         with pytest.raises(CheckpointError, match=r"^--resume: expected auto or .*, got nowhere"):
             find_start(config, "nowhere", present)
 
     @pytest.mark.parametrize("key", ["global_batch", "seed", "updates_per_epoch", "num_samples"])
     def test_data_in_another_order(
-        self, key: str, config: RunConfig, present: checkpoint.Manifest
+        self, key: str, config: RunConfig, present: CheckpointManifest
     ) -> None:
         save(config.folder, present, 9)
         other = checkpoint.replace(present, **{key: 5})
-        with pytest.raises(CheckpointError, match=f"expected {key} 5, as here"):
+        with pytest.raises(CheckpointError, match=f"expected {key} 5, as in this run"):
             find_start(config, "auto", other)
 
 
@@ -123,8 +132,8 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_passed_over(
-    name: str, damage: Any, config: RunConfig, present: checkpoint.Manifest
+def test_a_damaged_checkpoint_is_skipped(
+    name: str, damage: Any, config: RunConfig, present: CheckpointManifest
 ) -> None:
     whole, newest = (save(config.folder, present, update) for update in (9, 10))
     damage(newest / name)
@@ -132,18 +141,16 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert start.path == whole
     assert str(newest) in start.notes[0]
     assert name in start.notes[0]
-    with pytest.raises(CheckpointError, match=r"undamaged checkpoint"):
+    with pytest.raises(CheckpointError, match=r"expected its newest undamaged checkpoint"):
         find_start(config, str(newest), present)
     damage(whole / name)
-    with pytest.raises(
-        CheckpointError, match=r"expected an undamaged checkpoint, got .*00010: .*0009"
-    ):
+    with pytest.raises(CheckpointError, match=r"every checkpoint is damaged: .*00010: .*0009"):
         find_start(config, "auto", present)
 
 
 class TestCheckpoint:
     def test_the_newest_and_the_best_are_kept(
-        self, config: RunConfig, present: checkpoint.Manifest
+        self, config: RunConfig, present: CheckpointManifest
     ) -> None:
         scores = {1: 30.0, 2: 80.0, 3: 40.0, 4: 50.0, 5: 60.0}
         for update, top1 in scores.items():
@@ -152,13 +159,13 @@ class TestCheckpoint:
         kept = [int(path.name[-2:]) for path in checkpoint.complete(folder)]
         assert kept == [2, 4, 5]
         best = checkpoint.weights_of(config.folder, best=True, ema=True)
-        assert best == checkpoint.place(folder, 2) / "ema.safetensors"
+        assert best == checkpoint.path_of(folder, 2) / "ema.safetensors"
         newest = checkpoint.weights_of(config.folder)
-        assert newest == checkpoint.place(folder, 5) / "weights.safetensors"
+        assert newest == checkpoint.path_of(folder, 5) / "weights.safetensors"
 
     @pytest.mark.parametrize("keep", [1, 2])
     def test_damaged_ones_that_are_newer_take_no_place(
-        self, keep: int, config: RunConfig, present: checkpoint.Manifest
+        self, keep: int, config: RunConfig, present: CheckpointManifest
     ) -> None:
         whole, *newer = (save(config.folder, present, u, keep=3) for u in (1, 5, 6))
         for path in newer:
@@ -171,7 +178,7 @@ class TestCheckpoint:
         assert find_start(config, "auto", present).path == again
 
     def test_what_cannot_be_removed_is_in_nobodys_way(
-        self, config: RunConfig, present: checkpoint.Manifest, monkeypatch: pytest.MonkeyPatch
+        self, config: RunConfig, present: CheckpointManifest, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """As on NFS, while another process reads it."""
         remove = checkpoint.shutil.rmtree
@@ -188,7 +195,7 @@ class TestCheckpoint:
         assert kept == [newest.with_name(f"update-{n:08d}") for n in (4, 5)]
         assert find_start(config, "auto", present).path == newest
 
-    def test_it_comes_back(self, config: RunConfig, present: checkpoint.Manifest) -> None:
+    def test_it_comes_back(self, config: RunConfig, present: CheckpointManifest) -> None:
         path = save(config.folder, present, 9)
         state = checkpoint.load_state(path)
         assert state.keys() == {"weights", "exp_avg", "exp_avg_sq", "ema"}
@@ -201,16 +208,16 @@ class TestCheckpoint:
         assert manifest.config == config.model_dump(mode="json")
         assert manifest.files.keys() == {*FILES[1:]}
 
-    def test_scores_come_later(self, config: RunConfig, present: checkpoint.Manifest) -> None:
+    def test_scores_come_later(self, config: RunConfig, present: CheckpointManifest) -> None:
         path = save(config.folder, present, 9)
         saved = checkpoint.read_manifest(path)
         scored = checkpoint.replace(saved, scores={"top1": 5.0})
         checkpoint.add_scores(path.parent, scored)
         assert checkpoint.read_manifest(path) == scored
-        assert checkpoint.fault(path) is None
+        assert checkpoint.find_damage(path) is None
 
     def test_what_a_kill_left_is_swept(
-        self, config: RunConfig, present: checkpoint.Manifest
+        self, config: RunConfig, present: CheckpointManifest
     ) -> None:
         path = save(config.folder, present, 9)
         leftover = path.parent / ".update-00000010.partial"
@@ -221,7 +228,7 @@ class TestCheckpoint:
         assert not leftover.exists()
 
     def test_a_full_disk_leaves_the_last_one(
-        self, config: RunConfig, present: checkpoint.Manifest, monkeypatch: pytest.MonkeyPatch
+        self, config: RunConfig, present: CheckpointManifest, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = save(config.folder, present, 9)
 
@@ -229,15 +236,13 @@ class TestCheckpoint:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(checkpoint, "fsync", full)
-        with pytest.raises(
-            CheckpointError, match=r"expected room for a checkpoint, .*No space left"
-        ):
+        with pytest.raises(CheckpointError, match=r"^cannot write checkpoint: .*No space left"):
             save(config.folder, present, 10)
         monkeypatch.undo()
         assert find_start(config, "auto", present).path == path
 
     def test_an_older_format_is_refused(
-        self, config: RunConfig, present: checkpoint.Manifest
+        self, config: RunConfig, present: CheckpointManifest
     ) -> None:
         path = save(config.folder, present, 9)
         (path / "checkpoint.json").write_text(json.dumps({"update": 9, "world_size": 2}))
@@ -246,16 +251,16 @@ class TestCheckpoint:
 
 
 def test_a_run_is_whole_batches(config: RunConfig) -> None:
-    plan = run_length(config, num_samples=200)
-    assert (plan.updates_per_epoch, plan.last_update) == (3, 30)
+    length = run_length(config, num_samples=200)
+    assert (length.updates_per_epoch, length.last_update) == (3, 30)
 
 
 def test_data_must_fill_a_batch(config: RunConfig) -> None:
-    with pytest.raises(CheckpointError, match=r"^train\.global_batch: expected at most 63"):
+    with pytest.raises(ConfigError, match=r"^train\.global_batch: expected at most 63"):
         run_length(config, num_samples=63)
 
 
-def test_a_folder_that_cannot_be(config: RunConfig) -> None:
+def test_a_folder_that_cannot_be_written(config: RunConfig) -> None:
     config.output.joinpath("x").write_text("a file where the folder should be")
-    with pytest.raises(CheckpointError, match=r"^output: expected a folder that can be written"):
+    with pytest.raises(CheckpointError, match=r"^output: cannot write to "):
         check_folder(config)

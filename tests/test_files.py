@@ -1,0 +1,47 @@
+"""Files are complete or absent, and a lock is one process's alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from irpe_ds.files import atomic_write, lock_file, replace_file
+
+
+def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for text in ("one\r\n", "zwei ä\n"):
+        replace_file(path, text)
+        assert path.read_bytes() == text.encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_it_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (events.append("fsync"), fsync(number)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("rename"), replace(*paths)))
+    replace_file(tmp_path / "a.txt", "x")
+    assert events == ["fsync", "rename"]
+
+
+def test_an_error_while_writing_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(TypeError), atomic_write(path) as partial, partial.open("w") as file:
+        file.write(b"not text")  # type: ignore[arg-type]
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lock_is_held_until_the_file_is_closed(tmp_path: Path) -> None:
+    code = "import sys, pathlib, irpe_ds.files as f; f.lock_file(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
+    with lock_file(tmp_path / "lock"):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert "BlockingIOError" in done.stderr
+    assert subprocess.run(command).returncode == 0
