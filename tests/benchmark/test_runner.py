@@ -23,7 +23,7 @@ folder, speed = Path(sys.argv[1]), float(sys.argv[2])
 if speed == 0:
     sys.exit("[rank 1] error: no speed: expected one, got 0")
 if speed < 0:
-    time.sleep(60)
+    time.sleep(3600)
 folder.mkdir()
 row = {"kind": "scaling", "update": 9, "images_per_s": speed, "step_ms": 1.0}
 (folder / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
@@ -142,7 +142,6 @@ def test_a_cell_that_hangs_is_ended(tmp_path: Path, speeds: Speeds) -> None:
     speeds[1] = -1
     rows, _ = run(experiment(tmp_path, timeout=0.5))
     assert "not finished after 0.5 s" in rows[0]["error"]
-    assert rows[0]["seconds"] < 30
 
 
 def test_a_batch_that_ranks_cannot_share_is_a_row(tmp_path: Path, speeds: Speeds) -> None:
@@ -174,7 +173,8 @@ def test_what_a_killed_one_has_started_is_not_disturbed(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from irpe_ds.benchmark.runner import _launch\n"
         "from irpe_ds.training.start import lock\n"
         "with lock(Path('.')) as held:\n"
-        "    _launch(['sh', '-c', 'touch begun; sleep 2'], Path('output'), 60, held)\n"
+        "    waits = 'touch begun; while [ ! -e go ]; do sleep 0.1; done'\n"
+        "    _launch(['sh', '-c', waits], Path('output'), 600, held)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
     end = time.monotonic() + 60
@@ -185,8 +185,16 @@ def test_what_a_killed_one_has_started_is_not_disturbed(tmp_path: Path) -> None:
     process.wait()
     with pytest.raises(CheckpointError, match="locked by another running process"):
         lock(tmp_path)
-    time.sleep(3)
-    lock(tmp_path).close()
+    (tmp_path / "go").touch()
+    end = time.monotonic() + 60
+    while True:
+        try:
+            lock(tmp_path).close()
+        except CheckpointError:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        else:
+            break
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": 3}', '{"rows": [{}]}', "{"])

@@ -64,7 +64,7 @@ def test_an_absent_rank_is_named_with_its_host(monkeypatch: pytest.MonkeyPatch) 
     )
     began = time.monotonic()
     found = join(0, 2, world_size=4, seconds=6)
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 60
     told = "rank 1 on b, rank 3 on c did not join within 6 s (train.join_seconds)"
     assert found == [told] * 2
 

@@ -16,7 +16,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def run() -> Run:
     """Run a command line from the repository's root; its output is text."""
 
-    def run(*command: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(*command: object, timeout: float = 900) -> subprocess.CompletedProcess[str]:
         bin_dir = Path(sys.executable).parent
         path = f"{bin_dir}{os.pathsep}{os.environ['PATH']}"
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path}

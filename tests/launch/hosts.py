@@ -6,6 +6,7 @@ are needed.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 TOOLS = ("ip", "unshare", "sshd", "ssh-keygen", "pdsh")
 SBIN = "/usr/sbin:/sbin"
 SUBNET = "10.77.0"
+PREFIX = f"irpe{os.getpid()}"
+"""Of the names of everything made here: a second suite on this machine has another."""
 
 
 def missing() -> str | None:
@@ -27,10 +32,10 @@ def missing() -> str | None:
     lacking = [tool for tool in TOOLS if shutil.which(tool, path=path) is None]
     if lacking:
         return f"needs {', '.join(lacking)} (iproute2, openssh-server, pdsh)"
-    trial = subprocess.run(["ip", "netns", "add", "irpe-trial"], capture_output=True, text=True)
+    trial = subprocess.run(["ip", "netns", "add", _space("x")], capture_output=True, text=True)
     if trial.returncode:
         return f"needs network namespaces: {trial.stderr.strip()}"
-    _call("ip", "netns", "delete", "irpe-trial")
+    _call("ip", "netns", "delete", _space("x"))
     return None
 
 
@@ -59,8 +64,8 @@ class Hosts:
         self._remove()
         try:
             self._configure()
-            _call("ip", "link", "add", "irpe-bridge", "type", "bridge")
-            _call("ip", "link", "set", "irpe-bridge", "up")
+            _call("ip", "link", "add", _link("b"), "type", "bridge")
+            _call("ip", "link", "set", _link("b"), "up")
             for number, name in enumerate(self.names, 1):
                 self._add(number, name)
         except BaseException:
@@ -105,7 +110,7 @@ class Hosts:
 
     def link(self, name: str, state: str) -> None:
         """Set the bridge's end of a host's link up or down."""
-        _call("ip", "link", "set", f"irpe-{name}", state)
+        _call("ip", "link", "set", _link(name), state)
 
     def shape(self, rate: str | None) -> None:
         """Let every host send at most at a rate, as tc spells it (200mbit); None: as it can."""
@@ -149,8 +154,8 @@ class Hosts:
         names.write_text("\n".join(["127.0.0.1 localhost", own, *lines, ""]))
         _call("ip", "netns", "add", space)
         ends = ("type", "veth", "peer", "name", "eth0", "netns", space)
-        _call("ip", "link", "add", f"irpe-{name}", *ends)
-        _call("ip", "link", "set", f"irpe-{name}", "master", "irpe-bridge", "up")
+        _call("ip", "link", "add", _link(name), *ends)
+        _call("ip", "link", "set", _link(name), "master", _link("b"), "up")
         inside = ("ip", "netns", "exec", space, "ip")
         _call(*inside, "address", "add", f"{SUBNET}.{number}/24", "dev", "eth0")
         for device in ("eth0", "lo"):
@@ -176,18 +181,26 @@ class Hosts:
         self._servers.clear()
         for line in _output("ip", "netns", "list").splitlines():
             space = line.split()[0]
-            if not space.startswith("irpe-node"):
-                continue
+            owner = re.match(r"irpe(\d+)-", space)
+            if owner is None or (int(owner[1]) != os.getpid() and psutil.pid_exists(int(owner[1]))):
+                continue  # another suite's, which is running
             for pid in _output("ip", "netns", "pids", space).split():
                 subprocess.run(["kill", "-9", pid], check=False)
             time.sleep(0.1)
             _call("ip", "netns", "delete", space)
+            subprocess.run(["ip", "link", "delete", f"irpe{owner[1]}b"], capture_output=True)
             shutil.rmtree(Path("/etc/netns") / space, ignore_errors=True)
-        subprocess.run(["ip", "link", "delete", "irpe-bridge"], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "delete", _link("b")], capture_output=True)
 
 
 def _space(name: str) -> str:
-    return f"irpe-{name}"
+    """The network namespace of a host."""
+    return f"{PREFIX}-{name}"
+
+
+def _link(name: str) -> str:
+    """A host's end on the bridge, or the bridge; 15 characters at most, says Linux."""
+    return f"{PREFIX}{name.removeprefix('node')}"
 
 
 def _call(*command: str) -> None:

@@ -56,14 +56,14 @@ class Ranks:
         self.signal(signal.SIGKILL)
         self.wait()
 
-    def wait(self, seconds: float = 300) -> list[int | None]:
+    def wait(self, seconds: float = 600) -> list[int | None]:
         """Their exit codes, None where one has not ended in time."""
         end = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
         return [process.exitcode for process in self.processes]
 
-    def wait_for(self, text: str, seconds: float = 120) -> None:
+    def wait_for(self, text: str, seconds: float = 600) -> None:
         """Wait until a rank has written this text."""
         end = time.monotonic() + seconds
         while text not in self.output():
@@ -76,7 +76,7 @@ class Ranks:
         logs = sorted(self.log.parent.glob(f"{self.log.name}.*"))
         return "\n".join(log.read_text(errors="replace") for log in logs)
 
-    def succeed(self, seconds: float = 300) -> None:
+    def succeed(self, seconds: float = 600) -> None:
         """Wait for all to end well."""
         codes = self.wait(seconds)
         assert codes == [0] * len(codes), f"{codes}: {self.output()}"

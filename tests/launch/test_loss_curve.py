@@ -21,7 +21,7 @@ GRAD_NORM = (
     *(1.07733, 1.10652, 1.26574, 1.47864),
     *(0.66737, 1.23502, 0.64593, 1.5097),
 )
-"""Of commit 03dcdfd under torch 2.12.1, one rank, fp32, without warm-up; torch 2.14.1 gives the same
+"""Of commit 03dcdfd and torch 2.12.1, one rank, fp32, without warm-up; torch 2.14.1 gives the same
 bits. The tolerance is for other processors, which add in another order."""
 
 

@@ -40,7 +40,7 @@ def runs(run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
             *(f"output={folder}", f"name={name}", f"train.max_updates={UPDATES}"),
             *(f"data.train={folder}/train.beton", f"data.val={folder}/val.beton"),
             *("data.workers=1", *overrides),
-            timeout=600,
+            timeout=1800,
         )
         assert done.returncode == 0, done.stdout + done.stderr
 

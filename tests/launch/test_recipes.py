@@ -164,7 +164,7 @@ def trained(run: Any, digits: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ]
     (folder / "runs.json").write_text(json.dumps(trainings))
     launcher = ("deepspeed", "--num_accelerators", 2, "--master_port", free_port())
-    done = run(*launcher, "tests/launch/train_several.py", folder / "runs.json", timeout=600)
+    done = run(*launcher, "tests/launch/train_several.py", folder / "runs.json", timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -188,6 +188,7 @@ def flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 @every_recipe
 def test_it_trains(name: str, trained: Path) -> None:
     config = recipe(name)
@@ -209,6 +210,7 @@ def test_it_trains(name: str, trained: Path) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_fine_tuning_starts_from_plain_weights_and_zero_tables(trained: Path) -> None:
     folder = trained / recipe("finetune").name
     weights = tensors(folder, "weights")
@@ -223,6 +225,7 @@ def test_fine_tuning_starts_from_plain_weights_and_zero_tables(trained: Path) ->
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_the_teacher_is_heard(trained: Path) -> None:
     """The same student and images: only what the teacher says makes the losses differ."""
     kinds = ("hard", "soft")

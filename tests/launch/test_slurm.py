@@ -136,7 +136,7 @@ def submit(slurm: Slurm, common: list[str], name: str, *options: str) -> str:
 
 
 def wait_for_checkpoint(slurm: Slurm, job: str, folder: Path) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not any(folder.glob("checkpoints/update-*")):
         assert time.monotonic() < end, slurm.log(job)
         time.sleep(0.1)
@@ -148,6 +148,7 @@ def assert_same_rows(folder: Path, alone: Path) -> None:
 
 
 @with_slurm
+@pytest.mark.slow
 def test_the_element_that_is_signalled_goes_on_alone(
     slurm: Slurm, common: list[str], output: Path, alone: Path
 ) -> None:
@@ -163,6 +164,7 @@ def test_the_element_that_is_signalled_goes_on_alone(
 
 
 @with_slurm
+@pytest.mark.slow
 def test_a_job_that_is_preempted_goes_on(
     slurm: Slurm, common: list[str], output: Path, alone: Path
 ) -> None:
@@ -176,6 +178,7 @@ def test_a_job_that_is_preempted_goes_on(
 
 
 @with_slurm
+@pytest.mark.slow
 def test_a_job_that_is_cancelled_has_saved_and_ends(
     slurm: Slurm, common: list[str], output: Path
 ) -> None:
@@ -187,6 +190,7 @@ def test_a_job_that_is_cancelled_has_saved_and_ends(
 
 
 @with_slurm
+@pytest.mark.slow
 def test_a_mistake_fails_the_job(slurm: Slurm, common: list[str]) -> None:
     job = slurm.wait_for(submit(slurm, [*common, "train.epoch=3"], "mistaken"), "FAILED")
     assert (job["ExitCode"], job["Restarts"]) == ("2:0", "0")

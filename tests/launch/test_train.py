@@ -52,7 +52,7 @@ def runs(run: Any, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         plan = output / f"{name}.json"
         plan.write_text(json.dumps(trainings))
         launcher = ("deepspeed", "--num_accelerators", 2, "--master_port", free_port())
-        done = run(*launcher, "tests/launch/train_several.py", plan, timeout=600)
+        done = run(*launcher, "tests/launch/train_several.py", plan, timeout=1800)
         assert done.returncode == 0, done.stdout + done.stderr
 
     plain = overrides("plain", 1, "fp32", UPDATES)
@@ -206,7 +206,7 @@ def test_fused_attention_under_zero_3(
     trainings = [((*common, f"name={impl}", f"model.impl={impl}"), "never") for impl in impls]
     (tmp_path / "runs.json").write_text(json.dumps(trainings))
     launcher = ("deepspeed", "--num_accelerators", 2, "--master_port", free_port())
-    done = run(*launcher, "tests/launch/train_several.py", tmp_path / "runs.json", timeout=600)
+    done = run(*launcher, "tests/launch/train_several.py", tmp_path / "runs.json", timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "attention op fused (asked for by name)" in done.stdout + done.stderr
     fused, reference = (losses(tmp_path / impl) for impl in impls)

@@ -12,6 +12,7 @@ from tests.planner.test_deepspeed import Case, counted, results_of, settings
 REASON = missing()
 pytestmark = [
     pytest.mark.dist,
+    pytest.mark.slow,
     pytest.mark.skipif(REASON is not None, reason=REASON or ""),
 ]
 WIDE = ("model.options.embed_dim=256", "model.options.num_heads=4")
@@ -34,7 +35,7 @@ def test_every_stage_sends_what_was_counted(hosts: Hosts, tmp_path: Path) -> Non
         for rank, host in enumerate(hosts.names)
         for output in [tmp_path / host]
     ]
-    assert [rank.wait(200) for rank in ranks] == [0, 0], (tmp_path / "node1").read_text()
+    assert [rank.wait(600) for rank in ranks] == [0, 0], (tmp_path / "node1").read_text()
     found = results_of((tmp_path / "node1").read_text())
     for case, measured in zip(CASES, found, strict=True):
         expected = sum(send.sent(2, "gloo") for send in counted(case, *WIDE))
