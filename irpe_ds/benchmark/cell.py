@@ -4,6 +4,8 @@ import argparse
 from contextlib import closing
 from functools import partial
 
+from timm.layers import to_2tuple
+
 from irpe_ds.benchmark.step_profiler import Timeline
 from irpe_ds.cli import run
 from irpe_ds.cluster.process_group import destroy_process_group
@@ -77,7 +79,7 @@ class Stream:
         if self._epoch >= 0:
             self.close()
         self._epoch, self._left = self._epoch + 1, self._trainer.plan.updates_per_epoch
-        size = self._trainer.config.model.size_at(0)
+        size = to_2tuple(self._trainer.config.model.size_at(0))
         self._batches = self._trainer.train_batches.epoch(self._epoch, img_size=size)
 
     def prepare(self, updates: int, log: RunLog) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from irpe_ds.cluster.process_group import (
@@ -16,7 +17,7 @@ from irpe_ds.cluster.process_group import (
 from irpe_ds.config import RunConfig
 from irpe_ds.data.beton.reader import DatasetInfo, read_beton
 from irpe_ds.data.loaders import EvalLoader
-from irpe_ds.data.pipelines.pipeline import describe
+from irpe_ds.data.pipelines.pipeline import Part, dataset_info
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_model, load_weights
 from irpe_ds.training.batch import Normalize
@@ -74,14 +75,11 @@ def evaluate_weights(config: RunConfig, weights: Path, batch_size: int) -> dict[
     load_weights(model, weights, where="--weights")
     ranks = init_process_group(config.train.join_seconds)
     batches = EvalLoader(
-        config.data.val,
+        config.data,
         batch_size=batch_size,
-        img_size=config.model.img_size,
-        crop=config.data.val_crop,
+        img_size=to_2tuple(config.model.img_size),
         rank=ranks.rank,
         world_size=ranks.world_size,
-        pipeline=config.data.pipeline,
-        workers=config.data.workers,
     )
     normalize = Normalize(config.data, ranks.device)
     scores = evaluate(model.to(ranks.device), batches, normalize, ranks)
@@ -103,10 +101,10 @@ def check_data(config: RunConfig) -> dict[str, DatasetInfo]:
     return {"train": train, "val": val}
 
 
-def open_checked(config: RunConfig, part: str) -> DatasetInfo:
+def open_checked(config: RunConfig, part: Part) -> DatasetInfo:
     """What data.train or data.val holds, if it is whole and of the model's classes."""
     path, num_classes = getattr(config.data, part), config.model.num_classes
-    info = describe(path, f"data.{part}", config.data.pipeline)
+    info = dataset_info(config.data, part)
     if info.num_classes not in (None, num_classes):
         expected = f"{info.num_classes}, the classes of {path}"
         raise ConfigError("model.num_classes", expected, num_classes)

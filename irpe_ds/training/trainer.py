@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -70,21 +71,18 @@ class Trainer:
         self.dtype = precision.MODEL[config.train.precision]
         shared: dict[str, Any] = {
             "batch_size": settings["train_micro_batch_size_per_gpu"],
-            "img_size": config.model.img_size,
+            "img_size": to_2tuple(config.model.img_size),
             "rank": ranks.rank,
             "world_size": ranks.world_size,
-            "pipeline": config.data.pipeline,
-            "workers": config.data.workers,
         }
         self.train_batches = TrainLoader(
-            config.data.train,
-            augment=config.augment,
+            config.data,
+            config.augment,
             seed=config.seed,
             accumulation=config.train.accumulation,
-            mean=config.data.mean,
             **shared,
         )
-        self.val_batches = EvalLoader(config.data.val, crop=config.data.val_crop, **shared)
+        self.val_batches = EvalLoader(config.data, **shared)
         self.begin(start, model, settings)
         self.schedule = build_schedule(self.engine.optimizer, config, plan.updates_per_epoch)
         self.augment = build_augment(config)
@@ -162,7 +160,7 @@ class Trainer:
         size = self.config.model.size_at(epoch)
         set_resolution(self.engine.module, size)
         first_pass = done * train.accumulation
-        batches = self.train_batches.epoch(epoch, first_pass=first_pass, img_size=size)
+        batches = self.train_batches.epoch(epoch, first_pass, img_size=to_2tuple(size))
         with closing(batches), self.progress_bar(epoch, done) as bar:
             self.meter.start_clock()
             self.vote.restart()
