@@ -1,4 +1,4 @@
-"""A synthetic ImageNet in ImageNet's own layouts; data_prep/synthetic.py says which."""
+"""Generates a synthetic ImageNet in the layouts that data_prep/synthetic.py lists."""
 
 import gzip
 import io
@@ -248,7 +248,7 @@ def _write_train_archives(out: Path, made: Synthetic, seed: int) -> None:
 
 
 def _add_class_tar(tar: tarfile.TarFile, synset: str, files: Iterable[Path]) -> None:
-    """Add <synset>.tar, by way of a temporary file, since its size precedes it."""
+    """Add <synset>.tar, through a temporary file: its size is written first."""
     with tempfile.TemporaryFile() as content:
         with tarfile.open(fileobj=content, mode="w", format=tarfile.GNU_FORMAT) as inner:
             for file in files:

@@ -64,7 +64,7 @@ def local_share(cores: int) -> int:
 
 
 def progress(what: str | None, total: int, done: int = 0, unit: str = "img") -> tqdm:
-    """A bar with speed and time left on stderr, titled `what`; none if that is None.
+    """A bar with speed and time left on stderr, titled `what`. None: no bar.
 
     A redirected log gets a line every 30 seconds.
     """

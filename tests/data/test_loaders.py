@@ -327,6 +327,26 @@ def test_import_leaves_torchs_threads_alone() -> None:
     assert done.stdout == "3\n", done.stderr
 
 
+def test_importing_ffcv_compiles_nothing() -> None:
+    code = """
+import numba.typed
+before = numba.typed.Dict
+import irpe_ds.data.beton.format
+from ffcv.fields.rgb_image import IMAGE_MODES
+assert type(IMAGE_MODES) is dict
+assert numba.typed.Dict is before
+assert before() is not None and before is not dict
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_decoding_leaves_torchs_threads_alone(beton: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)

@@ -39,7 +39,7 @@ class LoaderSpec:
 
     @property
     def data(self) -> Any:
-        """The same for our loader."""
+        """The configuration of our loader."""
         from irpe_ds.config import DataConfig
 
         return DataConfig(train=self.beton, val=self.beton, workers=self.workers)

@@ -15,6 +15,10 @@ from irpe_ds.data.beton.manifest import beside
 from irpe_ds.data.beton.sources import Member, Source, is_image
 from irpe_ds.errors import ConfigError, DataError
 
+JOURNAL = ".partial.db"
+PARTIAL = ".partial"
+"""Suffixes of the files of an unfinished conversion."""
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS settings (value TEXT);
 CREATE TABLE IF NOT EXISTS images (
@@ -46,11 +50,6 @@ DELETE FROM done WHERE position >= (
     WHERE (old.label, old.category, old.name, old.file, old.offset, old.size, old.stamp)
        IS NOT (new.label, new.category, new.name, new.file, new.offset, new.size, new.stamp))
 """
-
-
-JOURNAL = ".partial.db"
-PARTIAL = ".partial"
-"""Suffixes of the files of an unfinished conversion."""
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:

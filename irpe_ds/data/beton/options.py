@@ -45,7 +45,8 @@ class StorageOptions:
             if self.mode == "passthrough":
                 raise ConfigError("--mode", f"another mode with {name}", self.mode)
         if len(given) == 2:
-            raise ConfigError("--shortest-side", "no --longest-side beside it", self.longest_side)
+            got = f"--longest-side {self.longest_side} too"
+            raise ConfigError("--shortest-side", "only one of the two sides", got)
         if not 1 <= self.quality <= 100:
             raise ConfigError("--quality", "1 to 100", self.quality)
         if not 0 <= self.proportion <= 1:

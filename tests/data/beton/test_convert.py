@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -301,3 +302,35 @@ def test_script_reports_a_mistake_in_one_line(
     assert shown.out == ""
     assert shown.err.startswith(f"error: {mixed / 'dog' / 'c.png'}: expected an undamaged image")
     assert shown.err.count("\n") == 1
+
+
+WITHOUT_HEAVY_IMPORTS = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(("torch", "ffcv", "numba", "sklearn", "scipy")))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_without_heavy_imports(script: str, *options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT_HEAVY_IMPORTS, script, *map(str, options)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "option", [("--quality", 0), ("--workers", 0), ("--source", "absent"), ("--out", "README.md")]
+)
+def test_mistake_is_reported_before_heavy_imports(mixed: Path, option: tuple[str, object]) -> None:
+    options = {"--source": mixed, "--out": mixed.parent / "mixed.beton"} | dict([option])
+    done = run_without_heavy_imports("data_prep/convert.py", *sum(options.items(), ()))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {option[0]}: expected")
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("data_prep/*.py")), ids=lambda p: p.stem)
+def test_help_needs_no_heavy_imports(script: Path) -> None:
+    if 'name__ == "__main__"' not in script.read_text():
+        pytest.skip("a module, no script")
+    done = run_without_heavy_imports(str(script), "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage:")

@@ -1,4 +1,4 @@
-"""Conversions that were stopped and called again: what is done stays done, and only that."""
+"""Conversions that were stopped and resumed: what is done is kept, and only that."""
 
 import errno
 import os
@@ -29,9 +29,7 @@ def convert_folder(folder: Path, out: Path, options: StorageOptions, **how: Any)
     return convert(open_source([folder]), out, options, **how)
 
 
-def test_a_correction_goes_on_from_what_is_done(
-    mixed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_corrected_conversion_resumes(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (mixed / "cat" / "deeper" / "b.JPEG").write_bytes(b"")
     out = mixed.parent / "mixed.beton"
     with pytest.raises(DataError, match="0 bytes"):
@@ -52,7 +50,7 @@ def test_a_correction_goes_on_from_what_is_done(
     assert other.read_bytes() == out.read_bytes()
 
 
-def test_what_was_left_out_is_not_forgiven_later(
+def test_skipped_image_is_an_error_without_skip(
     mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (mixed / "cat" / "deeper" / "b.JPEG").write_bytes(b"")
@@ -163,7 +161,7 @@ def test_killed_before_the_first_image_it_does_not_take_the_old_file_for_its_own
     verify(out, workers=1)
 
 
-def test_killed_while_names_are_given_it_goes_on(
+def test_killed_between_renames_it_resumes(
     mixed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At every rename, on top of an older file."""
