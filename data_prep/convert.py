@@ -1,4 +1,4 @@
-"""Convert images to FFCV's .beton, read where they lie: nothing is unpacked.
+"""Convert images to FFCV's .beton, read in place: nothing is unpacked.
 
     python data_prep/convert.py --source imagenet/train --out train.beton
     python data_prep/convert.py --source ILSVRC2012_img_train.tar --out train.beton
@@ -6,8 +6,8 @@
         --labels ILSVRC2012_devkit_t12.tar.gz --out val.beton
     python data_prep/convert.py --source wds/train-*.tar --classes classes.txt --out train.beton
 
-The default stores every JPEG as it is. Called again after a kill, it goes on where it was. Beside
-the file come its manifest (FILE.beton.json) and the hash of each sample (FILE.beton.sha256).
+By default every JPEG is stored as it is. After a kill, the same command resumes. Writes a manifest
+(FILE.beton.json) and the hash of each sample (FILE.beton.sha256) beside the file.
 """
 
 import argparse
@@ -16,15 +16,19 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
 from irpe_ds.cli import run
-from irpe_ds.data.beton.convert import Forecast, OnBad, convert, forecast
-from irpe_ds.data.beton.images import Check, Mode, StorageOptions
-from irpe_ds.data.beton.manifest import SKIPPED, Manifest, beside
+from irpe_ds.data.beton.journal import check_out
+from irpe_ds.data.beton.manifest import SKIPPED, DatasetManifest, beside
+from irpe_ds.data.beton.options import Check, Mode, OnBad, StorageOptions
 from irpe_ds.data.beton.sources import open_source
+from irpe_ds.data.parallel import check_workers
+
+if TYPE_CHECKING:
+    from irpe_ds.data.beton.convert import Forecast
 
 
 def arguments() -> argparse.Namespace:
@@ -34,7 +38,11 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--source", type=Path, nargs="+", required=True, help="a folder, a .tar, or shards")
     add("--out", type=Path, required=True, help="the .beton file to write")
-    add("--labels", type=Path, help="of a flat tar: development kit, or a class name per line")
+    add(
+        "--labels",
+        type=Path,
+        help="of a flat tar: development kit, or one class name per line",
+    )
     add("--classes", type=Path, help="of shards with numbers: class names in label order")
     defaults = StorageOptions()
     add("--mode", choices=get_args(Mode), default=defaults.mode)
@@ -43,10 +51,10 @@ def arguments() -> argparse.Namespace:
     add("--quality", type=int, default=defaults.quality, help="of new JPEGs (default: 90)")
     add("--proportion", type=float, default=defaults.proportion, help="share of JPEGs (0.5)")
     add("--check", choices=get_args(Check), default=defaults.check, help="header: verify later")
-    add("--on-bad", choices=get_args(OnBad), default="error", help="skip: leave out and list")
+    add("--on-bad", choices=get_args(OnBad), default="error", help="skip: leave it out and list it")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads (all cores)")
     add("--overwrite", action="store_true", help="replace an existing file")
-    add("--dry-run", action="store_true", help="say what would come; write nothing")
+    add("--dry-run", action="store_true", help="estimate only; write nothing")
     return parser.parse_args()
 
 
@@ -60,7 +68,13 @@ def main() -> None:
         proportion=args.proportion,
         check=args.check,
     )
+    check_workers(args.workers)
+    if not args.dry_run:
+        check_out(args.out, overwrite=args.overwrite)
     source = open_source(args.source, labels=args.labels, classes=args.classes)
+
+    from irpe_ds.data.beton.convert import convert, forecast  # PyTorch and FFCV: seconds
+
     if args.dry_run:
         print_forecast(forecast(source, args.out, options, workers=args.workers))
         return
@@ -77,21 +91,21 @@ def main() -> None:
     print_result(manifest, args.out, time.monotonic() - start)
 
 
-def print_forecast(coming: Forecast) -> None:
+def print_forecast(coming: "Forecast") -> None:
     print(
         f"{coming.images} images of {coming.classes} classes, {coming.left_out} other files left "
-        f"out; about {coming.size / 1e9:.3g} GB, {coming.free / 1e9:.3g} GB are free; "
-        f"about {coming.seconds / 60:.2g} minutes where the disk keeps up"
+        f"out; about {coming.size / 1e9:.3g} GB, {coming.free / 1e9:.3g} GB free; "
+        f"about {coming.seconds / 60:.2g} minutes if the disk is fast enough"
     )
     for name, reason in coming.bad.items():
         print(f"bad: {name}: {reason}")
 
 
-def print_result(manifest: Manifest, out: Path, seconds: float) -> None:
+def print_result(manifest: DatasetManifest, out: Path, seconds: float) -> None:
     print(
         f"{out}: {manifest.num_samples} images of {len(manifest.classes)} classes from "
-        f"{manifest.kind}, {manifest.size / 1e6:.1f} MB; {manifest.changed} not stored as they "
-        f"were, {manifest.left_out} other files left out, {manifest.duplicates} duplicates; "
+        f"{manifest.kind}, {manifest.size / 1e6:.1f} MB; {manifest.changed} not stored as "
+        f"they were, {manifest.left_out} other files left out, {manifest.duplicates} duplicates; "
         f"{manifest.num_samples / seconds:.0f} img/s"
     )
     if manifest.skipped:

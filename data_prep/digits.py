@@ -1,4 +1,4 @@
-"""Write scikit-learn's digits as an ImageFolder: small, real and always at hand.
+"""Write scikit-learn's digits as an ImageFolder: small, real, no download.
 
     python data_prep/digits.py --out data/digits
 
@@ -16,19 +16,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whate
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from irpe_ds.cli import run
 from irpe_ds.errors import ConfigError
 
 SIDE = 32  # pixels
 QUALITY = 95  # of the JPEGs
-DARKEST = 16  # load_digits counts the black pixels of 4 x 4 blocks
+DARKEST = 16  # values of load_digits count the black pixels of 4 x 4 blocks
 VAL_SHARE = 0.2
 
 
 def split(labels: np.ndarray) -> dict[str, int]:
-    """Relative path of each image, `train/3/0042.jpg`, to its index."""
+    """Relative path of each image, such as `train/3/0042.jpg`, and its index."""
     generator = np.random.default_rng(0)
     files: dict[str, int] = {}
     for label in range(10):
@@ -41,7 +40,7 @@ def split(labels: np.ndarray) -> dict[str, int]:
 
 
 def write(folder: Path, files: dict[str, int], images: np.ndarray) -> None:
-    """Write images (N, 8, 8), values 0 to 16, to their places under `folder`."""
+    """Write images (N, 8, 8), values 0 to 16, to their paths under `folder`."""
     for name, index in files.items():
         grey = np.rint(images[index] * (255 / DARKEST)).astype(np.uint8)
         large = Image.fromarray(grey).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
@@ -53,14 +52,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write scikit-learn's digits as an ImageFolder.")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     out: Path = parser.parse_args().out
+
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     files = split(digits.target)
     num_train = sum(name.startswith("train/") for name in files)
     contents = f"{num_train} training and {len(files) - num_train} validation images"
     if out.exists():
         if {path.relative_to(out).as_posix() for path in out.rglob("*.jpg")} != files.keys():
-            raise ConfigError("--out", "a new folder or a complete one", f"{out}, which is neither")
-        print(f"{out}: {contents} are there already")
+            raise ConfigError("--out", "a new or a complete folder", f"{out}, which is neither")
+        print(f"{out}: {contents} already exist")
         return
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

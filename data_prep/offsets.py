@@ -1,12 +1,12 @@
-"""Write a made-up data set whose label is the offset between two marks.
+"""Write a synthetic data set whose label is the offset between two marks.
 
     python data_prep/offsets.py --out data/offsets
 
-Images of 40 x 40 pixels, noise but for a red disc and a blue cross, each filling a patch of 8 x 8.
-The label says where the cross lies from the disc: one of the 8 neighbouring patches. The disc is
-uniform over the patches that have all neighbours, whatever the label. So neither mark says
-anything by itself, and a model that sees patches but not where they are cannot exceed chance,
-12.5 %. Writes OUT/train/<n, ne, ...>/NNNN.png and OUT/val/..., the same bytes in every run.
+Noise of 40 x 40 pixels with a red disc and a blue cross, each filling a patch of 8 x 8. The label
+is the direction from the disc to the cross, which is in one of its 8 neighbouring patches. The disc
+is uniform over the patches with 8 neighbours, for every label. So neither mark alone tells the
+label, and a model without positions cannot exceed chance, 12.5 %. Writes
+OUT/train/<n, ne, ...>/NNNN.png and OUT/val/..., the same bytes in every run.
 """
 
 import argparse
@@ -70,8 +70,8 @@ def main() -> None:
     contents = f"{train} training and {val} validation images"
     if out.exists():
         if sum(1 for _ in out.rglob("*.png")) != train + val:
-            raise ConfigError("--out", "a new folder or a complete one", f"{out}, which is neither")
-        print(f"{out}: {contents} are there already")
+            raise ConfigError("--out", "a new or a complete folder", f"{out}, which is neither")
+        print(f"{out}: {contents} already exist")
         return
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

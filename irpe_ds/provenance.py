@@ -2,7 +2,12 @@
 
 import contextlib
 import hashlib
+import os
+import platform
+import shlex
 import subprocess
+import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,10 +32,10 @@ def commit() -> str | None:
     return described.stdout.strip()
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of what a run stands on, as far as it is installed."""
+def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Versions of those packages that are installed."""
     found = {}
-    for name in PACKAGES:
+    for name in names:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
@@ -42,3 +47,21 @@ def source_hash() -> str:
     paths = {p for r in (root, root / "ops") for p in r.rglob("*.*") if p.suffix in SUFFIXES}
     hashes = sorted({hashlib.sha256(path.read_bytes()).digest() for path in paths})
     return hashlib.sha256(b"".join(hashes)).hexdigest()[:12]
+
+
+def cpu_name() -> str:
+    """Model of this machine's CPU, and the number of cores that this process may use."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    return f"{names[0] if names else platform.processor()}, {cores} cores"
+
+
+def benchmark_info(module: str, packages: Iterable[str]) -> dict[str, Any]:
+    """What the numbers of `python -m module` depend on: command, commit, CPU and versions."""
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "commit": commit(),
+        "device": cpu_name(),
+        "versions": package_versions(packages),
+    }

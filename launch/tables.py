@@ -24,7 +24,7 @@ from torch import Tensor, device
 
 from irpe_ds.cli import run
 from irpe_ds.config import RunConfig, load_config
-from irpe_ds.data.pipelines.pipeline import open_decoder
+from irpe_ds.data.pipelines.pipeline import open_pipeline
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_model, load_weights
 from irpe_ds.models.offset_maps import offset_maps, targets
@@ -91,14 +91,12 @@ def validation_images(config: RunConfig, count: int) -> Tensor:
     """So many images from all over the validation set, as the model takes them."""
     open_checked(config, "val")
     data, size = config.data, config.model.img_size
-    decoder = open_decoder(
-        data.val, "data.val", pipeline=data.pipeline, mean=data.mean, workers=data.workers
-    )
-    count = min(count, decoder.num_samples)
-    samples = np.linspace(0, decoder.num_samples - 1, count).astype(np.int64)
+    pipeline = open_pipeline(data, "val")
+    count = min(count, pipeline.num_samples)
+    samples = np.linspace(0, pipeline.num_samples - 1, count).astype(np.int64)
     size = (size, size) if isinstance(size, int) else size
     with closing(
-        decoder.evaluate(samples, batch_size=count, size=size, crop=data.val_crop)
+        pipeline.evaluate(samples, batch_size=count, size=size, crop=data.val_crop)
     ) as batches:
         images, _ = next(batches)
     return Normalize(data, device("cpu"))(images)

@@ -1,4 +1,4 @@
-"""Images in FFCV's .beton files: conversion, verification and loading.
+"""Images in FFCV's .beton files: conversion, verification, loading and augmentation.
 
-Nothing is imported here: `ffcv` is needed by `convert`, `verify`, `dataset` and `loaders` alone.
+Nothing is imported here: only modules that read or write .beton files need `ffcv`.
 """

@@ -1,11 +1,11 @@
-"""What is to be shown of each image: a crop box, and whether to flip it."""
+"""Crop box and flip of each image."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-from irpe_ds.data.rng import Draws, Keys
+from irpe_ds.data.rng import Keys, PerSampleRNG
 
-VIEW = np.dtype(
+CROP = np.dtype(
     [
         ("sample", "<i8"),
         ("top", "<i4"),
@@ -16,14 +16,14 @@ VIEW = np.dtype(
     ],
     align=True,
 )
-"""One image to decode: its index, its crop box in pixels, and 1 where it is to be flipped."""
+"""One image to decode: its index, its crop box in pixels, and 1 if it is to be flipped."""
 
-Views = NDArray[np.void]
+Crops = NDArray[np.void]
 
-CROP_ATTEMPTS = 10  # as torchvision and timm do, before they fall back to a centre crop
+CROP_ATTEMPTS = 10  # as torchvision and timm, which then fall back to a centre crop
 
 
-def random_views(
+def random_resized_crops(
     samples: NDArray[np.int64],
     heights: NDArray[np.integer],
     widths: NDArray[np.integer],
@@ -32,69 +32,67 @@ def random_views(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     hflip: float,
-) -> Views:
+) -> Crops:
     """Random resized crop and horizontal flip of each sample; all arrays are (N,).
 
-    The crop has a share of the area uniform in `scale` and an aspect ratio (width over height)
-    log-uniform in `ratio`. Where ten draws fit no box into the image, it is the largest centred
-    box with an aspect ratio in `ratio`.
+    The box covers a share of the area uniform in `scale`, with an aspect ratio (width over height)
+    log-uniform in `ratio`. If none of ten attempts fits into the image, the box is the largest
+    centred one with an aspect ratio in `ratio`.
     """
-    draws = Draws(keys, "view")
+    rng = PerSampleRNG(keys, "view")  # the name selects the stream: another changes every crop
     heights, widths = heights.astype(np.int64), widths.astype(np.int64)
-    views = np.zeros(len(samples), VIEW)
-    views["sample"] = samples
-    views["flip"] = draws.uniform(0) < hflip
+    crops = np.zeros(len(samples), CROP)
+    crops["sample"] = samples
+    crops["flip"] = rng.uniform(0) < hflip
     low, high = np.log(ratio)
-    open_rows = np.arange(len(samples))
+    pending = np.arange(len(samples))
     for attempt in range(CROP_ATTEMPTS):
-        area, shape, top, left = (
-            draws.uniform(1 + 4 * attempt + number, open_rows) for number in range(4)
-        )
-        image_height, image_width = heights[open_rows], widths[open_rows]
+        area, shape, top, left = (rng.uniform(1 + 4 * attempt + n, pending) for n in range(4))
+        image_height, image_width = heights[pending], widths[pending]
         area = image_height * image_width * (scale[0] + area * (scale[1] - scale[0]))
         aspect = np.exp(low + shape * (high - low))
         width = np.rint(np.sqrt(area * aspect)).astype(np.int64)
         height = np.rint(np.sqrt(area / aspect)).astype(np.int64)
         fits = (width > 0) & (width <= image_width) & (height > 0) & (height <= image_height)
-        rows = open_rows[fits]
-        views["top"][rows] = (top * (image_height - height + 1))[fits]
-        views["left"][rows] = (left * (image_width - width + 1))[fits]
-        views["height"][rows] = height[fits]
-        views["width"][rows] = width[fits]
-        open_rows = open_rows[~fits]
-    aspect = np.clip(widths[open_rows] / heights[open_rows], *ratio)
-    _centre(views, open_rows, heights, widths, aspect, share=1.0)
-    return views
+        found = pending[fits]
+        crops["top"][found] = (top * (image_height - height + 1))[fits]
+        crops["left"][found] = (left * (image_width - width + 1))[fits]
+        crops["height"][found] = height[fits]
+        crops["width"][found] = width[fits]
+        pending = pending[~fits]
+    aspect = np.clip(widths[pending] / heights[pending], *ratio)
+    _centre(crops, pending, heights, widths, aspect, share=1.0)
+    return crops
 
 
-def centre_views(
+def center_crops(
     samples: NDArray[np.int64],
     heights: NDArray[np.integer],
     widths: NDArray[np.integer],
     *,
     aspect: float,
     share: float,
-) -> Views:
+) -> Crops:
     """The largest centred box of this aspect ratio (width over height), its sides times `share`."""
-    views = np.zeros(len(samples), VIEW)
-    views["sample"] = samples
-    rows = np.arange(len(samples))
-    _centre(views, rows, heights.astype(np.int64), widths.astype(np.int64), aspect, share)
-    return views
+    crops = np.zeros(len(samples), CROP)
+    crops["sample"] = samples
+    index = np.arange(len(samples))
+    _centre(crops, index, heights.astype(np.int64), widths.astype(np.int64), aspect, share)
+    return crops
 
 
 def _centre(
-    views: Views,
-    rows: NDArray[np.int64],
+    crops: Crops,
+    index: NDArray[np.int64],
     heights: NDArray[np.integer],
     widths: NDArray[np.integer],
     aspect: float | NDArray[np.float64],
     share: float,
 ) -> None:
     """Write the largest centred boxes of these aspect ratios, their sides times `share`."""
-    image_height, image_width = heights[rows], widths[rows]
+    image_height, image_width = heights[index], widths[index]
     height = np.minimum(image_height, image_width / aspect)
-    views["height"][rows] = np.maximum(1, np.rint(share * height))
-    views["width"][rows] = np.maximum(1, np.rint(share * height * aspect))
-    views["top"][rows] = (image_height - views["height"][rows]) // 2
-    views["left"][rows] = (image_width - views["width"][rows]) // 2
+    crops["height"][index] = np.maximum(1, np.rint(share * height))
+    crops["width"][index] = np.maximum(1, np.rint(share * height * aspect))
+    crops["top"][index] = (image_height - crops["height"][index]) // 2
+    crops["left"][index] = (image_width - crops["width"][index]) // 2

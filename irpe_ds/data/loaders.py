@@ -2,14 +2,13 @@
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from irpe_ds.config import AugmentConfig
+from irpe_ds.config import AugmentConfig, DataConfig
 from irpe_ds.data.order import eval_order, train_order
-from irpe_ds.data.pipelines.pipeline import Decoder, open_decoder
+from irpe_ds.data.pipelines.pipeline import open_pipeline
 from irpe_ds.data.rng import Keys, image_keys
 from irpe_ds.errors import ConfigError
 
@@ -22,7 +21,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     """(B,) int64."""
     keys: Keys
-    """(B,) uint64, on the host: what all randomness of an image is drawn from."""
+    """(B,) uint64 on the host: each image's key for the random numbers of its augmentation."""
 
 
 class TrainLoader:
@@ -32,53 +31,55 @@ class TrainLoader:
     repeat). The first batch of a process waits for compilation, some seconds.
 
     Args:
-        path: a .beton file, or what else the pipeline reads.
+        data: names the training set and the pipeline.
         batch_size: images per rank and forward pass.
         img_size: height and width of the images, pixels.
         accumulation: forward passes per update.
-        options: of `open_decoder`: pipeline, workers, mean.
+
+    Raises:
+        ConfigError: an update needs more images than there are.
+        DataError: the data set cannot be read.
     """
 
     def __init__(
         self,
-        path: Path,
+        data: DataConfig,
+        augment: AugmentConfig,
         *,
         batch_size: int,
-        img_size: int | tuple[int, int],
-        augment: AugmentConfig,
+        img_size: tuple[int, int],
         seed: int,
         rank: int,
         world_size: int,
         accumulation: int = 1,
-        **options: Any,
     ) -> None:
-        self._decoder: Decoder = open_decoder(path, "data.train", augment=augment, **options)
+        self._pipeline = open_pipeline(data, "train", augment)
         self._batch_size, self._accumulation = batch_size, accumulation
         self._rank, self._world_size = rank, world_size
         self._repeats, self._seed = augment.repeats, seed
-        self._size, self.workers = _height_width(img_size), self._decoder.workers
+        self._size, self.workers = img_size, self._pipeline.workers
         global_batch = batch_size * world_size * accumulation
-        if global_batch > self._decoder.num_samples:
-            expected = f"at most {self._decoder.num_samples}, the images in {path}"
+        if global_batch > self._pipeline.num_samples:
+            expected = f"at most {self._pipeline.num_samples}, the images in {data.train}"
             raise ConfigError("train.global_batch", expected, global_batch)
-        self._passes = self._decoder.num_samples // global_batch * accumulation
+        self._passes = self._pipeline.num_samples // global_batch * accumulation
 
     def __len__(self) -> int:
         """Forward passes per epoch and rank; the images of an incomplete update are left out."""
         return self._passes
 
     def epoch(
-        self, epoch: int, first_pass: int = 0, img_size: int | tuple[int, int] | None = None
+        self, epoch: int, first_pass: int = 0, img_size: tuple[int, int] | None = None
     ) -> Generator[Batch, None, None]:
         """Yield the batches of one epoch.
 
         Args:
             epoch: number of the epoch, from 0.
-            first_pass: forward passes to leave out at the beginning; the rest is unchanged.
-            img_size: another size than the loader's for this epoch.
+            first_pass: forward passes to skip at the beginning; the rest is unchanged.
+            img_size: height and width in this epoch. None: the loader's.
         """
         samples, repeats = train_order(
-            self._decoder.num_samples,
+            self._pipeline.num_samples,
             batch_size=self._batch_size,
             accumulation=self._accumulation,
             rank=self._rank,
@@ -88,8 +89,8 @@ class TrainLoader:
             repeats=self._repeats,
         )[:, first_pass * self._batch_size :]
         keys = image_keys(samples, seed=self._seed, epoch=epoch, repeats=repeats)
-        size = self._size if img_size is None else _height_width(img_size)
-        batches = self._decoder.train(samples, keys, batch_size=self._batch_size, size=size)
+        size = img_size or self._size
+        batches = self._pipeline.train(samples, keys, batch_size=self._batch_size, size=size)
         with closing(batches):
             for number, (images, labels) in enumerate(batches):
                 first = number * self._batch_size
@@ -100,26 +101,28 @@ class EvalLoader:
     """Centre crops of all images in file order, each counted exactly once over all ranks.
 
     Args:
-        crop: share of the image that the largest centred box of this shape keeps, per side.
-            The others are those of TrainLoader.
+        data: names the validation set, the pipeline and the share of the image that is kept.
+        batch_size: images per rank and forward pass.
+        img_size: height and width of the images, pixels.
+
+    Raises:
+        DataError: the data set cannot be read.
     """
 
     def __init__(
         self,
-        path: Path,
+        data: DataConfig,
         *,
         batch_size: int,
-        img_size: int | tuple[int, int],
-        crop: float,
+        img_size: tuple[int, int],
         rank: int,
         world_size: int,
-        **options: Any,
     ) -> None:
-        self._decoder: Decoder = open_decoder(path, "data.val", **options)
-        self._batch_size, self._crop = batch_size, crop
-        self._size, self.workers = _height_width(img_size), self._decoder.workers
+        self._pipeline = open_pipeline(data, "val")
+        self._batch_size, self._crop = batch_size, data.val_crop
+        self._size, self.workers = img_size, self._pipeline.workers
         self._samples, valid = eval_order(
-            self._decoder.num_samples, batch_size=batch_size, rank=rank, world_size=world_size
+            self._pipeline.num_samples, batch_size=batch_size, rank=rank, world_size=world_size
         )
         self._valid = torch.from_numpy(valid).split(batch_size)
 
@@ -130,15 +133,11 @@ class EvalLoader:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield images (B, 3, H, W) uint8, labels (B,) int64 and valid (B,) bool.
 
-        Where valid is False, the image only fills the batch and must not be counted.
+        An image whose valid is False only fills the batch and must not be counted.
         """
-        batches = self._decoder.evaluate(
+        batches = self._pipeline.evaluate(
             self._samples, batch_size=self._batch_size, size=self._size, crop=self._crop
         )
         with closing(batches):
             for (images, labels), valid in zip(batches, self._valid, strict=True):
                 yield images, labels, valid
-
-
-def _height_width(img_size: int | tuple[int, int]) -> tuple[int, int]:
-    return (img_size, img_size) if isinstance(img_size, int) else img_size

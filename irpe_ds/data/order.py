@@ -17,18 +17,18 @@ def train_order(
     epoch: int,
     repeats: int = 1,
 ) -> Samples:
-    """The samples of one rank in one training epoch, and which repetition of its image each is.
+    """The samples of one rank in one training epoch, and the number of each one's repetition.
 
     One permutation, a function of (seed, epoch) alone, is cut into updates first and only then
     among micro-steps and ranks: the images of an update are the same set for every number of
     ranks and every accumulation with the same product.
 
     Repeated augmentation (Hoffer et al., CVPR 2020) shows an image `repeats` times in a row,
-    neighbours on different ranks, and as many images fewer: an epoch is as long as without. With
-    a global batch that 256 divides these are the images that DeiT's sampler takes.
+    neighbours on different ranks, and correspondingly fewer images: the length of an epoch does
+    not change. If 256 divides the global batch, these are the images that DeiT's sampler takes.
 
     Returns:
-        (2, passes * batch_size), without remainder.
+        (2, passes * batch_size): samples and repetitions, full batches only.
     """
     permutation = np.random.default_rng([seed, epoch]).permutation(num_samples)
     updates = num_samples // (batch_size * accumulation * world_size)
@@ -41,8 +41,8 @@ def eval_order(
 ) -> tuple[Samples, NDArray[np.bool_]]:
     """The samples of one rank in a validation pass, and which of them count, each (B * batches,).
 
-    Every rank has the same number of batches, all full; what is missing is filled with
-    repetitions of the last sample that do not count.
+    Every rank has the same number of batches, all full; repetitions of the last sample, which do
+    not count, fill them up.
     """
     batches = -(-num_samples // (batch_size * world_size))
     positions = np.arange(batches * world_size * batch_size)

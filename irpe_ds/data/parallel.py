@@ -1,4 +1,4 @@
-"""Work in threads, results in order, and how far it is."""
+"""Work in threads with results in order, and its progress."""
 
 import os
 import sys
@@ -15,8 +15,8 @@ from irpe_ds.errors import ConfigError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_AHEAD = 4  # pieces per thread that may wait for their turn
-_PIECE = 8  # items that a thread takes at once, since handing over costs more than a header does
+_AHEAD = 4  # chunks per thread that may wait for their turn
+_CHUNK = 8  # items that a thread takes at once: handing over costs more than reading a header
 
 
 def map_in_order(
@@ -24,24 +24,23 @@ def map_in_order(
 ) -> Generator[Result, None, None]:
     """Yield function(item) of each item, in order, with few of them in memory at a time.
 
-    Threads, since decoders, encoders and files run without the interpreter's lock. An exception
-    of the function, or closing the generator, cancels what has not begun.
+    In threads: decoding, encoding and reading release the GIL. An exception in the function, or
+    closing the generator, cancels the items not begun.
 
     Raises:
-        ConfigError: there is less than one worker.
+        ConfigError: `workers` is less than 1.
     """
-    if workers < 1:
-        raise ConfigError("--workers", "at least 1", workers)
+    check_workers(workers)
 
-    def apply(piece: list[Item]) -> list[Result]:
-        return [function(item) for item in piece]
+    def apply(chunk: list[Item]) -> list[Result]:
+        return [function(item) for item in chunk]
 
     iterator = iter(items)
     pending: deque[Future[list[Result]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
-            while piece := list(islice(iterator, _PIECE)):
-                pending.append(pool.submit(apply, piece))
+            while chunk := list(islice(iterator, _CHUNK)):
+                pending.append(pool.submit(apply, chunk))
                 if len(pending) == _AHEAD * workers:
                     yield from pending.popleft().result()
             while pending:
@@ -51,17 +50,23 @@ def map_in_order(
                 future.cancel()
 
 
+def check_workers(workers: int) -> None:
+    """Raise ConfigError if there are no workers."""
+    if workers < 1:
+        raise ConfigError("--workers", "at least 1", workers)
+
+
 def local_share(cores: int) -> int:
-    """These cores divided by the ranks of this run on this machine; at least one."""
-    # torchrun sets the first, DeepSpeed's launcher the second.
+    """The cores divided by the number of ranks on this machine, at least 1."""
+    # torchrun sets the first, DeepSpeed's launcher (0.19) the second.
     ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
     return max(1, cores // int(ranks))
 
 
 def progress(what: str | None, total: int, done: int = 0, unit: str = "img") -> tqdm:
-    """Speed and time left on stderr, unless `what` is None.
+    """A bar with speed and time left on stderr, titled `what`. None: no bar.
 
-    A redirected log gets a line every half a minute.
+    A redirected log gets a line every 30 seconds.
     """
     terminal = sys.stderr.isatty()
     return tqdm(

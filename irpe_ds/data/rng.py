@@ -1,7 +1,7 @@
-"""Random numbers that belong to an image of an epoch.
+"""A counter-based random number generator for each sample of an epoch.
 
-They are drawn on the host, a batch or an epoch at once, from a key of the image's own: whatever
-the number of threads, ranks or restarts, an image of an epoch gets the same numbers.
+Numbers are drawn on the host, for a batch or an epoch at once, from a key of each sample's own:
+they are the same for every number of threads, workers, ranks and restarts.
 """
 
 import zlib
@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Keys = NDArray[np.uint64]
-Rows = NDArray[np.int64] | slice
+Index = NDArray[np.int64] | slice
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_STREAM = 1  # keeps these streams apart from the permutation's, which has (seed, epoch) too
+_STREAM = 1  # keeps these streams apart from the permutation's, also seeded by (seed, epoch)
 _ALL = slice(None)
 
 
@@ -28,35 +28,36 @@ def image_keys(
 
     Args:
         samples: indices of the images, (N,).
-        repeats: which repetition of its image within the epoch each is, (N,).
+        repeats: number of each image's repetition within the epoch, (N,).
     """
     key = np.random.SeedSequence([seed, epoch, _STREAM]).generate_state(1, np.uint64)
     keys = _mix(_mix(samples.astype(np.uint64) + np.uint64(1)) + key)
     return _mix(keys + np.asarray(repeats, np.uint64) * _GOLDEN)
 
 
-class Draws:
-    """Independent streams of numbers, one per key, for one purpose.
+class PerSampleRNG:
+    """Independent streams of random numbers, one per key, for one purpose.
 
-    SplitMix64 (Steele et al., OOPSLA 2014): number n of a stream does not depend on the others.
+    SplitMix64 (Steele et al., OOPSLA 2014) as a counter-based generator: each number is a function
+    of its key, the purpose and its position in the stream.
     """
 
     def __init__(self, keys: Keys, purpose: str) -> None:
         name = np.array([zlib.crc32(purpose.encode())], np.uint64)
         self._states = _mix(keys ^ _mix(name))
 
-    def uniform(self, number: int, rows: Rows = _ALL) -> NDArray[np.float64]:
-        """The number-th uniform in [0, 1) of these rows' streams."""
-        return (self._bits(number, rows) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    def uniform(self, position: int, index: Index = _ALL) -> NDArray[np.float64]:
+        """The uniform in [0, 1) at this position of the streams that `index` selects."""
+        return (self._bits(position, index) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
-    def normal(self, number: int, rows: Rows = _ALL) -> NDArray[np.float64]:
-        """A standard normal by Box and Muller's method, of the uniforms number and number + 1."""
-        radius = np.sqrt(-2 * np.log1p(-self.uniform(number, rows)))
-        return radius * np.cos(2 * np.pi * self.uniform(number + 1, rows))
+    def normal(self, position: int, index: Index = _ALL) -> NDArray[np.float64]:
+        """A standard normal (Box and Muller) from the uniforms at `position` and the next."""
+        radius = np.sqrt(-2 * np.log1p(-self.uniform(position, index)))
+        return radius * np.cos(2 * np.pi * self.uniform(position + 1, index))
 
-    def _bits(self, number: int, rows: Rows) -> NDArray[np.uint64]:
-        step = np.array([number + 1], np.uint64) * _GOLDEN
-        return _mix(self._states[rows] + step)
+    def _bits(self, position: int, index: Index) -> NDArray[np.uint64]:
+        step = np.array([position + 1], np.uint64) * _GOLDEN
+        return _mix(self._states[index] + step)
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -46,9 +46,10 @@ def build_model(config: ModelConfig) -> nn.Module:
             raise ConfigError(where, error.expected, error.got) from None
     elif config.impl != "auto" and config.name not in ZOO:
         raise ConfigError("model.impl", "auto for a model without relative position", config.impl)
-    for _, pixels in (*config.resolutions, (0, config.img_size)):  # the last one stays
+    progressive = [(pixels, pixels) for _, pixels in config.resolutions]
+    for size in (*progressive, config.img_size):  # the last one stays
         try:
-            set_resolution(model, pixels)
+            set_resolution(model, size)
         except UserError as error:
             raise ConfigError("model.resolutions", error.expected, error.got) from None
     if config.weights is not None:

@@ -16,7 +16,7 @@ from irpe_ds.cluster.process_group import (
 from irpe_ds.config import RunConfig
 from irpe_ds.data.beton.reader import DatasetInfo, read_beton
 from irpe_ds.data.loaders import EvalLoader
-from irpe_ds.data.pipelines.pipeline import describe
+from irpe_ds.data.pipelines.pipeline import Part, dataset_info
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_model, load_weights
 from irpe_ds.training.batch import Normalize
@@ -74,14 +74,11 @@ def evaluate_weights(config: RunConfig, weights: Path, batch_size: int) -> dict[
     load_weights(model, weights, where="--weights")
     ranks = init_process_group(config.train.join_seconds)
     batches = EvalLoader(
-        config.data.val,
+        config.data,
         batch_size=batch_size,
         img_size=config.model.img_size,
-        crop=config.data.val_crop,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        pipeline=config.data.pipeline,
-        workers=config.data.workers,
     )
     normalize = Normalize(config.data, ranks.device)
     scores = evaluate(model.to(ranks.device), batches, normalize, ranks)
@@ -103,10 +100,10 @@ def check_data(config: RunConfig) -> dict[str, DatasetInfo]:
     return {"train": train, "val": val}
 
 
-def open_checked(config: RunConfig, part: str) -> DatasetInfo:
+def open_checked(config: RunConfig, part: Part) -> DatasetInfo:
     """What data.train or data.val holds, after checking that it is complete and fits the model."""
     path, num_classes = getattr(config.data, part), config.model.num_classes
-    info = describe(path, f"data.{part}", config.data.pipeline)
+    info = dataset_info(config.data, part)
     if info.num_classes not in (None, num_classes):
         expected = f"{info.num_classes}, the classes of {path}"
         raise ConfigError("model.num_classes", expected, num_classes)

@@ -72,18 +72,15 @@ class Trainer:
             "img_size": config.model.img_size,
             "rank": ranks.rank,
             "world_size": ranks.world_size,
-            "pipeline": config.data.pipeline,
-            "workers": config.data.workers,
         }
         self.train_batches = TrainLoader(
-            config.data.train,
-            augment=config.augment,
+            config.data,
+            config.augment,
             seed=config.seed,
             accumulation=config.train.accumulation,
-            mean=config.data.mean,
             **shared,
         )
-        self.val_batches = EvalLoader(config.data.val, crop=config.data.val_crop, **shared)
+        self.val_batches = EvalLoader(config.data, **shared)
         self.setup_engine(start, model, ds_config)
         self.schedule = build_schedule(self.engine.optimizer, config, length.updates_per_epoch)
         self.augment = build_augment(config)
@@ -163,7 +160,7 @@ class Trainer:
         size = self.config.model.size_at(epoch)
         set_resolution(self.engine.module, size)
         first_pass = done * train.accumulation
-        batches = self.train_batches.epoch(epoch, first_pass=first_pass, img_size=size)
+        batches = self.train_batches.epoch(epoch, first_pass, img_size=size)
         with closing(batches), self.progress_bar(epoch, done) as bar:
             self.meter.start_clock()
             self.preemption.reset()

@@ -7,10 +7,6 @@ With --upstream the released op takes part.
 
 import argparse
 import json
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ from irpe_ds.errors import ConfigError
 from irpe_ds.ops import dispatch
 from irpe_ds.ops.bench import cases, upstream
 from irpe_ds.ops.bench.timing import compare
+from irpe_ds.provenance import benchmark_info
 
 PARTS = ("gather", "attention", "step")
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -81,7 +78,10 @@ def main() -> None:
         run_released = upstream.attention(upstream.load(args.upstream))
         row = dispatch.Implementation(run_released, obstacle=upstream.obstacle)
         dispatch.IMPLEMENTATIONS["upstream"] = row
-    report: dict[str, Any] = describe(args.device, args.threads, args.rounds)
+    report = benchmark_info("irpe_ds.ops.bench", ("torch", "timm"))
+    if args.device == "cuda":
+        report["device"] = torch.cuda.get_device_name()
+    report |= {"threads": args.threads, "rounds": args.rounds, "tables": {}}
     for title, calls, baselines in tables(args):
         timings = compare(calls, baselines, args.rounds)
         print(f"\n{title}\n{'':24} {'ms':>9}  ratio {'MiB':>9}")
@@ -126,28 +126,6 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError("--models", "DeiTs of timm", model)
     if args.out and not args.out.parent.is_dir():
         raise ConfigError("--out", "a file in a folder that exists", args.out)
-
-
-def describe(device: str, threads: int, rounds: int) -> dict[str, Any]:
-    """What a number needs beside it to be believed."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    here = Path(__file__).parent
-    commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
-    return {
-        "command": shlex.join(["python", "-m", "irpe_ds.ops.bench", *sys.argv[1:]]),
-        "commit": commit,
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
-        "threads": threads,
-        "rounds": rounds,
-        "versions": {"torch": torch.__version__, "timm": timm.__version__},
-        "tables": {},
-    }
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(names)} cores"
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from irpe_ds.data.beton.convert import convert
-from irpe_ds.data.beton.images import StorageOptions
 from irpe_ds.data.beton.manifest import HASHES, MANIFEST, beside
+from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.beton.sources import open_source
 
 NUM_CLASSES = 37  # one image each in `folder`: there a label identifies an image

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data_prep import synthetic
+from data_prep.synthetic_imagenet import write
 
 ROOT = Path(__file__).parents[2]
 BENCH = [sys.executable, "-m", "irpe_ds.data.bench"]
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bench") / "data"
-    synthetic.write(out, images=24, classes=2, seed=0)
+    write(out, images=24, classes=2, seed=0)
     return out
 
 

@@ -5,32 +5,32 @@ from typing import Any
 import numpy as np
 import pytest
 
-from irpe_ds.data.crops import Views, centre_views, random_views
+from irpe_ds.data.crops import Crops, center_crops, random_resized_crops
 from irpe_ds.data.rng import image_keys
 
 
-def draw(samples: np.ndarray, height: int = 400, width: int = 500, **options: Any) -> Views:
+def draw(samples: np.ndarray, height: int = 400, width: int = 500, **options: Any) -> Crops:
     heights, widths = np.full(len(samples), height), np.full(len(samples), width)
     keys = image_keys(samples, seed=options.pop("seed", 0), epoch=options.pop("epoch", 0))
     defaults = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5}
-    return random_views(samples, heights, widths, keys, **defaults | options)
+    return random_resized_crops(samples, heights, widths, keys, **defaults | options)
 
 
 @pytest.mark.parametrize(("height", "width"), [(400, 500), (32, 32), (1, 1), (3, 300), (300, 3)])
 def test_boxes_lie_within_their_images(height: int, width: int) -> None:
-    views = draw(np.arange(5000), height, width)
-    assert min(views["top"].min(), views["left"].min()) >= 0
-    assert min(views["height"].min(), views["width"].min()) >= 1
-    assert (views["top"] + views["height"]).max() <= height
-    assert (views["left"] + views["width"]).max() <= width
+    crops = draw(np.arange(5000), height, width)
+    assert min(crops["top"].min(), crops["left"].min()) >= 0
+    assert min(crops["height"].min(), crops["width"].min()) >= 1
+    assert (crops["top"] + crops["height"]).max() <= height
+    assert (crops["left"] + crops["width"]).max() <= width
 
 
-def test_view_is_a_function_of_seed_epoch_and_sample_alone() -> None:
-    views = draw(np.arange(1000))
+def test_crop_is_a_function_of_seed_epoch_and_sample_alone() -> None:
+    crops = draw(np.arange(1000))
     some = np.array([999, 5, 17, 5])
-    assert np.array_equal(draw(some), views[some])
+    assert np.array_equal(draw(some), crops[some])
     for other in ({"seed": 1}, {"epoch": 1}):
-        assert np.mean(draw(np.arange(1000), **other)["top"] == views["top"]) < 0.1
+        assert np.mean(draw(np.arange(1000), **other)["top"] == crops["top"]) < 0.1
     # seed and epoch are not summed up
     assert not np.array_equal(
         draw(np.arange(9), seed=1, epoch=0)["top"], draw(np.arange(9), seed=0, epoch=1)["top"]
@@ -38,15 +38,15 @@ def test_view_is_a_function_of_seed_epoch_and_sample_alone() -> None:
 
 
 def test_crop_follows_scale_and_ratio() -> None:
-    views = draw(np.arange(20000), 1000, 1000, scale=(0.1, 0.5), ratio=(0.5, 2.0))
-    area = views["height"].astype(float) * views["width"] / 1e6
-    aspect = np.log(views["width"] / views["height"])
+    crops = draw(np.arange(20000), 1000, 1000, scale=(0.1, 0.5), ratio=(0.5, 2.0))
+    area = crops["height"].astype(float) * crops["width"] / 1e6
+    aspect = np.log(crops["width"] / crops["height"])
     assert area.min() == pytest.approx(0.1, abs=2e-3)
     assert area.max() == pytest.approx(0.5, abs=2e-3)
     assert area.mean() == pytest.approx(0.3, abs=3e-3)  # nearly every first draw fits
     assert np.abs(aspect).max() == pytest.approx(np.log(2), abs=1e-2)
     assert aspect.mean() == pytest.approx(0, abs=1e-2)
-    free = views["top"] / (1000 - views["height"] + 1)
+    free = crops["top"] / (1000 - crops["height"] + 1)
     assert np.histogram(free, 10, (0, 1))[0] == pytest.approx(2000, rel=0.1)
 
 
@@ -72,27 +72,27 @@ def test_flips(probability: float) -> None:
 
 
 def test_flip_is_independent_of_crop_and_of_neighbours() -> None:
-    views = draw(np.arange(20000))
-    assert abs(np.corrcoef(views["flip"], views["left"])[0, 1]) < 0.03
-    assert abs(np.corrcoef(views["left"][1:], views["left"][:-1])[0, 1]) < 0.03
-    assert abs(np.corrcoef(views["flip"][1:], views["flip"][:-1])[0, 1]) < 0.03
+    crops = draw(np.arange(20000))
+    assert abs(np.corrcoef(crops["flip"], crops["left"])[0, 1]) < 0.03
+    assert abs(np.corrcoef(crops["left"][1:], crops["left"][:-1])[0, 1]) < 0.03
+    assert abs(np.corrcoef(crops["flip"][1:], crops["flip"][:-1])[0, 1]) < 0.03
 
 
 def test_no_augmentation_shows_the_whole_image() -> None:
-    views = draw(np.arange(100), 375, 500, scale=(1.0, 1.0), ratio=(0.01, 100.0), hflip=0.0)
-    whole = (views["height"] == 375) & (views["width"] == 500)
+    crops = draw(np.arange(100), 375, 500, scale=(1.0, 1.0), ratio=(0.01, 100.0), hflip=0.0)
+    whole = (crops["height"] == 375) & (crops["width"] == 500)
     assert whole.any()
-    assert not views["flip"].any()
-    views = draw(np.arange(100), 32, 32, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
-    assert set(views["top"]) == set(views["left"]) == {0}
-    assert set(views["height"]) == set(views["width"]) == {32}
+    assert not crops["flip"].any()
+    crops = draw(np.arange(100), 32, 32, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
+    assert set(crops["top"]) == set(crops["left"]) == {0}
+    assert set(crops["height"]) == set(crops["width"]) == {32}
 
 
 def test_image_too_narrow_for_any_draw_is_cropped_at_its_centre() -> None:
-    views = draw(np.arange(10), 1000, 30, scale=(0.9, 1.0))
-    assert set(views["width"]) == {30}
-    assert set(views["height"]) == {40}  # 30 / (3 / 4)
-    assert set(views["top"]) == {480}
+    crops = draw(np.arange(10), 1000, 30, scale=(0.9, 1.0))
+    assert set(crops["width"]) == {30}
+    assert set(crops["height"]) == {40}  # 30 / (3 / 4)
+    assert set(crops["top"]) == {480}
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_image_too_narrow_for_any_draw_is_cropped_at_its_centre() -> None:
 def test_centre(
     height: int, width: int, aspect: float, share: float, box: tuple[int, int, int, int]
 ) -> None:
-    (view,) = centre_views(
+    (crop,) = center_crops(
         np.array([7]), np.array([height]), np.array([width]), aspect=aspect, share=share
     )
-    assert tuple(view[name] for name in ("top", "left", "height", "width")) == box
-    assert (view["sample"], view["flip"]) == (7, 0)
+    assert tuple(crop[name] for name in ("top", "left", "height", "width")) == box
+    assert (crop["sample"], crop["flip"]) == (7, 0)

@@ -39,11 +39,11 @@ def test_digits(
 
     before = {path: path.stat().st_mtime_ns for path in files.values()}
     run_script(out, monkeypatch)
-    assert "are there already" in capsys.readouterr().out
+    assert "already exist" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in files.values()} == before
 
     files[0].unlink()
     with pytest.raises(SystemExit) as exit_:
         run_script(out, monkeypatch)
     assert exit_.value.code == 2
-    assert "expected a new folder or a complete one" in capsys.readouterr().err
+    assert "expected a new or a complete folder" in capsys.readouterr().err

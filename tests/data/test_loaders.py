@@ -14,31 +14,32 @@ import torch
 from numba import config
 from PIL import Image
 
-from irpe_ds.config import AugmentConfig
+from irpe_ds.config import AugmentConfig, DataConfig
 from irpe_ds.data.augment.policies import Augment, Erase
 from irpe_ds.data.beton.convert import convert
-from irpe_ds.data.beton.images import StorageOptions
 from irpe_ds.data.beton.manifest import MANIFEST, beside
+from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.beton.reader import read_beton
 from irpe_ds.data.beton.sources import open_source
 from irpe_ds.data.loaders import EvalLoader, TrainLoader
-from irpe_ds.data.pipelines import batches
-from irpe_ds.errors import ConfigError
+from irpe_ds.data.pipelines import ffcv
+from irpe_ds.errors import ConfigError, DataError
 
+DEFAULT = AugmentConfig()
 WHOLE = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
 
 
-def train_loader(path: Path, **options: Any) -> TrainLoader:
-    defaults = {
-        "batch_size": 4,
-        "img_size": 24,
-        "augment": AugmentConfig(),
-        "seed": 0,
-        "rank": 0,
-        "world_size": 1,
-        "workers": 1,
-    }
-    return TrainLoader(path, **defaults | options)
+def train_loader(
+    path: Path, augment: AugmentConfig = DEFAULT, workers: int | None = 1, **options: Any
+) -> TrainLoader:
+    data = DataConfig(train=path, val=path, workers=workers)
+    defaults = {"batch_size": 4, "img_size": (24, 24), "seed": 0, "rank": 0, "world_size": 1}
+    return TrainLoader(data, augment, **defaults | options)
+
+
+def eval_loader(path: Path, rank: int = 0, world_size: int = 1) -> EvalLoader:
+    data = DataConfig(train=path, val=path, val_crop=0.875)
+    return EvalLoader(data, batch_size=8, img_size=(24, 24), rank=rank, world_size=world_size)
 
 
 def everything(iterator: Iterator[tuple[Any, ...]]) -> tuple[torch.Tensor, ...]:
@@ -53,7 +54,7 @@ def decoding_threads() -> list[threading.Thread]:
 
 def at_work() -> int:
     """Threads that are decoding for somebody."""
-    return len(decoding_threads()) - len(batches._threads._idle)
+    return len(decoding_threads()) - len(ffcv._threads._idle)
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +181,7 @@ def test_pixels_are_those_of_the_image(
     convert(open_source([tmp_path / "folder"]), path, options, workers=1)
     mirrored = WHOLE.model_copy(update={"hflip": 1.0})
     plain, flipped = (
-        next(train_loader(path, batch_size=6, img_size=32, augment=a).epoch(0))
+        next(train_loader(path, a, batch_size=6, img_size=(32, 32)).epoch(0))
         for a in (WHOLE, mirrored)
     )
     assert torch.equal(plain[0].flip(3), flipped[0])
@@ -197,9 +198,7 @@ def test_pixels_are_those_of_the_image(
 def test_evaluation_counts_every_image_once(beton: Path, world_size: int) -> None:
     counted, lengths = [], set()
     for rank in range(world_size):
-        loader = EvalLoader(
-            beton, batch_size=8, img_size=24, crop=0.875, rank=rank, world_size=world_size
-        )
+        loader = eval_loader(beton, rank, world_size)
         for images, labels, valid in loader:
             assert images.shape == (8, 3, 24, 24)
             counted += labels[valid].tolist()
@@ -209,7 +208,7 @@ def test_evaluation_counts_every_image_once(beton: Path, world_size: int) -> Non
 
 
 def test_evaluation_is_the_same_each_time(beton: Path) -> None:
-    loader = EvalLoader(beton, batch_size=8, img_size=24, crop=0.875, rank=0, world_size=1)
+    loader = eval_loader(beton)
     assert all(map(torch.equal, everything(iter(loader)), everything(iter(loader))))
 
 
@@ -265,7 +264,7 @@ def test_exception_of_the_thread_reaches_the_consumer(
             raise MemoryError("no room")
         return np.ones(4, bool)
 
-    monkeypatch.setattr(batches, "decode_views", decode_two_batches)
+    monkeypatch.setattr(ffcv, "decode_crops", decode_two_batches)
     epoch = train_loader(beton).epoch(0)
     assert len([next(epoch), next(epoch)]) == 2
     with pytest.raises(MemoryError, match="no room"):
@@ -280,7 +279,7 @@ def test_damaged_image_stops_training_by_name(own_beton: Path, manifest: bool) -
     with own_beton.open("r+b") as file:
         file.seek(int(entry["start"] + entry["bytes"] // 2))
         file.write(bytes(30))
-    with pytest.raises(ConfigError, match=r"own\.beton: expected undamaged .* sample 21$"):
+    with pytest.raises(DataError, match=r"own\.beton: expected undamaged .* sample 21$"):
         list(train_loader(own_beton, batch_size=37).epoch(0))
 
 
@@ -315,7 +314,7 @@ def test_workers(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_import_leaves_torchs_threads_alone() -> None:
     code = (
-        "import torch; torch.set_num_threads(3); import irpe_ds.data.loaders;"
+        "import torch; torch.set_num_threads(3); import irpe_ds.data.pipelines.ffcv;"
         "print(torch.get_num_threads())"
     )
     done = subprocess.run(
@@ -326,6 +325,26 @@ def test_import_leaves_torchs_threads_alone() -> None:
         timeout=120,
     )
     assert done.stdout == "3\n", done.stderr
+
+
+def test_importing_ffcv_compiles_nothing() -> None:
+    code = """
+import numba.typed
+before = numba.typed.Dict
+import irpe_ds.data.beton.format
+from ffcv.fields.rgb_image import IMAGE_MODES
+assert type(IMAGE_MODES) is dict
+assert numba.typed.Dict is before
+assert before() is not None and before is not dict
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_decoding_leaves_torchs_threads_alone(beton: Path) -> None:

@@ -58,9 +58,9 @@ def test_again_and_incomplete(
     run_script(first, monkeypatch)
     run_script(second, monkeypatch)
     run_script(second, monkeypatch)
-    assert "are there already" in capsys.readouterr().out
+    assert "already exist" in capsys.readouterr().out
     files = sorted(path.relative_to(first) for path in first.rglob("*.png"))
     assert all((first / file).read_bytes() == (second / file).read_bytes() for file in files)
     (second / files[0]).unlink()
-    with pytest.raises(offsets.ConfigError, match="a new folder or a complete one"):
+    with pytest.raises(offsets.ConfigError, match="a new or a complete folder"):
         run_script(second, monkeypatch)

@@ -1,9 +1,9 @@
-"""Random numbers of an image's own."""
+"""Random numbers per sample."""
 
 import numpy as np
 import pytest
 
-from irpe_ds.data.rng import Draws, image_keys
+from irpe_ds.data.rng import PerSampleRNG, image_keys
 
 COUNT = 40000
 SAMPLES = np.arange(COUNT)
@@ -35,7 +35,7 @@ def test_repeats_may_differ_within_a_batch() -> None:
 
 @pytest.mark.parametrize("number", [0, 1, 2, 50])
 def test_uniforms_are_uniform(number: int) -> None:
-    values = Draws(keys(), "test").uniform(number)
+    values = PerSampleRNG(keys(), "test").uniform(number)
     assert values.min() >= 0
     assert values.max() < 1
     counts = np.histogram(values, 50, (0, 1))[0]
@@ -45,7 +45,7 @@ def test_uniforms_are_uniform(number: int) -> None:
 
 
 def test_normals_are_normal() -> None:
-    values = Draws(keys(), "test").normal(3)
+    values = PerSampleRNG(keys(), "test").normal(3)
     assert values.mean() == pytest.approx(0, abs=5 / np.sqrt(COUNT))
     assert values.std() == pytest.approx(1, abs=5 / np.sqrt(2 * COUNT))
     for bound, share in ((0.5, 0.6171), (1, 0.3173), (2, 0.0455), (3, 0.0027)):
@@ -55,18 +55,18 @@ def test_normals_are_normal() -> None:
 
 
 def test_numbers_purposes_seeds_and_epochs_are_independent() -> None:
-    one = Draws(keys(), "test").uniform(0)
-    assert_unrelated(one, Draws(keys(), "test").uniform(1))
-    assert_unrelated(one, Draws(keys(), "other").uniform(0))
-    assert_unrelated(one, Draws(keys(), "other").uniform(1))
+    one = PerSampleRNG(keys(), "test").uniform(0)
+    assert_unrelated(one, PerSampleRNG(keys(), "test").uniform(1))
+    assert_unrelated(one, PerSampleRNG(keys(), "other").uniform(0))
+    assert_unrelated(one, PerSampleRNG(keys(), "other").uniform(1))
     for other in ({"seed": 1}, {"epoch": 1}, {"repeats": 1}):
-        assert_unrelated(one, Draws(keys(**other), "test").uniform(0))
+        assert_unrelated(one, PerSampleRNG(keys(**other), "test").uniform(0))
 
 
-def test_rows_select_streams() -> None:
-    draws = Draws(keys(), "test")
-    rows = np.array([5, 3, 5, 39999])
-    assert np.array_equal(draws.uniform(2, rows), draws.uniform(2)[rows])
-    assert np.array_equal(draws.normal(2, rows), draws.normal(2)[rows])
-    assert np.array_equal(draws.uniform(2, slice(4, 9)), draws.uniform(2)[4:9])
-    assert draws.uniform(2, np.empty(0, np.int64)).shape == (0,)
+def test_index_selects_streams() -> None:
+    rng = PerSampleRNG(keys(), "test")
+    index = np.array([5, 3, 5, 39999])
+    assert np.array_equal(rng.uniform(2, index), rng.uniform(2)[index])
+    assert np.array_equal(rng.normal(2, index), rng.normal(2)[index])
+    assert np.array_equal(rng.uniform(2, slice(4, 9)), rng.uniform(2)[4:9])
+    assert rng.uniform(2, np.empty(0, np.int64)).shape == (0,)

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.io import loadmat
 
 from data_prep import synthetic
-from data_prep.synthetic import DEVKIT, Synthetic
+from data_prep.synthetic_imagenet import DEVKIT, MIN_SHARDS, Synthetic, write
 from irpe_ds.data.beton.format import imdecode
 from irpe_ds.errors import ConfigError
 
@@ -23,7 +23,7 @@ IMAGES, CLASSES = 40, 4
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Synthetic]:
     out = tmp_path_factory.mktemp("synthetic") / "out"
-    made = synthetic.write(out, images=IMAGES, classes=CLASSES, oddities=True, bad=True, seed=3)
+    made = write(out, images=IMAGES, classes=CLASSES, oddities=True, bad=True, seed=3)
     return out, made
 
 
@@ -73,7 +73,7 @@ def test_training_layouts_hold_the_same_bytes(written: tuple[Path, Synthetic]) -
 
     assert (out / "wds/classes.txt").read_text().split() == list(made.synsets)
     shards = sorted((out / "wds").glob("train-*.tar"))
-    assert len(shards) == synthetic.MIN_SHARDS
+    assert len(shards) == MIN_SHARDS
     samples = {name: data for shard in shards for name, data in members(shard).items()}
     assert len(samples) == 3 * len(folder)
     for path, data in folder.items():
@@ -182,5 +182,5 @@ def test_refuses(tmp_path: Path, classes: int, where: str) -> None:
     if where == "--out":
         (tmp_path / "file").touch()
     with pytest.raises(ConfigError) as error:
-        synthetic.write(tmp_path, images=8, classes=classes, seed=0)
+        write(tmp_path, images=8, classes=classes, seed=0)
     assert error.value.where == where

@@ -1,7 +1,7 @@
-"""Image operations that look at one pixel at a time, for a batch of uint8 images on any device.
+"""Point operations: each output pixel from one input pixel, for uint8 images on any device.
 
-Each takes images_NHWC with three channels and one argument per image, in host memory, and gives
-the very bytes that Pillow's operation of that name gives, in new memory.
+Each takes images_NHWC with three channels and one argument per image in host memory, and returns
+the same bytes as Pillow's operation of that name, in new memory.
 """
 
 from typing import Any
@@ -21,20 +21,20 @@ def invert(images_NHWC: Tensor, _: Arguments) -> Tensor:
 
 
 def posterize(images_NHWC: Tensor, bits_N: Arguments) -> Tensor:
-    """Keep this many of the upper bits; Pillow from version 13 on refuses to keep none."""
+    """Keep this many of the upper bits; 0, which timm asks for, is refused by Pillow 13."""
     masks_N = LEVELS - 2 ** (8 - bits_N)
     return images_NHWC & per_image(masks_N, images_NHWC, torch.uint8)
 
 
 def solarize(images_NHWC: Tensor, thresholds_N: Arguments) -> Tensor:
-    """Invert what is not below the threshold."""
+    """Invert the values from the threshold up."""
     last_dark = per_image(thresholds_N - 1, images_NHWC, torch.int16)
     bright = (last_dark - images_NHWC.to(torch.int16)) >> 15  # -1 there, else 0
     return images_NHWC ^ bright.to(torch.uint8)
 
 
 def solarize_add(images_NHWC: Tensor, additions_N: Arguments) -> Tensor:
-    """Add, at most 128, to what is below 128."""
+    """Add at most 128 to the values below 128."""
     dark = (images_NHWC >> 7) ^ 1
     return images_NHWC + dark * per_image(additions_N, images_NHWC, torch.uint8)
 
@@ -71,7 +71,7 @@ def autocontrast(images_NHWC: Tensor, _: Arguments) -> Tensor:
 
 
 def equalize(images_NHWC: Tensor, _: Arguments) -> Tensor:
-    """Spread each channel's levels so that they occur about equally often."""
+    """Equalise the histogram of each channel."""
     index_NP = _table_index(images_NHWC)
     counts = torch.zeros(len(images_NHWC), LEVELS * 3, dtype=torch.int64, device=index_NP.device)
     counts.scatter_add_(1, index_NP, torch.ones_like(index_NP))
@@ -92,19 +92,19 @@ def luminance(images_NHWC: Tensor) -> Tensor:
 
 
 def blend(origin: Tensor, images_NHWC: Tensor, factors_N: Arguments) -> Tensor:
-    """From the origin (float, broadcast) through the image at 1, and beyond it; truncated."""
+    """From the origin (float, broadcast) at factor 0 to the image at 1, or beyond; truncated."""
     mixed = images_NHWC.float().sub_(origin)
     mixed.mul_(per_image(factors_N, images_NHWC, torch.float32)).add_(origin)
     return to_bytes(mixed.clamp_(0, 255))
 
 
 def to_bytes(values: Tensor) -> Tensor:
-    """Truncate floats in [0, 256); by way of int16, to which the CPU converts in vectors."""
+    """Truncate floats in [0, 256), through int16: PyTorch vectorises that conversion on CPUs."""
     return values.to(torch.int16).to(torch.uint8)
 
 
 def per_image(values_N: Arguments, images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Host numbers as (N, 1, 1, 1) where the images are."""
+    """Host numbers as (N, 1, 1, 1) on the images' device."""
     return to_device(values_N, images.device).to(dtype).view(-1, 1, 1, 1)
 
 
@@ -119,7 +119,7 @@ def _levels(images: Tensor) -> Tensor:
 
 
 def _table_index(images_NHWC: Tensor) -> Tensor:
-    """Where each byte finds its entry in a table (256, 3) of its image, (N, H * W * 3)."""
+    """The index of each byte's entry in a table (256, 3) of its image, (N, H * W * 3)."""
     channels = torch.arange(3, device=images_NHWC.device)
     return (images_NHWC.long() * 3 + channels).flatten(1)
 

@@ -1,7 +1,7 @@
 """Augmentation of a batch on its device: RandAugment, three-augment, colour jitter, erasing.
 
-What happens to an image is drawn on the host from the image's own key, so that its pixels are the
-same in whatever batch, and nothing waits for the device.
+Its random numbers are drawn on the host from each image's own key, so that an image's pixels are
+the same in any batch, and nothing waits for the device.
 
 Shapes: N images of a batch or of a part of it, H x W pixels, C = 3 channels.
 """
@@ -19,15 +19,15 @@ from torch import Tensor
 from irpe_ds.config import AugmentConfig
 from irpe_ds.data.augment import pixel_ops, spatial_ops
 from irpe_ds.data.augment.pixel_ops import Arguments, to_device
-from irpe_ds.data.rng import Draws, Keys
+from irpe_ds.data.rng import Keys, PerSampleRNG
 from irpe_ds.errors import ConfigError
 
 Function = Callable[[Tensor, Arguments], Tensor]
-Rows = NDArray[np.int64]
-Layer = list[tuple[Function, Rows, Arguments]]
-"""What to apply to which images of a batch; an image occurs at most once."""
+Indices = NDArray[np.int64]
+Layer = list[tuple[Function, Indices, Arguments]]
+"""Operations and the images of a batch that each applies to; an image occurs at most once."""
 
-CPU_IMAGES = 1  # at once per thread: what its cache holds
+CPU_IMAGES = 1  # per thread and call: as many as its cache holds
 
 ERASE_ATTEMPTS = 10
 ERASE_AREA = (0.02, 1 / 3)
@@ -36,16 +36,16 @@ ERASE_ASPECT = (0.3, 1 / 0.3)
 
 class Policy(Protocol):
     def layers(self, keys: Keys, height: int, width: int) -> Iterator[Layer]:
-        """Draw what is to happen to the images of these keys, one layer after the other."""
+        """Draw the operations on the images of these keys, layer by layer."""
 
 
 class Augment:
     """The `auto` policy, then colour jitter, of uint8 images (B, 3, H, W) into new ones.
 
-    Geometric operations uncover the channel mean. Images in channels_last save a copy.
+    Geometric operations fill with the channel mean. Images in channels_last save a copy.
 
     Raises:
-        ConfigError: augment.auto or augment.color_jitter cannot be followed.
+        ConfigError: augment.auto is unknown, or augment.color_jitter comes with RandAugment.
     """
 
     def __init__(self, config: AugmentConfig, mean: tuple[float, float, float]) -> None:
@@ -56,9 +56,7 @@ class Augment:
             self.policies.append(RandAugment(config.auto, mean))
         if config.color_jitter:
             if any(isinstance(policy, RandAugment) for policy in self.policies):
-                raise ConfigError(
-                    "augment.color_jitter", "0 beside RandAugment", config.color_jitter
-                )
+                raise ConfigError("augment.color_jitter", "0 with RandAugment", config.color_jitter)
             self.policies.append(ColorJitter(config.color_jitter))
 
     def __call__(self, images: Tensor, keys: Keys) -> Tensor:
@@ -71,7 +69,7 @@ class Augment:
 
 
 def _apply(layer: Layer, images_NHWC: Tensor) -> Tensor:
-    """Sort the images by function, apply each to its stretch, and restore the order."""
+    """Sort the images by function, apply each function to its images, and restore the order."""
     device = images_NHWC.device
     touched = np.concatenate([np.empty(0, np.int64), *(rows for _, rows, _ in layer)])
     rest = np.setdiff1d(np.arange(len(images_NHWC)), touched)
@@ -83,14 +81,14 @@ def _apply(layer: Layer, images_NHWC: Tensor) -> Tensor:
     for function, rows, arguments in layer:
         for first in range(0, len(rows), at_once):
             some = slice(first, min(first + at_once, len(rows)))
-            stretch = sorted_NHWC[start + some.start : start + some.stop]
-            stretch.copy_(function(stretch, arguments[some]))
+            part_NHWC = sorted_NHWC[start + some.start : start + some.stop]
+            part_NHWC.copy_(function(part_NHWC, arguments[some]))
         start += len(rows)
     return sorted_NHWC.index_select(0, to_device(np.argsort(order), device))
 
 
-class Setting(NamedTuple):
-    """What an operation's arguments depend on."""
+class Severity(NamedTuple):
+    """What an operation's arguments are computed from (timm's level_to_arg)."""
 
     level_N: Arguments
     """Magnitude in [0, 10]."""
@@ -101,13 +99,15 @@ class Setting(NamedTuple):
 
 
 class Op(NamedTuple):
+    """One operation, by timm's name."""
+
     name: str
     function: Function
-    arguments: Callable[[Setting], Arguments]
+    arguments: Callable[[Severity], Arguments]
 
 
-def _enhancement(setting: Setting) -> Arguments:
-    return np.maximum(0.1, 1 + setting.sign_N * (setting.level_N / 10 * 0.9))
+def _enhancement(s: Severity) -> Arguments:
+    return np.maximum(0.1, 1 + s.sign_N * (s.level_N / 10 * 0.9))
 
 
 def _matrix(**entries: Arguments | float) -> Arguments:
@@ -116,20 +116,20 @@ def _matrix(**entries: Arguments | float) -> Arguments:
     return np.stack(np.broadcast_arrays(*(identity | entries).values()), axis=-1)
 
 
-def _rotation(setting: Setting) -> Arguments:
+def _rotation(s: Severity) -> Arguments:
     """Counter-clockwise about the centre by up to 30 degrees."""
-    angle = -np.radians(setting.sign_N * (setting.level_N / 10 * 30))
-    cos, sin, x, y = np.cos(angle), np.sin(angle), setting.width / 2, setting.height / 2
+    angle = -np.radians(s.sign_N * (s.level_N / 10 * 30))
+    cos, sin, x, y = np.cos(angle), np.sin(angle), s.width / 2, s.height / 2
     return _matrix(a=cos, b=sin, c=x - cos * x - sin * y, d=-sin, e=cos, f=y + sin * x - cos * y)
 
 
-def _shear(setting: Setting) -> Arguments:
-    return setting.sign_N * (setting.level_N / 10 * 0.3)
+def _shear(s: Severity) -> Arguments:
+    return s.sign_N * (s.level_N / 10 * 0.3)
 
 
-def _translation(setting: Setting) -> Arguments:
+def _translation(s: Severity) -> Arguments:
     """As a share of the side."""
-    return setting.sign_N * (setting.level_N / 10 * 0.45)
+    return s.sign_N * (s.level_N / 10 * 0.45)
 
 
 def rand_ops(fill: tuple[int, int, int]) -> tuple[Op, ...]:
@@ -167,15 +167,15 @@ class RandAugment:
 
     def layers(self, keys: Keys, height: int, width: int) -> Iterator[Layer]:
         for number in range(self.count):
-            draws = Draws(keys, f"randaugment {number}")
-            choice = (draws.uniform(0) * len(self.ops)).astype(np.int64)
-            choice[draws.uniform(1) >= self.probability] = -1
-            sign = np.where(draws.uniform(2) < 0.5, -1.0, 1.0)
-            level = np.clip(self.magnitude + self.deviation * draws.normal(3), 0, 10)
-            parts: dict[Function, tuple[list[Rows], list[Arguments]]] = {}
+            rng = PerSampleRNG(keys, f"randaugment {number}")
+            choice = (rng.uniform(0) * len(self.ops)).astype(np.int64)
+            choice[rng.uniform(1) >= self.probability] = -1
+            sign = np.where(rng.uniform(2) < 0.5, -1.0, 1.0)
+            level = np.clip(self.magnitude + self.deviation * rng.normal(3), 0, 10)
+            parts: dict[Function, tuple[list[Indices], list[Arguments]]] = {}
             for index, op in enumerate(self.ops):
                 rows = np.flatnonzero(choice == index)
-                arguments = op.arguments(Setting(level[rows], sign[rows], height, width))
+                arguments = op.arguments(Severity(level[rows], sign[rows], height, width))
                 rows_so_far, arguments_so_far = parts.setdefault(op.function, ([], []))
                 rows_so_far.append(rows)
                 arguments_so_far.append(arguments)
@@ -212,11 +212,11 @@ class ThreeAugment:
     """DeiT III's: each image is solarised, grey or blurred (arXiv:2204.07118)."""
 
     def layers(self, keys: Keys, height: int, width: int) -> Iterator[Layer]:
-        draws = Draws(keys, "three-augment")
-        choice = (draws.uniform(0) * 3).astype(np.int64)
-        radius = 0.1 + 1.9 * draws.uniform(1)
+        rng = PerSampleRNG(keys, "three-augment")
+        choice = (rng.uniform(0) * 3).astype(np.int64)
+        radius = 0.1 + 1.9 * rng.uniform(1)
         solarized, grey = np.flatnonzero(choice == 0), np.flatnonzero(choice == 1)
-        blurred = np.argsort(radius)  # alike beside alike: the widest of a stretch sets its cost
+        blurred = np.argsort(radius)  # similar radii together: the widest of a part sets its cost
         blurred = blurred[choice[blurred] == 2]
         yield [
             (pixel_ops.solarize, solarized, np.full(len(solarized), 128.0)),
@@ -226,7 +226,7 @@ class ThreeAugment:
 
 
 class ColorJitter:
-    """Brightness, contrast and saturation in an order and by factors of the image's own."""
+    """Brightness, contrast and saturation, in an order and by factors drawn for each image."""
 
     functions = (pixel_ops.brightness, pixel_ops.contrast, pixel_ops.color)
 
@@ -234,9 +234,9 @@ class ColorJitter:
         self.low, self.high = max(0.0, 1 - strength), 1 + strength
 
     def layers(self, keys: Keys, height: int, width: int) -> Iterator[Layer]:
-        draws = Draws(keys, "color jitter")
-        turn = np.argsort([draws.uniform(number) for number in range(3)], axis=0)
-        factor = np.stack([draws.uniform(3 + number) for number in range(3)])
+        rng = PerSampleRNG(keys, "color jitter")
+        turn = np.argsort([rng.uniform(number) for number in range(3)], axis=0)
+        factor = np.stack([rng.uniform(3 + number) for number in range(3)])
         factor = self.low + (self.high - self.low) * factor
         for chosen in turn:
             groups = [(index, np.flatnonzero(chosen == index)) for index in range(3)]
@@ -247,14 +247,14 @@ class Erase:
     """timm's random erasing, mode pixel: one box of normalised images becomes N(0, 1) noise.
 
     The box has an area uniform in [0.02, 1/3] of the image's and an aspect ratio (height over
-    width) log-uniform in [0.3, 1/0.3]; an image that ten of them do not fit stays as it is.
+    width) log-uniform in [0.3, 1/0.3]; if ten of them do not fit, the image is left as it is.
     """
 
     def __init__(self, probability: float) -> None:
         self.probability = probability
 
     def __call__(self, images: Tensor, keys: Keys) -> Tensor:
-        """Erase in images (B, 3, H, W) in place and give them back: the caller must own them."""
+        """Erase in place and return the images (B, 3, H, W)."""
         generator = torch.Generator(images.device)
         height, width = images.shape[2:]
         rows, boxes = erase_boxes(keys, self.probability, height, width)
@@ -271,16 +271,14 @@ class Erase:
 
 def erase_boxes(
     keys: Keys, probability: float, height: int, width: int
-) -> tuple[Rows, NDArray[np.int64]]:
+) -> tuple[Indices, NDArray[np.int64]]:
     """The images to erase in, (M,), and their boxes as top, left, height and width, (M, 4)."""
-    draws = Draws(keys, "erase")
+    rng = PerSampleRNG(keys, "erase")
     boxes = np.zeros((len(keys), 4), np.int64)
-    open_rows = np.flatnonzero(draws.uniform(0) < probability)
+    pending = np.flatnonzero(rng.uniform(0) < probability)
     low, high = np.log(ERASE_ASPECT)
     for attempt in range(ERASE_ATTEMPTS):
-        area, aspect, top, left = (
-            draws.uniform(1 + 4 * attempt + number, open_rows) for number in range(4)
-        )
+        area, aspect, top, left = (rng.uniform(1 + 4 * attempt + n, pending) for n in range(4))
         area = height * width * (ERASE_AREA[0] + area * (ERASE_AREA[1] - ERASE_AREA[0]))
         aspect = np.exp(low + aspect * (high - low))
         box_height = np.rint(np.sqrt(area * aspect)).astype(np.int64)
@@ -288,7 +286,7 @@ def erase_boxes(
         fits = (box_height < height) & (box_width < width)
         top, left = top * (height - box_height + 1), left * (width - box_width + 1)
         found = np.stack([top.astype(np.int64), left.astype(np.int64), box_height, box_width], 1)
-        boxes[open_rows[fits]] = found[fits]
-        open_rows = open_rows[~fits]
+        boxes[pending[fits]] = found[fits]
+        pending = pending[~fits]
     rows = np.flatnonzero(boxes[:, 2:].any(1))
     return rows, boxes[rows]

@@ -1,7 +1,7 @@
-"""Image operations that look at a pixel's neighbours, for a batch of uint8 images on any device.
+"""Neighbourhood operations: filters and warps of uint8 images on any device.
 
-They take images_NHWC with three channels and numbers per image in host memory, and give what
-Pillow's operations give, in new memory.
+They take images_NHWC with three channels and arguments per image in host memory, and return what
+Pillow's operations return, in new memory.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from irpe_ds.data.augment.pixel_ops import Arguments, blend, per_image, to_bytes
 def sharpness(images_NHWC: Tensor, factors_N: Arguments) -> Tensor:
     """Away from, or towards, the mean of 3 x 3 pixels with the centre counted five times.
 
-    To the bit as Pillow, which leaves the border as it is.
+    Bitwise as Pillow, which leaves the border unchanged.
     """
     values = images_NHWC.float()
     three = values[:, :-2] + values[:, 1:-1] + values[:, 2:]
@@ -30,7 +30,7 @@ def gaussian_blur(images_NHWC: Tensor, sigmas_N: Arguments) -> Tensor:
     """A Gaussian of this deviation in pixels, as three box filters along each axis.
 
     The boxes end in fractions of a pixel (Gwosdek et al., SSVM 2011). Pillow rounds after each of
-    the six filters, this once: they differ by three levels at most, mostly by none or one.
+    the six filters, this function once: they differ by at most three levels, mostly by 0 or 1.
     """
     radii_N = _box_radii(sigmas_N)
     distances_R = np.arange(1, 2 + int(radii_N.max()))
@@ -42,7 +42,7 @@ def gaussian_blur(images_NHWC: Tensor, sigmas_N: Arguments) -> Tensor:
 
 
 def _box_radii(sigmas_N: Arguments) -> Arguments:
-    """Half-widths, less the centre, of the box that thrice applied has these deviations."""
+    """Half-widths, without the centre, of the box that applied three times has these deviations."""
     variance = sigmas_N**2 / 3
     whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
@@ -72,7 +72,7 @@ def _filter_thrice(images_NHWC: Tensor, weights: Sequence[Tensor], axis: int) ->
 
 
 def affine(images_NHWC: Tensor, matrices_N6: Arguments, *, fill: tuple[int, int, int]) -> Tensor:
-    """Show at (x, y) what lies at (a x + b y + c, d x + e y + f), or `fill` outside the image.
+    """Pixel (x, y) becomes the one at (a x + b y + c, d x + e y + f), or `fill` outside the image.
 
     Matrices are rows (a, b, c, d, e, f); pixel i spans [i, i + 1). The interpolation is Pillow's
     bicubic: a cubic convolution with parameter -1, edges repeated, truncated. One value in a

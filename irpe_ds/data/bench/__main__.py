@@ -1,18 +1,17 @@
-"""Times conversion and loading side by side with what else there is, in one run.
+"""Times conversion and loading side by side with FFCV's and torchvision's, in one run.
 
     python data_prep/synthetic.py --out data/synthetic
     python -m irpe_ds.data.bench convert --data data/synthetic --workers 2
     python -m irpe_ds.data.bench load --data data/synthetic --workers 1 2
 
-DIR/folder/train of --data is an ImageFolder without damaged files. Every round runs each
-candidate once, in rotated order. Prints medians over the rounds of images per second, and of the
-ratios within a round.
+--data is a folder whose folder/train is an ImageFolder without damaged files. Every round runs
+each candidate once, in rotated order. Prints images per second and their ratios within a round, as
+medians over the rounds.
 """
 
 import argparse
 import json
 import os
-import platform
 import re
 import shlex
 import statistics
@@ -23,34 +22,34 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from irpe_ds.cli import run
-from irpe_ds.data.bench.loaders import LOADERS, Setting, started
+from irpe_ds.data.bench.loaders import LOADERS, LoaderSpec, started
 from irpe_ds.errors import ConfigError
 from irpe_ds.files import fsync
+from irpe_ds.provenance import benchmark_info
 
-# Nothing that starts threads is imported above: candidates do so, each in a process of its own.
+# Nothing imported above starts threads: the candidates do, each in its own process.
 
-ROOT = Path(__file__).parents[3]  # of the repository, which has the scripts
+ROOT = Path(__file__).parents[3]  # of the repository, for its scripts
 PACKAGES = ("torch", "torchvision", "ffcv", "numba", "numpy", "pillow")
 WHOLE = "convert, whole process until the file is on the disk"
-PER_CPU = "per second of CPU time"  # which other programs on the machine change little
+PER_CPU = "per second of CPU time"  # little affected by other programs on the machine
 INSIDE = "convert, without start-up, as each reports it"
 
 Result = TypeVar("Result")
 
 
 class Table(NamedTuple):
-    """Candidates side by side."""
+    """Rates of some candidates."""
 
     title: str
     rates: Mapping[str, list[float]]
     """Images per second of each candidate, by round."""
     references: Sequence[str]
-    """The candidates that the others are compared with."""
+    """The candidates that all are compared with."""
 
 
 LOAD_REFERENCES = ("ffcv", "decode only", "ours, normalised")
@@ -63,13 +62,13 @@ def bench_load(args: argparse.Namespace) -> Iterator[Table]:
         beton = Path(scratch, "train.beton")
         _run(_converter(folder, beton, max(args.workers)))
         for workers in args.workers:
-            setting = Setting(
+            spec = LoaderSpec(
                 folder=folder, beton=beton, workers=workers, size=args.size, batch=args.batch
             )
             title = f"load, workers {workers}, {args.size} pixels, batches of {args.batch}"
             with ExitStack() as stack:
                 calls = {
-                    name: stack.enter_context(started(name, prepare, setting))
+                    name: stack.enter_context(started(name, prepare, spec))
                     for name, prepare in LOADERS.items()
                 }
                 results = _interleave(calls, args.rounds)
@@ -77,7 +76,7 @@ def bench_load(args: argparse.Namespace) -> Iterator[Table]:
 
 
 def bench_convert(args: argparse.Namespace) -> Iterator[Table]:
-    """Images per second of a conversion, with and without what it takes to start."""
+    """Images per second of a conversion, with and without start-up."""
     folder, (workers,) = args.data / "folder/train", args.workers
     calls = {
         "ours": lambda out: _conversion(_converter(folder, out, workers), out),
@@ -95,7 +94,7 @@ def bench_convert(args: argparse.Namespace) -> Iterator[Table]:
             whole = len(_files(folder)) / (time.perf_counter() - start)
         return whole, inside or whole
 
-    rates("disk")  # so that the files are in memory, for everyone
+    rates("disk")  # puts the files into the page cache, for all candidates
     results = _interleave({name: partial(rates, name) for name in calls}, args.rounds)
     titles = [f"{title}, workers {workers}" for title in (WHOLE, INSIDE)]
     yield from _tables(titles, results, ("ffcv-imagenet", "disk"))
@@ -113,7 +112,7 @@ def _tables(
 
 
 def _converter(folder: Path, out: Path, workers: int) -> list[str]:
-    """Our command that converts."""
+    """The command of our conversion."""
     command = [
         sys.executable,
         os.fspath(ROOT / "data_prep/convert.py"),
@@ -124,20 +123,20 @@ def _converter(folder: Path, out: Path, workers: int) -> list[str]:
 
 
 def _recipe(folder: Path, out: Path, workers: int) -> list[str]:
-    """This script's command that converts as ffcv-imagenet does."""
+    """The command of ffcv-imagenet's conversion, in this script."""
     command = [sys.executable, "-m", "irpe_ds.data.bench", "recipe", "--source"]
     return [*command, os.fspath(folder), "--out", os.fspath(out), "--workers", str(workers)]
 
 
 def _conversion(command: Sequence[str], out: Path) -> float:
-    """Convert, bring the file to the disk and return the images per second that were printed."""
+    """Convert, fsync the file and return the images per second that were printed."""
     printed = re.findall(r"([\d.]+) img/s", _run(command))
     fsync(out)
     return float(printed[-1])
 
 
 def _copy(folder: Path, out: Path) -> None:
-    """Read every file, write its bytes to `out`, one after the other, and bring it to the disk."""
+    """Concatenate the files into `out` and fsync it."""
     with out.open("wb") as file:
         for path in _files(folder):
             file.write(path.read_bytes())
@@ -145,7 +144,7 @@ def _copy(folder: Path, out: Path) -> None:
 
 
 def convert_as_the_recipe(args: argparse.Namespace) -> None:
-    """Write a .beton file as ffcv-imagenet does for its results: JPEGs of at most 500 pixels."""
+    """Write a .beton file as ffcv-imagenet does for its results: JPEGs of up to 500 pixels."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
     from torchvision.datasets import ImageFolder
@@ -160,7 +159,7 @@ def convert_as_the_recipe(args: argparse.Namespace) -> None:
 
 
 def _run(command: Sequence[str]) -> str:
-    """What a command prints; it must succeed."""
+    """The output of a command, which must succeed."""
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         raise RuntimeError(f"{shlex.join(command)}: {process.stderr}")
@@ -172,7 +171,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _interleave(calls: Mapping[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
-    """Results of each call by round; every round begins with another one."""
+    """Results of each call by round; the first call of a round rotates."""
     names = list(calls)
     results: dict[str, list[Result]] = {name: [] for name in names}
     for done in range(rounds):
@@ -183,7 +182,7 @@ def _interleave(calls: Mapping[str, Callable[[], Result]], rounds: int) -> dict[
 
 
 def _summary(table: Table) -> dict[str, dict[str, Any]]:
-    """Medians and ratios of a table, as the report has them."""
+    """Medians and ratios of a table, as in the report."""
     rows: dict[str, dict[str, Any]] = {}
     for name, own in table.rates.items():
         ratios = {
@@ -201,30 +200,8 @@ def _print(title: str, references: Sequence[str], rows: Mapping[str, dict[str, A
         print(f"{name:24} {row['median']:9.0f}", *ratios, flush=True)
 
 
-def describe(args: argparse.Namespace) -> dict[str, Any]:
-    """What a number needs beside it to be believed."""
-    files = _files(args.data / "folder/train")
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return {
-        "command": shlex.join(["python", "-m", "irpe_ds.data.bench", *sys.argv[1:]]),
-        "commit": commit,
-        "device": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-        "rounds": args.rounds,
-        "images": len(files),
-        "bytes_per_image": round(statistics.mean(path.stat().st_size for path in files)),
-    }
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def check(args: argparse.Namespace) -> None:
-    """Raise ConfigError for what would fail minutes later."""
+    """Raise ConfigError for mistakes that would fail minutes later."""
     folder, cores = args.data / "folder/train", len(os.sched_getaffinity(0))
     images = len(_files(folder))
     if not images:
@@ -236,7 +213,7 @@ def check(args: argparse.Namespace) -> None:
     if args.part == "load" and not 1 <= args.batch <= images:
         raise ConfigError("--batch", f"1 to {images}, the number of images", args.batch)
     if args.out and not args.out.parent.is_dir():
-        raise ConfigError("--out", "a file in a folder that exists", args.out)
+        raise ConfigError("--out", "a file in an existing folder", args.out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -255,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         part.add_argument("--out", type=Path, help="JSON file to write")
     part.add_argument("--size", type=int, default=224, help="of the images, pixels")
     part.add_argument("--batch", type=int, default=128, help="images")
-    part = parts.add_parser("recipe", help="only convert as ffcv-imagenet does")
+    part = parts.add_parser("recipe", help="only ffcv-imagenet's conversion")
     part.add_argument("--source", type=Path, required=True, help="folder of class folders")
     part.add_argument("--out", type=Path, required=True, help="the .beton file to write")
     part.add_argument("--workers", type=int, default=1)
@@ -268,7 +245,13 @@ def main() -> None:
         convert_as_the_recipe(args)
         return
     check(args)
-    report = describe(args)
+    files = _files(args.data / "folder/train")
+    report = benchmark_info("irpe_ds.data.bench", PACKAGES)
+    report |= {
+        "rounds": args.rounds,
+        "images": len(files),
+        "bytes_per_image": round(statistics.mean(path.stat().st_size for path in files)),
+    }
     for name, value in report.items():
         print(f"{name}: {value}")
     report["tables"] = {}

@@ -1,4 +1,4 @@
-"""The loaders that irpe_ds.data.bench times, each started in a process of its own."""
+"""The loaders that irpe_ds.data.bench times, each in its own process."""
 
 import itertools
 import multiprocessing
@@ -12,24 +12,24 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from irpe_ds.errors import ConfigError
+from irpe_ds.errors import DataError
 
-# Nothing that starts threads is imported above: that is the candidates' business.
+# Nothing imported above starts threads: the candidates do.
 
 _TICK = 1 / os.sysconf("SC_CLK_TCK")  # s, the resolution of CPU times
 
 Epoch = Callable[[], int]
-"""Passes over the data once and returns how many images came."""
+"""Passes over the data once and returns the number of images."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What every loader gets."""
+class LoaderSpec:
+    """The same task for every loader."""
 
     folder: Path
     """The ImageFolder."""
     beton: Path
-    """The same images as .beton, every JPEG as it was."""
+    """The same images as .beton, with unchanged JPEGs."""
     workers: int
     """Decoding threads or processes."""
     size: int
@@ -37,69 +37,72 @@ class Setting:
     batch: int
     """Images per batch; an incomplete one is left out."""
 
+    @property
+    def data(self) -> Any:
+        """The configuration of our loader."""
+        from irpe_ds.config import DataConfig
 
-def ours(setting: Setting) -> Epoch:
+        return DataConfig(train=self.beton, val=self.beton, workers=self.workers)
+
+
+def ours(spec: LoaderSpec) -> Epoch:
     """Our TrainLoader, decoding in threads."""
-    loader, epochs = _train_loader(setting), itertools.count()
+    loader, epochs = _train_loader(spec), itertools.count()
     return lambda: sum(len(batch[0]) for batch in loader.epoch(next(epochs)))
 
 
-def ours_normalized(setting: Setting) -> Epoch:
-    """The same, normalised on the CPU in the consumer."""
-    normalize, loader, epochs = _normalize(setting), _train_loader(setting), itertools.count()
+def ours_normalized(spec: LoaderSpec) -> Epoch:
+    """Our TrainLoader, with normalisation on the CPU in the consumer."""
+    normalize, loader, epochs = _normalize(spec), _train_loader(spec), itertools.count()
     return lambda: sum(len(normalize(batch[0])) for batch in loader.epoch(next(epochs)))
 
 
-def ours_augmented(setting: Setting) -> Epoch:
-    """The same, with three-augment on the CPU in the consumer, then normalised."""
-    from irpe_ds.config import AugmentConfig, DataConfig
+def ours_augmented(spec: LoaderSpec) -> Epoch:
+    """Our TrainLoader, with three-augment and normalisation on the CPU in the consumer."""
+    from irpe_ds.config import AugmentConfig
     from irpe_ds.data.augment.policies import Augment
 
-    data = DataConfig(train=setting.beton, val=setting.beton)
-    augment = Augment(AugmentConfig(auto="3a"), data.mean)
-    normalize, loader, epochs = _normalize(setting), _train_loader(setting), itertools.count()
+    augment = Augment(AugmentConfig(auto="3a"), spec.data.mean)
+    normalize, loader, epochs = _normalize(spec), _train_loader(spec), itertools.count()
     return lambda: sum(
         len(normalize(augment(batch.images, batch.keys))) for batch in loader.epoch(next(epochs))
     )
 
 
-def _train_loader(setting: Setting) -> Any:
+def _train_loader(spec: LoaderSpec) -> Any:
     from irpe_ds.config import AugmentConfig
     from irpe_ds.data.loaders import TrainLoader
 
     return TrainLoader(
-        setting.beton,
-        batch_size=setting.batch,
-        img_size=setting.size,
-        augment=AugmentConfig(),
+        spec.data,
+        AugmentConfig(),
+        batch_size=spec.batch,
+        img_size=(spec.size, spec.size),
         seed=0,
         rank=0,
         world_size=1,
-        workers=setting.workers,
     )
 
 
-def _normalize(setting: Setting) -> Any:
+def _normalize(spec: LoaderSpec) -> Any:
     import torch
 
-    from irpe_ds.config import DataConfig
     from irpe_ds.training.batch import Normalize
 
-    data = DataConfig(train=setting.beton, val=setting.beton)
-    return Normalize(data, torch.device("cpu"))
+    return Normalize(spec.data, torch.device("cpu"))
 
 
-def ffcv_loader(setting: Setting) -> Epoch:
+def ffcv_loader(spec: LoaderSpec) -> Epoch:
     """FFCV's own Loader on the same file."""
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
 
-    crop = RandomResizedCropRGBImageDecoder((setting.size, setting.size))
+    crop = RandomResizedCropRGBImageDecoder((spec.size, spec.size))
     loader = Loader(
-        os.fspath(setting.beton),
-        batch_size=setting.batch,
-        num_workers=setting.workers,
+        os.fspath(spec.beton),
+        batch_size=spec.batch,
+        num_workers=spec.workers,
         os_cache=True,
         order=OrderOption.RANDOM,
         drop_last=True,
@@ -111,37 +114,37 @@ def ffcv_loader(setting: Setting) -> Epoch:
     return lambda: sum(len(images) for images, _ in loader)
 
 
-def torchvision_loader(setting: Setting) -> Epoch:
+def torchvision_loader(spec: LoaderSpec) -> Epoch:
     """torchvision's ImageFolder with PyTorch's DataLoader, decoding in processes."""
     from torch.utils.data import DataLoader
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
     steps = [
-        transforms.RandomResizedCrop(setting.size),
+        transforms.RandomResizedCrop(spec.size),
         transforms.RandomHorizontalFlip(),
         transforms.PILToTensor(),
     ]
     loader = DataLoader(
-        ImageFolder(setting.folder, transforms.Compose(steps)),
-        batch_size=setting.batch,
+        ImageFolder(spec.folder, transforms.Compose(steps)),
+        batch_size=spec.batch,
         shuffle=True,
-        num_workers=setting.workers,
+        num_workers=spec.workers,
         drop_last=True,
         persistent_workers=True,
     )
     return lambda: sum(len(images) for images, _ in loader)
 
 
-def decode_only(setting: Setting) -> Epoch:
-    """Every image decoded at full size and dropped: what no loader of these files can exceed."""
+def decode_only(spec: LoaderSpec) -> Epoch:
+    """Decode every image at full size and drop it: an upper bound for loaders of these files."""
     import numba
     import numpy as np
 
     from irpe_ds.data.beton.format import JPG, imdecode
     from irpe_ds.data.beton.reader import read_beton
 
-    beton = read_beton(setting.beton, "--data")
+    beton = read_beton(spec.beton, "--data")
     jpegs = beton.entries[beton.entries["mode"] == JPG]
     native = numba.njit(nogil=True)(imdecode)
 
@@ -158,15 +161,15 @@ def decode_only(setting: Setting) -> Epoch:
         return failed
 
     def epoch() -> int:
-        numba.set_num_threads(setting.workers)
+        numba.set_num_threads(spec.workers)
         if decode(beton.bytes, jpegs):
-            raise ConfigError("--data", "undamaged images", setting.folder)
+            raise DataError("--data", "undamaged images", spec.folder)
         return len(jpegs)
 
     return epoch
 
 
-LOADERS: dict[str, Callable[[Setting], Epoch]] = {
+LOADERS: dict[str, Callable[[LoaderSpec], Epoch]] = {
     "ours": ours,
     "ffcv": ffcv_loader,
     "torchvision": torchvision_loader,
@@ -178,11 +181,11 @@ LOADERS: dict[str, Callable[[Setting], Epoch]] = {
 
 @contextmanager
 def started(
-    name: str, prepare: Callable[[Setting], Epoch], setting: Setting
+    name: str, prepare: Callable[[LoaderSpec], Epoch], spec: LoaderSpec
 ) -> Iterator[Callable[[], tuple[float, float]]]:
-    """A loader in a process of its own, warmed up; calling it times an epoch there.
+    """Start a loader in its own process and warm it up; each call times an epoch there.
 
-    It returns images per second, and per second of CPU time.
+    A call returns images per second, and per second of CPU time.
     """
     here, there = multiprocessing.get_context("spawn").Pipe()
 
@@ -191,10 +194,10 @@ def started(
             here.send(question)
             return here.recv()
         except (EOFError, OSError):
-            raise RuntimeError(f"{name}: its process ended, for the reason above") from None
+            raise RuntimeError(f"{name}: its process died, see above") from None
 
     process = multiprocessing.get_context("spawn").Process(
-        target=_serve, args=(there, prepare, setting)
+        target=_serve, args=(there, prepare, spec)
     )
     process.start()
     there.close()
@@ -206,10 +209,12 @@ def started(
         process.join()
 
 
-def _serve(connection: Connection, prepare: Callable[[Setting], Epoch], setting: Setting) -> None:
-    """In the loader's process: prepare, then time one epoch per message until there are no more."""
+def _serve(
+    connection: Connection, prepare: Callable[[LoaderSpec], Epoch], spec: LoaderSpec
+) -> None:
+    """In the loader's process: prepare, then time one epoch per message."""
     connection.recv()
-    epoch = prepare(setting)
+    epoch = prepare(spec)
     import torch
 
     torch.set_num_threads(1)  # more would compete with the decoders for the same cores
@@ -227,7 +232,7 @@ def _serve(connection: Connection, prepare: Callable[[Setting], Epoch], setting:
 
 
 def _cpu_seconds() -> float:
-    """CPU time so far of this process and of those that it started, such as the DataLoader's."""
+    """CPU time so far of this process and its children, such as the DataLoader's workers."""
     own = os.times()
     total = own.user + own.system + own.children_user + own.children_system
     for child in multiprocessing.active_children():

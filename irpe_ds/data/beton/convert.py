@@ -1,4 +1,4 @@
-"""A source of images -> .beton, its manifest and the hashes of its samples."""
+"""Convert a source of images to .beton, with its manifest and the hashes of its samples."""
 
 import os
 import shutil
@@ -11,23 +11,30 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from irpe_ds.data.beton.format import ALLOC_TABLE_TYPE, ENTRY_TYPE, VERSION
-from irpe_ds.data.beton.images import StorageOptions, StoredImage, store_image
-from irpe_ds.data.beton.journal import Journal, Stored
+from irpe_ds.data.beton.images import StoredImage, store_image
+from irpe_ds.data.beton.journal import (
+    JOURNAL,
+    PARTIAL,
+    DoneImage,
+    Journal,
+    already_exists,
+    check_out,
+)
 from irpe_ds.data.beton.manifest import (
     HASHES,
     MANIFEST,
     SKIPPED,
-    Manifest,
+    DatasetManifest,
     beside,
     file_sha256,
     hash_line,
 )
+from irpe_ds.data.beton.options import OnBad, StorageOptions
 from irpe_ds.data.beton.reader import tables_sha256
 from irpe_ds.data.beton.sources import Files, Member, Source
 from irpe_ds.data.beton.writer import BetonWriter, file_size, first_payload
@@ -35,10 +42,8 @@ from irpe_ds.data.parallel import map_in_order, progress
 from irpe_ds.errors import DataError
 from irpe_ds.files import fsync
 
-OnBad = Literal["error", "skip"]
-
-_COMMIT_SECONDS = 2.0  # a kill loses at most so much work
-_PIECE = 1 << 12  # rows of the tables in memory at a time
+_COMMIT_SECONDS = 2.0  # between commits: what a kill loses at most
+_CHUNK = 1 << 12  # rows of the tables in memory at a time
 _TRIALS = 100  # images that a dry run converts at most
 
 
@@ -51,46 +56,45 @@ def convert(
     on_bad: OnBad = "error",
     overwrite: bool = False,
     command: str = "",
-) -> Manifest:
-    """Convert a source; `out`, its manifest and hashes appear whole at the end, or not at all.
+) -> DatasetManifest:
+    """Convert a source; `out`, its manifest and hashes appear complete at the end, or not at all.
 
-    The file depends on the images and the options alone: not on the kind of the source, on the
-    number of workers, or on how often the conversion was killed and called again. Images are
-    ordered by class and then by name.
+    The file is a function of the images and the options alone: not of the kind of source, the
+    number of workers, or how often the conversion was killed and resumed. Images are ordered by
+    class and then by name.
 
     Args:
         workers: reading and encoding threads.
-        on_bad: what to do with an image that cannot be stored: stop, or leave it out and list it.
-        overwrite: replace `out`, and what an unfinished conversion with other options left.
-        command: what to record as the command that converted.
+        on_bad: what to do with an image that cannot be stored: stop, or skip and list it.
+        overwrite: replace `out`, and discard an unfinished conversion with other options.
+        command: recorded in the manifest.
 
     Raises:
-        DataError: the source has no images or a damaged one, `out` exists or cannot be written.
+        ConfigError: `out` exists, or an unfinished conversion has other options.
+        DataError: the source has no images or a damaged one, or `out` cannot be written.
     """
-    journal_path, unfinished = beside(out, ".partial.db"), beside(out, ".partial")
-    settings = {"source": [os.fspath(path) for path in source.paths], "kind": source.kind}
-    settings |= asdict(options) | {"ffcv": VERSION}
-    exists = DataError("--out", "a new file, or --overwrite", f"{out}, which exists")
-    if out.exists() and not overwrite and not journal_path.exists():
-        raise exists
+    check_out(out, overwrite=overwrite)
+    journal_path, unfinished = beside(out, JOURNAL), beside(out, PARTIAL)
+    identity = {"source": [os.fspath(path) for path in source.paths], "kind": source.kind}
+    identity |= asdict(options) | {"ffcv": VERSION}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with closing(Journal(journal_path, settings, anew=overwrite)) as journal:
+        with closing(Journal(journal_path, identity, restart=overwrite)) as journal:
             renamed = journal.finished and out.exists() and not unfinished.exists()
             if out.exists() and not overwrite and not renamed:
-                raise exists
+                raise already_exists(out)
             if not renamed:
                 manifest = _convert(source, out, options, journal, workers, on_bad, command)
-                manifest.write(beside(out, MANIFEST + ".partial"))
+                manifest.write(beside(out, MANIFEST + PARTIAL))
                 for suffix in (HASHES, SKIPPED):
-                    fsync(beside(out, suffix + ".partial"))
+                    fsync(beside(out, suffix + PARTIAL))
                 journal.finish()
             _publish(out)
         journal_path.unlink()
-        return Manifest.read(beside(out, MANIFEST))
+        return DatasetManifest.read(beside(out, MANIFEST))
     except (OSError, sqlite3.Error) as error:
-        got = f"{out}: {error}; what is done is kept, the same command goes on"
-        raise DataError("--out", "a file that can be written", got) from None
+        done = "what is done is kept; rerun the same command to continue"
+        raise DataError(f"--out: cannot write {out}: {error}; {done}") from None
 
 
 def _convert(
@@ -101,19 +105,19 @@ def _convert(
     workers: int,
     on_bad: OnBad,
     command: str,
-) -> Manifest:
-    """Write everything under its unfinished name, but the manifest."""
-    classes, others = journal.enter(source)
+) -> DatasetManifest:
+    """Write all files but the manifest, under their unfinished names."""
+    classes, others = journal.list_source(source)
     room, _ = journal.totals()
     if on_bad == "error":
-        first_bad = next(journal.skipped(), None)  # it was called with skip before
+        first_bad = next(journal.skipped(), None)  # of an earlier call with on_bad="skip"
         if first_bad is not None:
-            journal.forget(first_bad[-1].position)
+            journal.discard(first_bad[-1].position)
     _, begin, end, largest = journal.written()
-    unfinished = beside(out, ".partial")
+    unfinished = beside(out, PARTIAL)
     in_place = unfinished.exists() and unfinished.stat().st_size >= end
     if not in_place or begin != first_payload(room):
-        journal.forget()
+        journal.discard()
         end, largest = 0, 0
     with (
         closing(BetonWriter(unfinished, room=room, end=end, largest=largest)) as writer,
@@ -122,11 +126,11 @@ def _convert(
         _store(journal, writer, commits, Files(source), options, workers, on_bad)
         counts = journal.counts()
         if not counts["num_samples"]:
-            raise DataError("--source", "an image that can be stored", "none")
+            raise DataError("--source", "an image that can be stored", "only bad ones")
         _write_lists(journal, out)
         writer.finish(_tables(journal))
         sha256 = file_sha256(unfinished, "hash")
-    return Manifest(
+    return DatasetManifest(
         source=[os.fspath(path) for path in source.paths],
         kind=source.kind,
         options=asdict(options),
@@ -136,7 +140,7 @@ def _convert(
         size=unfinished.stat().st_size,
         sha256=sha256,
         tables_sha256=tables_sha256(unfinished, counts["num_samples"]),
-        hashes_sha256=file_sha256(beside(out, HASHES + ".partial")),
+        hashes_sha256=file_sha256(beside(out, HASHES + PARTIAL)),
         ffcv=VERSION,
         command=command,
         **counts,
@@ -152,31 +156,31 @@ def _store(
     workers: int,
     on_bad: OnBad,
 ) -> None:
-    """Read, check and write what is not done yet."""
+    """Read, check and write the images that are not done yet."""
     first, total = journal.written()[0], journal.totals()[0]
     work = map_in_order(partial(_read, files, options), journal.images(first), workers=workers)
     with closing(files), closing(work), progress("convert", total, first) as bar:
-        for position, (member, found) in enumerate(work, first):
-            if isinstance(found, str):
+        for position, (member, result) in enumerate(work, first):
+            if isinstance(result, str):
                 if on_bad == "error":
-                    raise DataError(member, "an undamaged image, or --on-bad skip", found)
-                journal.add(Stored.left_out(position, found))
+                    raise DataError(member, "an undamaged image, or --on-bad skip", result)
+                journal.add(DoneImage.skipped(position, result))
             else:
-                image, sha256 = found
+                image, sha256 = result
                 start = writer.append(image.payload)
                 size = image.height, image.width
-                place = start, len(image.payload), image.mode, *size, image.original
-                journal.add(Stored(position, *place, sha256, None))
+                stored = start, len(image.payload), image.mode, *size, image.original
+                journal.add(DoneImage(position, *stored, sha256, None))
             bar.update()
             commits.advance()
     commits.begin()
 
 
 class _Commits:
-    """Commits of what is done, each once a thread has brought it to the disk.
+    """Commits to the journal, each after a thread has brought the payloads to the disk.
 
-    Meanwhile the conversion goes on. Leaving the context commits the rest, unless the disk failed:
-    after a failed fsync another one succeeds, whatever was lost.
+    The conversion continues meanwhile. Leaving the context commits the rest, unless the disk
+    failed: after a failed fsync, Linux lets the next one succeed although data is lost.
     """
 
     def __init__(self, journal: Journal, writer: BetonWriter) -> None:
@@ -186,7 +190,7 @@ class _Commits:
         self._last = time.monotonic()
 
     def advance(self) -> None:
-        """Begin a commit when the last one is long ago, and end it when it can be."""
+        """Begin a commit if the last one is long ago; end it when its data is on the disk."""
         if self._sync is None:
             if time.monotonic() - self._last > _COMMIT_SECONDS:
                 self.begin()
@@ -194,7 +198,7 @@ class _Commits:
             self._end()
 
     def begin(self) -> None:
-        """Commit what was entered so far, when it is on the disk."""
+        """Begin to commit what was added so far."""
         if self._sync is not None:
             self._end()
         self._journal.stage()
@@ -216,16 +220,17 @@ class _Commits:
                 self._end()
 
 
-Found = tuple[StoredImage, bytes] | str
+ReadResult = tuple[StoredImage, bytes] | str
+"""An image and its hash, or why it cannot be stored."""
 
 
 def _read(
     files: Files, options: StorageOptions, item: tuple[int, Member, bool]
-) -> tuple[Member, Found]:
-    """The image and its hash, or why there is none."""
+) -> tuple[Member, ReadResult]:
+    """Read, check and encode one image."""
     position, member, repeated = item
     if repeated:
-        return member, "its name is that of another image of its class"
+        return member, "an image with the name of another one in its class"
     try:
         image = store_image(files.read(member), position, options)
     except ValueError as error:
@@ -234,37 +239,37 @@ def _read(
 
 
 def _tables(journal: Journal) -> Iterator[tuple[NDArray[np.void], NDArray[np.void]]]:
-    """Metadata entries and allocations of all samples, piece by piece."""
+    """Metadata entries and allocations of all samples, in chunks."""
     rows, sample = journal.kept(), 0
-    while piece := list(islice(rows, _PIECE)):
-        entries, table = np.zeros(len(piece), ENTRY_TYPE), np.zeros(len(piece), ALLOC_TABLE_TYPE)
-        stored = [stored for *_, stored in piece]
+    while chunk := list(islice(rows, _CHUNK)):
+        entries, table = np.zeros(len(chunk), ENTRY_TYPE), np.zeros(len(chunk), ALLOC_TABLE_TYPE)
+        stored = [done for *_, done in chunk]
         for name in ("mode", "height", "width"):
             entries["f0"][name] = [getattr(image, name) for image in stored]
         entries["f0"]["data_ptr"] = table["ptr"] = [image.start for image in stored]
-        entries["f1"] = [label for label, *_ in piece]
-        table["sample_id"] = np.arange(sample, sample + len(piece))
+        entries["f1"] = [label for label, *_ in chunk]
+        table["sample_id"] = np.arange(sample, sample + len(chunk))
         table["size"] = [image.size for image in stored]
-        sample += len(piece)
+        sample += len(chunk)
         yield entries, table
 
 
 def _write_lists(journal: Journal, out: Path) -> None:
-    """The hashes of the samples, and what was left out and why."""
-    with beside(out, HASHES + ".partial").open("wb") as file:
-        for _, category, name, stored in journal.kept():
-            file.write(hash_line(stored.sha256, f"{category}/{name}"))
-    with beside(out, SKIPPED + ".partial").open("wb") as file:
-        for _, category, name, stored in journal.skipped():
-            file.write(os.fsencode(f"{category}/{name}\t{stored.reason}\n"))
+    """Write the hashes of the samples, and the skipped images with their reasons."""
+    with beside(out, HASHES + PARTIAL).open("wb") as file:
+        for _, category, name, done in journal.kept():
+            file.write(hash_line(done.sha256, f"{category}/{name}"))
+    with beside(out, SKIPPED + PARTIAL).open("wb") as file:
+        for _, category, name, done in journal.skipped():
+            file.write(os.fsencode(f"{category}/{name}\t{done.reason}\n"))
 
 
 def _publish(out: Path) -> None:
-    """Give everything its name, the manifest last; goes on where it was killed."""
-    if beside(out, MANIFEST + ".partial").exists():
-        beside(out, MANIFEST).unlink(missing_ok=True)  # it describes the file that goes
+    """Rename the files, the manifest last; resumes after a kill."""
+    if beside(out, MANIFEST + PARTIAL).exists():
+        beside(out, MANIFEST).unlink(missing_ok=True)  # of the file that is replaced
     for suffix in ("", HASHES, SKIPPED, MANIFEST):
-        unfinished = beside(out, suffix + ".partial")
+        unfinished = beside(out, suffix + PARTIAL)
         if unfinished.exists():
             os.replace(unfinished, beside(out, suffix))
     skipped = beside(out, SKIPPED)
@@ -275,44 +280,44 @@ def _publish(out: Path) -> None:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a conversion would do."""
+    """An estimate of a conversion."""
 
     images: int
-    """Images listed."""
+    """Images in the source."""
     classes: int
-    """Their classes."""
+    """Number of classes."""
     left_out: int
-    """Files that are no images by their name."""
+    """Source files without an image extension."""
     size: int
-    """Bytes of the .beton to expect."""
+    """Expected bytes of the .beton file."""
     free: int
-    """Bytes free where it would be written."""
+    """Bytes free on its disk."""
     seconds: float
-    """Time to expect, from the speed of the trial."""
+    """Expected duration, from the speed of the trial."""
     bad: dict[str, str]
-    """Bad images among those tried, and what is wrong with each."""
+    """Bad images among those tried, with reasons."""
 
 
 def forecast(source: Source, out: Path, options: StorageOptions, *, workers: int) -> Forecast:
-    """List a source and try some of its images, spread evenly; nothing is written.
+    """Convert some images of a source, spread evenly, without writing anything.
 
     Raises:
         DataError: the source has no images.
     """
     with closing(Journal(None, {})) as journal, closing(Files(source)) as files:
-        classes, others = journal.enter(source)
+        classes, others = journal.list_source(source)
         count, listed = journal.totals()
         trials = list(journal.images(0, step=-(-count // _TRIALS)))
         read = stored = 0
         bad = {}
         since = time.monotonic()
         for item in trials:
-            member, found = _read(files, options, item)
-            if isinstance(found, str):
-                bad[f"{member.category}/{member.name}"] = found
+            member, result = _read(files, options, item)
+            if isinstance(result, str):
+                bad[f"{member.category}/{member.name}"] = result
             else:
                 read += member.size
-                stored += len(found[0].payload)
+                stored += len(result[0].payload)
         each = (time.monotonic() - since) / len(trials)
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     return Forecast(

@@ -1,7 +1,7 @@
-"""What a conversion has to do and what it has done, in an SQLite file beside the unfinished .beton.
+"""The state of a conversion: images to do and images done, in SQLite beside the unfinished .beton.
 
-On the disk, since lists of millions of images shall not need memory, and so that a conversion goes
-on where it was killed: an image that is entered as done was on the disk before.
+On disk, so that lists of millions of images need no memory, and a killed conversion resumes:
+an image is committed as done only after its payload is on the disk.
 """
 
 import json
@@ -11,8 +11,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from irpe_ds.data.beton.manifest import beside
 from irpe_ds.data.beton.sources import Member, Source, is_image
-from irpe_ds.errors import DataError
+from irpe_ds.errors import ConfigError, DataError
+
+JOURNAL = ".partial.db"
+PARTIAL = ".partial"
+"""Suffixes of the files of an unfinished conversion."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS settings (value TEXT);
@@ -28,7 +33,7 @@ CREATE TEMP TABLE classes (category BLOB PRIMARY KEY, label INTEGER);
 CREATE TEMP TABLE fresh AS SELECT * FROM images WHERE 0;
 """
 
-# In the order of the .beton file. Archives may hold a name twice: the second is `repeated`.
+# In the order of the .beton file. A name may occur twice in an archive: the second is `repeated`.
 _ORDER = """
 INSERT INTO fresh
 SELECT row_number() OVER w - 1, label,
@@ -38,7 +43,7 @@ FROM found JOIN classes USING (category)
 WINDOW w AS (ORDER BY label, name, file, offset)
 """
 
-# What was done stays done up to the first image that is another one now.
+# What is done is kept up to the first image that differs from the new list.
 _KEEP = """
 DELETE FROM done WHERE position >= (
     SELECT min(old.position) FROM images old LEFT JOIN fresh new USING (position)
@@ -47,12 +52,27 @@ DELETE FROM done WHERE position >= (
 """
 
 
-class Stored(NamedTuple):
-    """An image that is done: where its payload lies, or why it has none."""
+def check_out(out: Path, *, overwrite: bool) -> None:
+    """Refuse to replace a file, unless told to or when a conversion of ours may resume.
+
+    Raises:
+        ConfigError: `out` exists.
+    """
+    if out.exists() and not overwrite and not beside(out, JOURNAL).exists():
+        raise already_exists(out)
+
+
+def already_exists(out: Path) -> ConfigError:
+    """The error of a file that would be replaced."""
+    return ConfigError("--out", "a new file, or --overwrite", f"{out}, which exists")
+
+
+class DoneImage(NamedTuple):
+    """An image that is done: the extent of its payload, or why it was skipped."""
 
     position: int
     start: int
-    """Where its payload begins. This and what follows is NULL where there is a reason."""
+    """Offset of its payload. This and the following are NULL if there is a reason."""
     size: int
     mode: int
     height: int
@@ -60,67 +80,70 @@ class Stored(NamedTuple):
     original: bool
     sha256: bytes
     reason: str | None
-    """Why it was left out."""
+    """Why it was skipped."""
 
     @classmethod
-    def left_out(cls, position: int, reason: str) -> "Stored":
+    def skipped(cls, position: int, reason: str) -> "DoneImage":
         """An image that is not in the file."""
         return cls(position, *(None,) * 7, reason)  # type: ignore[arg-type]
 
 
 class Journal:
-    """One conversion. Use it from one thread.
+    """The state of one conversion. Use it from one thread.
 
     Args:
-        path: the database; None keeps it in a temporary file.
-        settings: what must not change when a conversion goes on.
-        anew: forget a conversion with other settings instead.
+        path: the database. None: a temporary file.
+        identity: what must not change when a conversion resumes: source, options, versions.
+        restart: discard the state of a conversion with another identity.
 
     Raises:
-        DataError: it belongs to a conversion with other settings, or to one that is at work.
+        DataError: the file is no journal, or another conversion is using it.
+        ConfigError: the state has another identity.
     """
 
-    def __init__(self, path: Path | None, settings: dict[str, Any], *, anew: bool = False) -> None:
+    def __init__(
+        self, path: Path | None, identity: dict[str, Any], *, restart: bool = False
+    ) -> None:
         try:
             self._db = sqlite3.connect(path or "", isolation_level=None, timeout=0)
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.executescript(_SCHEMA)
             self._db.execute("BEGIN EXCLUSIVE")
         except sqlite3.DatabaseError as error:
-            expected = "the journal of a conversion, and none at work"
+            expected = "the journal of a conversion that is not running"
             raise DataError(path, expected, error) from None
-        text = json.dumps(settings, sort_keys=True)
-        ((there,),) = self._query("SELECT max(value) FROM settings")
-        if there not in (None, text) and not anew:
+        text = json.dumps(identity, sort_keys=True)
+        ((stored,),) = self._query("SELECT max(value) FROM settings")
+        if stored not in (None, text) and not restart:
             self.close()
-            old = json.loads(there)
-            names = [name for name in settings if old.get(name) != settings[name]]
-            where = f"{path} (of an unfinished conversion; --overwrite starts anew)"
+            old = json.loads(stored)
+            names = [name for name in identity if old.get(name) != identity[name]]
+            where = f"{path} (of an unfinished conversion; --overwrite starts over)"
             expected = ", ".join(f"{name} {old.get(name)}" for name in names)
-            got = ", ".join(str(settings[name]) for name in names)
-            raise DataError(where, expected, got)
-        self._added: list[Stored] = []
-        if there != text:
-            self.forget()
+            got = ", ".join(str(identity[name]) for name in names)
+            raise ConfigError(where, expected, got)
+        self._added: list[DoneImage] = []
+        if stored != text:
+            self.discard()
             self._db.execute("DELETE FROM settings")
             self._db.execute("INSERT INTO settings VALUES (?)", (text,))
 
-    def forget(self, first: int = 0) -> None:
-        """Take the images from this position on for not done."""
+    def discard(self, first: int = 0) -> None:
+        """Mark the images from this position on as not done."""
         self._db.execute("DELETE FROM done WHERE position >= ?", (first,))
         self._db.execute("PRAGMA user_version = 0")  # not finished
 
     def close(self) -> None:
-        """Close the database; what was not committed is lost."""
+        """Close the database without committing."""
         self._db.close()
 
     def stage(self) -> None:
-        """Make what was added part of the next commit, and of what is asked."""
+        """Make added images visible to queries and part of the next commit."""
         self._db.executemany("INSERT INTO done VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", self._added)
         self._added.clear()
 
     def commit(self) -> None:
-        """Make last what was staged; the payloads must be on the disk before."""
+        """Commit what is staged; its payloads must be on the disk already."""
         self._db.execute("COMMIT")
         self._db.execute("BEGIN")
 
@@ -130,15 +153,15 @@ class Journal:
         return self._row("PRAGMA user_version") == (1,)
 
     def finish(self) -> None:
-        """Remember that they are."""
+        """Commit that they are."""
         self._db.execute("PRAGMA user_version = 1")
         self.commit()
 
-    def enter(self, source: Source) -> tuple[tuple[str, ...], int]:
-        """Enter the images of a source; class names, and how many other files it has.
+    def list_source(self, source: Source) -> tuple[tuple[str, ...], int]:
+        """List the images of a source; return its classes and the number of other files.
 
         Raises:
-            DataError: the source has no images, or not of the classes that it should have.
+            DataError: the source has no images, or its classes are not as they should be.
         """
         others = 0
 
@@ -156,7 +179,7 @@ class Journal:
         ]
         classes = source.classes(found)
         if not found:
-            raise DataError("--source", f"images in {source.paths[0]}", "none")
+            raise DataError("--source", f"images in {source.paths[0]}", "no images")
         self._db.executemany(
             "INSERT INTO classes VALUES (?, ?)",
             ((os.fsencode(name), label) for label, name in enumerate(classes)),
@@ -169,18 +192,18 @@ class Journal:
         return classes, others
 
     def totals(self) -> tuple[int, ...]:
-        """Images listed, and their bytes."""
+        """Number of images listed, and their bytes."""
         return self._row("SELECT count(*), total(size) FROM images")
 
     def written(self) -> tuple[int, ...]:
-        """Images done; where the payloads begin and end; bytes of the largest (0: none)."""
+        """Images done; begin and end of the payloads; bytes of the largest one (0: none)."""
         return self._row(
             "SELECT count(*), ifnull(min(start), 0), ifnull(max(start + size), 0), "
             "ifnull(max(size), 0) FROM done"
         )
 
     def images(self, first: int, step: int = 1) -> Iterator[tuple[int, Member, bool]]:
-        """Position, file, whether the one before has its name; every step-th from the first on."""
+        """Position, file, and whether its name repeats the previous one; every step-th image."""
         where = "position >= ? AND (position - ?) % ? = 0"
         rows = self._query(f"SELECT * FROM images WHERE {where} ORDER BY 1", first, first, step)
         for position, _, repeated, *member in rows:
@@ -191,28 +214,28 @@ class Journal:
         for _, label, _, *member in self._query("SELECT * FROM images ORDER BY 1"):
             yield label, _member(member)
 
-    def add(self, stored: Stored) -> None:
-        """Enter an image as done, when it is staged."""
-        self._added.append(stored)
+    def add(self, image: DoneImage) -> None:
+        """Record an image as done, from the next `stage` on."""
+        self._added.append(image)
 
-    def kept(self) -> Iterator[tuple[int, str, str, Stored]]:
-        """Label, class, name and place of every image in the file, in order."""
+    def kept(self) -> Iterator[tuple[int, str, str, DoneImage]]:
+        """Label, class, name and record of every image in the file, in order."""
         return self._joined("reason IS NULL")
 
-    def skipped(self) -> Iterator[tuple[int, str, str, Stored]]:
-        """The same of every image that was left out."""
+    def skipped(self) -> Iterator[tuple[int, str, str, DoneImage]]:
+        """The same for every image that was skipped."""
         return self._joined("reason IS NOT NULL")
 
-    def _joined(self, where: str) -> Iterator[tuple[int, str, str, Stored]]:
+    def _joined(self, where: str) -> Iterator[tuple[int, str, str, DoneImage]]:
         rows = self._query(
             "SELECT label, category, name, done.* FROM done JOIN images USING (position) "
             f"WHERE {where} ORDER BY position"
         )
-        for label, category, name, *stored in rows:
-            yield label, os.fsdecode(category), os.fsdecode(name), Stored(*stored)
+        for label, category, name, *done in rows:
+            yield label, os.fsdecode(category), os.fsdecode(name), DoneImage(*done)
 
     def counts(self) -> dict[str, int]:
-        """Images in the file, those not their source's bytes, those left out, repeated contents."""
+        """Counts for the manifest: images in the file, changed, skipped, duplicates."""
         names = ("num_samples", "changed", "skipped", "duplicates")
         query = """
             SELECT count(*) FILTER (WHERE reason IS NULL), count(*) FILTER (WHERE NOT original),
@@ -220,7 +243,7 @@ class Journal:
         return dict(zip(names, self._row(query), strict=True))
 
     def class_counts(self, num_classes: int) -> tuple[int, ...]:
-        """Images in the file, of each class."""
+        """Images in the file, per class."""
         rows = self._query(
             "SELECT label, count(*) FROM done JOIN images USING (position) "
             "WHERE reason IS NULL GROUP BY label"

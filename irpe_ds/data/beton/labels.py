@@ -1,10 +1,8 @@
-"""The labels of ImageNet's validation images, which lie in no folders."""
+"""The labels of ImageNet's validation images, which are not in class folders."""
 
 import io
 import tarfile
 from pathlib import Path
-
-import numpy as np
 
 from irpe_ds.errors import DataError
 
@@ -16,9 +14,8 @@ def validation_labels(path: Path) -> list[str]:
     """The class name (synset) of each validation image, in the order of the images' names.
 
     Args:
-        path: the development kit, ILSVRC2012_devkit_t12 or its .tar.gz, whose ground truth is
-            numbers and whose meta.mat says which synset each number is; or a text file with one
-            synset per line.
+        path: the development kit, ILSVRC2012_devkit_t12 or its .tar.gz, with its ground truth in
+            numbers and their synsets in meta.mat; or a text file with one synset per line.
 
     Raises:
         DataError: it is neither.
@@ -30,25 +27,25 @@ def validation_labels(path: Path) -> list[str]:
     else:
         names = read_lines(path, "--labels")
         if all(name.isdecimal() for name in names):
-            expected = "class names; for numbers the development kit, which says what they mean"
-            raise DataError("--labels", expected, path)
+            expected = "class names, or the development kit, which explains the numbers"
+            raise DataError("--labels", expected, f"numbers in {path}")
         return names
     synsets = _synsets(kit[META], path)
     try:
         return [synsets[int(number)] for number in kit[GROUND_TRUTH].split()]
     except (KeyError, ValueError) as error:
-        raise DataError("--labels", f"numbers that meta.mat of {path} knows", error) from None
+        raise DataError("--labels", f"numbers in meta.mat of {path}", error) from None
 
 
 def read_lines(path: Path, where: str) -> list[str]:
-    """The lines of a text file that are not empty."""
+    """The non-empty lines of a text file."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(where, "a text file, one name a line", f"{path}: {error}") from None
+        raise DataError(where, "a text file with one name per line", f"{path}: {error}") from None
     lines = [line for line in lines if line]
     if not lines:
-        raise DataError(where, "a text file, one name a line", f"{path}: empty")
+        raise DataError(where, "a text file with one name per line", f"{path}: empty")
     return lines
 
 
@@ -75,7 +72,8 @@ def _unpack(path: Path) -> dict[str, bytes]:
 
 
 def _synsets(meta: bytes, path: Path) -> dict[int, str]:
-    """ILSVRC2012_ID to WordNet's name, from meta.mat."""
+    """ILSVRC2012_ID -> WordNet ID, from meta.mat."""
+    import numpy as np
     from scipy.io import loadmat
 
     try:

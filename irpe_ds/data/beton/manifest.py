@@ -1,8 +1,8 @@
-"""What a .beton file holds and how it came about, in files beside it.
+"""The contents and origin of a .beton file, in files beside it.
 
-FILE.beton.json is the manifest. FILE.beton.sha256 has a line per sample, `hash  class/name`, as
-sha256sum writes them: where images are stored as they are, `sha256sum -c` compares it with the
-folder that they came from. FILE.beton.skipped lists what a conversion left out, and why.
+FILE.beton.json is the manifest. FILE.beton.sha256 has a line per sample, `hash  class/name`, in
+sha256sum's format: in the source folder, `sha256sum -c` compares it with images stored as they
+are. FILE.beton.skipped lists the images that the conversion left out, with the reasons.
 """
 
 import dataclasses
@@ -28,29 +28,29 @@ _ESCAPES = {b"\\": b"\\", b"n": b"\n", b"r": b"\r"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest:
+class DatasetManifest:
     """Contents and origin of one .beton file."""
 
     format: int = FORMAT
-    """Version of this record."""
+    """Version of the manifest's format."""
     source: list[str]
-    """Folder or archives that the images came from, as they were given."""
+    """Folder or archives that the images came from, as given."""
     kind: str
-    """What the source was, in words."""
+    """Kind of source, in words."""
     options: dict[str, Any]
     """The options of the conversion."""
     num_samples: int
     """Images in the file."""
     changed: int
-    """Images that are not the bytes of their source."""
+    """Images not stored as the bytes of their source file."""
     skipped: int
     """Images that could not be stored; FILE.beton.skipped lists them."""
     duplicates: int
-    """Images whose stored bytes are those of another one too."""
+    """Images whose payload is also that of another image."""
     left_out: int
-    """Files of the source that are no images by their name."""
+    """Source files without an image extension."""
     classes: tuple[str, ...]
-    """Class names; a label is an index into them."""
+    """Class names in label order."""
     class_counts: tuple[int, ...]
     """Images of each class."""
     size: int
@@ -58,7 +58,7 @@ class Manifest:
     sha256: str
     """Hash of the file."""
     tables_sha256: str
-    """Hash of its tables: all that is no payload."""
+    """Hash of its tables: header, metadata and allocation table."""
     hashes_sha256: str
     """Hash of FILE.beton.sha256."""
     ffcv: str
@@ -67,18 +67,18 @@ class Manifest:
     """Command that converted."""
 
     def write(self, path: Path) -> None:
-        """Write the record to `path`, all of it or nothing."""
+        """Write to `path`, atomically."""
         replace_file(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
-    def read(cls, path: Path) -> "Manifest":
-        """Read a record.
+    def read(cls, path: Path) -> "DatasetManifest":
+        """Read a manifest.
 
         Raises:
             FileNotFoundError: there is none.
-            DataError: there is one, but it cannot be read.
+            DataError: it is unreadable or malformed.
         """
-        expected = "the manifest that data_prep/convert.py wrote"
+        expected = "a manifest written by data_prep/convert.py"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
@@ -90,28 +90,28 @@ class Manifest:
         except OSError as error:
             raise DataError(path, "a readable file", error.strerror) from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-            raise DataError(path, expected, "something else") from None
+            raise DataError(path, expected, "a malformed file") from None
 
 
-def read_manifest(beton: Path) -> Manifest | None:
-    """The manifest of this .beton file, or None where it has none.
+def read_manifest(beton: Path) -> DatasetManifest | None:
+    """The manifest of a .beton file, or None if it has none.
 
     Raises:
-        DataError: there is one, but it cannot be read.
+        DataError: it is unreadable or malformed.
     """
     try:
-        return Manifest.read(beside(beton, MANIFEST))
+        return DatasetManifest.read(beside(beton, MANIFEST))
     except FileNotFoundError:
         return None
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """The file beside this one whose name is longer by the suffix."""
+    """The path with this suffix appended to its name."""
     return path.with_name(path.name + suffix)
 
 
 def file_sha256(path: Path, show: str | None = None) -> str:
-    """SHA-256 of a file, in hexadecimal; `show` names the progress bar, if there is to be one."""
+    """SHA-256 of a file, in hexadecimal; `show` is the title of a progress bar. None: no bar."""
     digest = hashlib.sha256()
     with path.open("rb") as file, progress(show, path.stat().st_size, unit="B") as bar:
         while chunk := file.read(_CHUNK_BYTES):
@@ -130,22 +130,22 @@ class SampleHash(NamedTuple):
 
 
 def hash_line(sha256: bytes, name: str) -> bytes:
-    """A line as sha256sum writes it: a backslash before it tells of escapes in the name."""
+    """A line in sha256sum's format, which starts with a backslash if the name has escapes."""
     escaped = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
     mark = "\\" if escaped != name else ""
     return f"{mark}{sha256.hex()}  ".encode() + os.fsencode(escaped) + b"\n"
 
 
-def read_hashes(beton: Path, manifest: Manifest) -> Iterator[SampleHash]:
+def read_hashes(beton: Path, manifest: DatasetManifest) -> Iterator[SampleHash]:
     """The line of every sample, in order.
 
     Raises:
-        DataError: the file of hashes is not the one that the manifest describes.
+        DataError: the file of hashes is not the one of the manifest.
     """
     path = beside(beton, HASHES)
     try:
         if file_sha256(path) != manifest.hashes_sha256:
-            raise DataError(path, "the hashes that the manifest describes", "others")
+            raise DataError(path, "the file of hashes in the manifest", "another one")
         with path.open("rb") as file:
             for line in file:
                 text = line.lstrip(b"\\")
@@ -154,4 +154,4 @@ def read_hashes(beton: Path, manifest: Manifest) -> Iterator[SampleHash]:
                     name = re.sub(rb"\\(.)", lambda found: _ESCAPES[found[1]], name)
                 yield SampleHash(bytes.fromhex(text[:64].decode()), os.fsdecode(name))
     except OSError as error:
-        raise DataError(path, "the hashes of the samples", error.strerror) from None
+        raise DataError(path, "the file of sample hashes", error.strerror) from None

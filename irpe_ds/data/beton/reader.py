@@ -1,4 +1,4 @@
-"""Opening a .beton file: is it there, is it whole, what is in it."""
+"""Opening a .beton file: whether it is complete, and what it contains."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ from irpe_ds.data.beton.format import (
     HeaderType,
     Reader,
 )
-from irpe_ds.data.beton.manifest import Manifest, read_hashes, read_manifest
+from irpe_ds.data.beton.manifest import DatasetManifest, read_hashes, read_manifest
 from irpe_ds.errors import DataError
 
 ENTRY = np.dtype(
@@ -33,79 +33,78 @@ ENTRY = np.dtype(
     ],
     align=True,
 )
-"""One sample: where its bytes are, its label, its size in pixels, FFCV's image mode."""
+"""One sample: extent of its payload in the file, label, size in pixels, FFCV's image mode."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What a set of images holds."""
+    """The contents of a data set."""
 
     path: Path
     """The file or folder."""
     num_samples: int
-    """Images in it."""
+    """Number of images."""
     classes: tuple[str, ...] | None
-    """Class names in label order. None: the file has no manifest, so they are unknown."""
-    manifest: Manifest | None = None
-    """What was recorded of it."""
+    """Class names in label order. None: unknown, since the file has no manifest."""
+    manifest: DatasetManifest | None = None
+    """The record of its conversion, if there is one."""
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes, where it is known."""
+        """Number of classes, if known."""
         return None if self.classes is None else len(self.classes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Beton:
-    """A .beton file in memory: the bytes mapped, the tables read."""
+    """An open .beton file: memory-mapped, with its tables in memory."""
 
     info: DatasetInfo
-    """What it holds."""
+    """Its contents in brief."""
     bytes: NDArray[np.uint8]
-    """Its contents."""
+    """The whole file, memory-mapped."""
     entries: NDArray[np.void]
     """ENTRY of each sample."""
     hashes: NDArray[np.uint64] | None
     """First 64 bits of each sample's SHA-256, (num_samples,); None without a manifest."""
-    compared: NDArray[np.bool_]
-    """Samples that have been compared with their hash, (num_samples,)."""
+    checked: NDArray[np.bool_]
+    """Samples already compared with their hash, (num_samples,)."""
 
     def payload(self, sample: int) -> NDArray[np.uint8]:
         """The stored bytes of a sample."""
         entry = self.entries[sample]
         return self.bytes[entry["start"] : entry["start"] + entry["bytes"]]
 
-    def is_whole(self, sample: int) -> bool:
-        """Whether these bytes are those that were converted, as far as that is known."""
+    def is_intact(self, sample: int) -> bool:
+        """Whether a payload matches its hash; True if there is no hash."""
         if self.hashes is None:
             return True
         digest = hashlib.sha256(self.payload(sample).data).digest()
         return int.from_bytes(digest[:8], "big") == int(self.hashes[sample])
 
 
-def open_dataset(path: Path, where: str) -> DatasetInfo:
-    """Check a .beton file and say what it holds; takes moments, since only its tables are hashed.
+def beton_info(path: Path, where: str) -> DatasetInfo:
+    """Check a .beton file and return its contents; fast, since only its tables are hashed.
 
-    A file that FFCV itself wrote, without our manifest, will do if its own tables agree with it.
+    A file that FFCV's own writer made, without our manifest, is accepted if its tables fit it.
 
     Args:
-        path: the file.
-        where: the configuration key that names it, for the error.
+        where: the configuration key that names the file, for errors.
 
     Raises:
-        DataError: it is missing, cut short, unfinished, not FFCV's or has other fields.
+        DataError: the file is missing, truncated, incomplete, not FFCV's or has other fields.
     """
     try:
         size = path.stat().st_size
         manifest = read_manifest(path)
         if manifest is not None and manifest.size != size:
-            expected = f"the {manifest.size} bytes that the manifest of {path} says"
+            expected = f"{manifest.size} bytes, as in the manifest of {path}"
             raise DataError(where, expected, f"{size} bytes")
         if manifest is not None:
             found = tables_sha256(path, manifest.num_samples)
             if found != manifest.tables_sha256:
-                expected = f"the tables (labels, places, sizes) that the manifest of {path} says"
-                raise DataError(where, expected, "others: it is damaged or was changed")
+                expected = f"the tables (labels, offsets, sizes) of {path} to match its manifest"
+                raise DataError(where, expected, "different tables: damaged or changed")
         num_samples = _check_structure(path, size, where)
     except OSError as error:
         expected = "a .beton file (data_prep/convert.py makes one)"
@@ -115,8 +114,8 @@ def open_dataset(path: Path, where: str) -> DatasetInfo:
 
 
 def read_beton(path: Path, where: str) -> Beton:
-    """Open a .beton file for reading its samples; the arguments and errors of `open_dataset`."""
-    info = open_dataset(path, where)
+    """Open a .beton file to read its samples; arguments and errors as of `beton_info`."""
+    info = beton_info(path, where)
     hashes = None
     if info.manifest is not None:
         prefixes = (int.from_bytes(h.sha256[:8], "big") for h in read_hashes(path, info.manifest))
@@ -129,7 +128,7 @@ def read_beton(path: Path, where: str) -> Beton:
     entries["label"] = reader.metadata["f1"]
     file = np.memmap(path, np.uint8, "r")
     samples = table["sample_id"].astype(np.int64)
-    # Every sample has one allocation, where its entry says, before the table.
+    # Every sample has one allocation, at the offset in its entry, before the table.
     agrees = (
         np.array_equal(np.sort(samples), np.arange(info.num_samples))
         and np.array_equal(table["ptr"], images["data_ptr"][samples])
@@ -139,14 +138,14 @@ def read_beton(path: Path, where: str) -> Beton:
         and (entries["width"] > 0).all()
     )
     if not agrees:
-        raise DataError(where, "tables that agree with each other", f"{path}: damaged")
+        raise DataError(where, "consistent tables", f"{path}: damaged")
     entries["bytes"][samples] = table["size"]
-    compared = np.zeros(info.num_samples, np.bool_)
-    return Beton(info=info, bytes=file, entries=entries, hashes=hashes, compared=compared)
+    checked = np.zeros(info.num_samples, np.bool_)
+    return Beton(info=info, bytes=file, entries=entries, hashes=hashes, checked=checked)
 
 
 def tables_sha256(path: Path, num_samples: int) -> str:
-    """Hash of the header, the metadata and the allocation table of a file with so many samples."""
+    """Hash of a file's header, metadata and allocation table."""
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(HEAD_BYTES + num_samples * ENTRY_TYPE.itemsize))
         file.seek(-num_samples * ALLOC_TABLE_TYPE.itemsize, os.SEEK_END)
@@ -155,24 +154,24 @@ def tables_sha256(path: Path, num_samples: int) -> str:
 
 
 def _check_structure(path: Path, size: int, where: str) -> int:
-    """Number of samples, after a look at the header, the fields and the allocation table."""
+    """Check header, fields and allocation table; return the number of samples."""
     expected = f"a .beton file of FFCV (format {CURRENT_VERSION})"
     if size < HeaderType.itemsize:
         raise DataError(where, expected, f"{path}: {size} bytes")
     header = np.fromfile(path, HeaderType, count=1)[0]
     if header["version"] != CURRENT_VERSION:
-        raise DataError(where, expected, f"{path}: something else")
+        raise DataError(where, expected, f"{path}: another format")
     fields = np.fromfile(path, FieldDescType, len(FIELDS), offset=HeaderType.itemsize)
     found = {_name(field): TYPE_ID_HANDLER.get(int(field["type_id"])) for field in fields}
     if header["num_fields"] != len(FIELDS) or list(found.items()) != list(FIELDS.items()):
         wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in FIELDS.items())
-        raise DataError(where, f"a .beton file with the fields {wanted}", f"{path}: others")
+        raise DataError(where, f"a .beton file with the fields {wanted}", f"{path}: other fields")
     num_samples, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
     if num_samples == 0 or table < HEAD_BYTES + num_samples * ENTRY_TYPE.itemsize:
-        raise DataError(where, "a .beton file with images in it", f"{path}: an unfinished file")
+        raise DataError(where, "a complete .beton file", f"{path}: no images, or unfinished")
     wanted_size = table + num_samples * ALLOC_TABLE_TYPE.itemsize  # one allocation per image
     if size != wanted_size:
-        got = f"{size}: it was cut short" if size < wanted_size else size
+        got = f"{size}: the file is truncated" if size < wanted_size else size
         raise DataError(where, f"{path} to have {wanted_size} bytes", got)
     return num_samples
 

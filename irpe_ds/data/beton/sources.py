@@ -1,7 +1,7 @@
-"""Where images come from: a folder or tar archives, read in place.
+"""Sources of images: a folder or tar archives, read in place.
 
-A source lists its files; every kind ends in the same list of (class, name) pairs, so the same
-images make the same .beton file wherever they were found.
+Every kind of source lists the same (class, name) pairs, so the same images make the same .beton
+file whatever they were packed in.
 """
 
 import os
@@ -13,14 +13,14 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple, NoReturn
 
 from irpe_ds.data.beton.labels import read_lines, validation_labels
-from irpe_ds.errors import DataError
+from irpe_ds.errors import ConfigError, DataError
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 )  # torchvision's ImageFolder
 
 _BLOCK = 512  # bytes of a tar header
-_TAIL = 1 << 16  # bytes looked at behind the end of an archive; tar pads with 10 KiB
+_TAIL = 1 << 16  # bytes checked after the end of an archive; tar pads to 10 KiB
 
 
 class Member(NamedTuple):
@@ -31,13 +31,13 @@ class Member(NamedTuple):
     name: str
     """Path within its class; with the class it identifies the file."""
     file: str
-    """The file on the disk that holds its bytes: itself, or an archive."""
+    """The file on disk that holds its bytes: the image file, or an archive."""
     offset: int
-    """Where in that file its bytes begin."""
+    """Offset of its bytes in that file; 0 if it is no archive."""
     size: int
-    """How many bytes."""
+    """Bytes."""
     stamp: int
-    """When the file on the disk was changed last, ns."""
+    """Modification time of the file on disk, ns."""
 
     def __str__(self) -> str:
         return f"{self.file}: {self.category}/{self.name}" if self.offset else self.file
@@ -47,7 +47,7 @@ class Source(ABC):
     """Files with their classes, in a folder or in archives."""
 
     kind: str
-    """What the source is, in words."""
+    """Kind of source, in words."""
 
     def __init__(self, *paths: Path) -> None:
         self.paths = paths
@@ -55,17 +55,17 @@ class Source(ABC):
 
     @abstractmethod
     def members(self) -> Iterator[Member]:
-        """Every file, in any order; files that are no images by their name are among them."""
+        """Every file, in any order, including files without an image extension."""
 
     def classes(self, found: Iterable[str]) -> tuple[str, ...]:
-        """Class names in label order, when these classes were found in the list of members."""
+        """Class names in label order, given the classes that the members have."""
         return tuple(sorted(found))
 
 
 def open_source(
     paths: Sequence[Path], *, labels: Path | None = None, classes: Path | None = None
 ) -> Source:
-    """Say what kind of source this is, by looking at it.
+    """Find out the kind of a source from its contents.
 
     Args:
         paths: one folder with a folder per class; one .tar with a folder per class; ImageNet's
@@ -76,34 +76,36 @@ def open_source(
         classes: of a WebDataset: a text file with the class names, in label order.
 
     Raises:
-        DataError: it is none of these.
+        ConfigError: a path does not exist, or the arguments do not go together.
+        DataError: an archive or the labels cannot be read.
     """
     expected = "a folder with one folder per class, or .tar archives"
     missing = [path for path in paths if not path.exists()]
     if missing or not paths:
-        raise DataError("--source", expected, missing[0] if missing else "nothing")
+        got = f"{missing[0]}, which does not exist" if missing else "nothing"
+        raise ConfigError("--source", expected, got)
     source: Source
     if paths[0].is_dir():
         if len(paths) > 1:
-            raise DataError("--source", "one folder", f"{len(paths)} paths")
+            raise ConfigError("--source", "one folder", f"{len(paths)} paths")
         source = Folder(paths[0])
     else:
         source = _archive(tuple(paths), labels, classes)
     for name, given, kind in (("--labels", labels, FlatTar), ("--classes", classes, WebDataset)):
         if given is not None and not isinstance(source, kind):
-            raise DataError(name, f"nothing: {source.kind} has its own", given)
+            raise ConfigError(name, f"no value, since {source.kind} has its own", given)
     return source
 
 
 def _archive(paths: tuple[Path, ...], labels: Path | None, classes: Path | None) -> Source:
-    """The kind of some archives, by the first files in the first."""
+    """The kind of some archives, from the first files in the first one."""
     first = [entry.name for entry, _ in zip(_entries(paths[0]), range(8), strict=False)]
     suffixes = {PurePosixPath(name).suffix.lower() for name in first}
     if ".cls" in suffixes:
         return WebDataset(paths, classes)
     if len(paths) > 1:
-        expected = "shards of a WebDataset, where there are several files"
-        raise DataError("--source", expected, f"{paths[0]} without .cls files")
+        expected = "the shards of a WebDataset if there are several files"
+        raise ConfigError("--source", expected, f"{paths[0]} without .cls files")
     if suffixes == {".tar"}:
         return ClassTars(paths[0])
     if labels is not None:
@@ -131,7 +133,7 @@ class Folder(Source):
                     file = os.path.join(folder, name)
                     try:
                         found = os.stat(file)
-                    except OSError as error:  # such as a link to nowhere
+                    except OSError as error:  # such as a dangling link
                         _unreadable(error)
                     inner = os.path.relpath(file, root)
                     yield Member(category, inner, file, 0, found.st_size, found.st_mtime_ns)
@@ -139,7 +141,7 @@ class Folder(Source):
     def classes(self, found: Iterable[str]) -> tuple[str, ...]:
         classes = self._folders()
         if not classes:
-            raise DataError("--source", self.kind, f"none in {self.path}")
+            raise DataError("--source", self.kind, f"no folders in {self.path}")
         empty = sorted(set(classes) - set(found))
         if empty:
             raise DataError("--source", "images in every class folder", self.path / empty[0])
@@ -159,12 +161,12 @@ class Tar(Source):
                 yield _member(parts[-2] if len(parts) > 1 else "", entry, self.path)
                 continue
             if depth not in (None, len(parts)):
-                expected = f"{self.path} with all images in folders of one depth"
+                expected = f"{self.path} with all images at the same depth"
                 raise DataError("--source", expected, entry.name)
             depth = len(parts)
             if depth < 2:
                 expected = f"{self.path} with one folder per class, or --labels"
-                raise DataError("--source", expected, f"{entry.name} in no folder")
+                raise DataError("--source", expected, f"{entry.name} without a folder")
             yield _member(parts[-2], entry, self.path)
 
 
@@ -177,14 +179,14 @@ class ClassTars(Source):
         for inner in _entries(self.path):
             name = PurePosixPath(inner.name)
             if name.suffix != ".tar":
-                expected = f"{self.path} to hold class archives (.tar) alone"
+                expected = f"only class archives (.tar) in {self.path}"
                 raise DataError("--source", expected, inner.name)
             for entry in _entries(self.path, inner):
                 yield _member(name.stem, entry, self.path)
 
 
 class FlatTar(Source):
-    """ILSVRC2012_img_val.tar: images without folders, whose classes another file says."""
+    """ILSVRC2012_img_val.tar: images without folders, with their classes in another file."""
 
     kind = "a flat tar with a list of labels"
 
@@ -207,7 +209,7 @@ class FlatTar(Source):
 
 
 class WebDataset(Source):
-    """Shards in which key.jpg lies beside key.cls, a number, or the name of the class."""
+    """Shards with key.jpg next to key.cls, which holds a label or a class name."""
 
     kind = "WebDataset shards"
 
@@ -231,7 +233,7 @@ class WebDataset(Source):
         if self._names is None or not text.isdecimal():
             return text
         if int(text) >= len(self._names):
-            expected = f"a label below {len(self._names)}, the number of --classes"
+            expected = f"labels below {len(self._names)}, the number of --classes"
             raise DataError("--source", expected, text)
         return self._names[int(text)]
 
@@ -255,7 +257,7 @@ class Files:
         """The bytes of a member.
 
         Raises:
-            ValueError: they cannot be read, or are fewer than when the source was listed.
+            ValueError: they cannot be read, or their number changed since the listing.
         """
         try:
             if member.file in self._open:
@@ -276,15 +278,15 @@ class Files:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is an image by its name; hidden files, such as ._x.JPEG of macOS, are none."""
+    """Whether a name has an image extension; hidden files (macOS: ._x.JPEG) do not count."""
     base = os.path.basename(name)
     return os.path.splitext(base)[1].lower() in EXTENSIONS and base[0] != "."
 
 
 def _entries(path: Path, inner: tarfile.TarInfo | None = None) -> Iterator[tarfile.TarInfo]:
-    """The files of an archive, or of an archive in it, with offsets into the outer one."""
+    """The files of an archive, or of an archive inside it, with offsets into the outer one."""
     where = path if inner is None else f"{path}: {inner.name}"
-    expected = "an uncompressed tar, whole"
+    expected = "a complete, uncompressed tar"
     begin = 0 if inner is None else inner.offset_data
     end = path.stat().st_size if inner is None else begin + inner.size
     try:
@@ -292,16 +294,18 @@ def _entries(path: Path, inner: tarfile.TarInfo | None = None) -> Iterator[tarfi
             file.seek(begin)
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 while (entry := archive.next()) is not None:
-                    archive.members = []  # type: ignore[attr-defined]  # or it keeps a record of every file
+                    # Else tarfile (Python 3.11) keeps a record of every file in memory.
+                    archive.members = []  # type: ignore[attr-defined]
                     if entry.isdir():
                         continue
                     if not entry.isreg() or entry.issparse():
-                        got = f"{entry.name}, a link or sparse (tar -h --hard-dereference)"
-                        raise DataError(where, "plain files", got)
+                        got = f"{entry.name}, a link or a sparse file (tar -h --hard-dereference)"
+                        raise DataError(where, "regular files", got)
                     if entry.offset_data + entry.size > end:
                         raise DataError(where, expected, f"one that ends within {entry.name}")
                     yield entry
-                file.seek(archive.offset)  # tarfile takes damage for the end; the end is zeros
+                # tarfile (Python 3.11) takes a damaged header for the end; a real end is zeros.
+                file.seek(archive.offset)
                 tail = file.read(min(_TAIL, end - archive.offset))
                 if len(tail) < _BLOCK or any(tail):
                     raise DataError(where, expected, f"damage at byte {archive.offset}")
@@ -316,7 +320,7 @@ def _member(category: str, entry: tarfile.TarInfo, path: Path) -> Member:
 
 
 def _key(name: str) -> str:
-    """What files of one WebDataset sample share: the path up to the first dot of the name."""
+    """The key of a WebDataset sample: the path up to the first dot of the file name."""
     folder, base = os.path.split(name)
     return os.path.join(folder, base.partition(".")[0])
 
@@ -328,4 +332,4 @@ def _text(path: Path, entry: tarfile.TarInfo) -> str:
 
 
 def _unreadable(error: OSError) -> NoReturn:
-    raise DataError("--source", "folders that can be read", error)
+    raise DataError("--source", "readable folders", error)

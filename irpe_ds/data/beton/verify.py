@@ -1,4 +1,4 @@
-"""A .beton file against its manifest, and every image in it against the decoder."""
+"""Check a .beton file against its manifest, and decode every image in it."""
 
 from contextlib import closing
 from functools import partial
@@ -10,7 +10,7 @@ from irpe_ds.data.beton.format import ENTRY_TYPE, HEAD_BYTES, JPG, HeaderType
 from irpe_ds.data.beton.images import check_jpeg
 from irpe_ds.data.beton.manifest import (
     MANIFEST,
-    Manifest,
+    DatasetManifest,
     beside,
     file_sha256,
     read_hashes,
@@ -22,21 +22,21 @@ from irpe_ds.errors import DataError
 
 
 def verify(path: Path, *, workers: int, needs_manifest: bool = True) -> DatasetInfo:
-    """Decode every image of a file, and compare it with its manifest.
+    """Decode every image of a file, and compare the file with its manifest.
 
     Args:
-        needs_manifest: whether a file without one is an error, or decoded only.
+        needs_manifest: whether a missing manifest is an error; if not, images are only decoded.
 
     Raises:
-        DataError: the first damaged sample by its name, or what the manifest says otherwise.
+        DataError: names the first damaged sample, or what differs from the manifest.
     """
     manifest = read_manifest(path) if path.exists() else None
     if manifest is not None:
         _check_labels(path, manifest)
     beton = read_beton(path, str(path))
     if manifest is None and needs_manifest:
-        expected = f"{beside(path, MANIFEST)}, its manifest (--no-manifest decodes only)"
-        raise DataError(path, expected, "none")
+        expected = f"{beside(path, MANIFEST)}, its manifest (--no-manifest only decodes)"
+        raise DataError(path, expected, "no manifest")
     check = partial(_fault, beton)
     with (
         closing(map_in_order(check, range(beton.info.num_samples), workers=workers)) as results,
@@ -48,15 +48,16 @@ def verify(path: Path, *, workers: int, needs_manifest: bool = True) -> DatasetI
             bar.update()
     if manifest is not None and file_sha256(path, "hash") != manifest.sha256:
         expected = f"the SHA-256 of its manifest, {manifest.sha256}"
-        raise DataError(path, expected, "another, though every sample is as it was")
+        got = "another, although every sample matches: header or padding changed"
+        raise DataError(path, expected, got)
     return beton.info
 
 
-def _check_labels(path: Path, manifest: Manifest) -> None:
-    """Compare every label with the class that the sample was converted from."""
+def _check_labels(path: Path, manifest: DatasetManifest) -> None:
+    """Compare every label with the class in the sample's name."""
     header = np.fromfile(path, HeaderType, 1)
     if path.stat().st_size != manifest.size or header["num_samples"] != manifest.num_samples:
-        return  # read_beton says it better
+        return  # read_beton has a better message
     labels = np.fromfile(path, ENTRY_TYPE, manifest.num_samples, offset=HEAD_BYTES)["f1"]
     for sample, (label, line) in enumerate(
         zip(labels.tolist(), read_hashes(path, manifest), strict=True)
@@ -68,11 +69,11 @@ def _check_labels(path: Path, manifest: Manifest) -> None:
             raise DataError(path, "the label of each image's class", got)
     counts = np.bincount(labels, minlength=len(manifest.classes))
     if counts.tolist() != list(manifest.class_counts):
-        raise DataError(path, "as many images of each class as its manifest says", "others")
+        raise DataError(path, "the number of images of each class in its manifest", "others")
 
 
 def _name(beton: Beton, sample: int) -> str:
-    """How to speak of a sample."""
+    """A sample's name in messages."""
     info = beton.info
     if info.manifest is None:
         return f"sample {sample} (label {beton.entries['label'][sample]})"
@@ -83,16 +84,16 @@ def _name(beton: Beton, sample: int) -> str:
 
 
 def _fault(beton: Beton, sample: int) -> str | None:
-    """What is wrong with the bytes of a sample, if anything."""
+    """The fault of a sample, or None."""
     entry = beton.entries[sample]
     size = int(entry["height"]), int(entry["width"])
     payload = beton.payload(sample)
-    if not beton.is_whole(sample):
-        return "other bytes than were converted"
+    if not beton.is_intact(sample):
+        return "bytes that differ from those converted"
     if entry["mode"] != JPG:
-        return None if payload.size == 3 * size[0] * size[1] else "fewer or more bytes than pixels"
+        return None if payload.size == 3 * size[0] * size[1] else "bytes that do not fit its size"
     try:
         found = check_jpeg(payload)
     except ValueError as error:
         return str(error)
-    return None if found == size else f"an image of {found}, its entry says {size}"
+    return None if found == size else f"an image of {found}, but {size} in its table entry"

@@ -1,8 +1,8 @@
-"""Writing FFCV's .beton format, in order and so that it can go on after a kill.
+"""Write FFCV's .beton format, in order and resumable.
 
-FFCV's own writer waits for ever when one of its processes fails or a sample exceeds the page,
-and lays the pages out as its processes happen to finish. This one leaves reading and encoding to
-its caller's threads and only places the bytes: the same input gives the same file.
+FFCV 1.0.2's own writer hangs when one of its processes fails or a sample exceeds the page, and
+orders the pages as its processes happen to finish. This one leaves reading and encoding to its
+caller's threads and only places the bytes: the same input gives the same file.
 
 Layout: header, field descriptors, one metadata entry per sample, pages, allocation table. Pages
 begin at multiples of the page size, and no payload crosses from one page into the next.
@@ -30,12 +30,12 @@ FIRST_PAGE_BYTES = 1 << 23  # FFCV's default; doubled whenever a payload needs m
 
 
 def first_payload(room: int) -> int:
-    """Where the payloads begin in a file whose tables have room for so many samples."""
+    """Where the payloads begin in a file with room for this many samples."""
     return _round_up(HEAD_BYTES + room * ENTRY_TYPE.itemsize, FIRST_PAGE_BYTES)
 
 
 def file_size(num_samples: int, payloads: int) -> int:
-    """Bytes of a file with payloads of so many bytes, but for the gaps at the ends of its pages."""
+    """Bytes of a file with this many bytes of payload, without the gaps at the ends of pages."""
     end = _round_up(first_payload(num_samples) + payloads, FIRST_PAGE_BYTES)
     return end + num_samples * ALLOC_TABLE_TYPE.itemsize
 
@@ -44,10 +44,10 @@ class BetonWriter:
     """Places payloads in a file, then its tables.
 
     Args:
-        path: the file; created, or gone on with.
+        path: the file; created, or continued.
         room: samples that its tables have room for.
-        end: bytes of `path` to keep; 0 starts anew.
-        largest: bytes of the largest payload among them.
+        end: bytes of `path` to keep; 0 starts over.
+        largest: bytes of the largest payload in them.
     """
 
     def __init__(self, path: Path, *, room: int, end: int = 0, largest: int = 0) -> None:
@@ -58,7 +58,7 @@ class BetonWriter:
         os.ftruncate(self._file, end)
 
     def append(self, payload: bytes) -> int:
-        """Place the next payload; where it begins."""
+        """Write the next payload; return its offset."""
         self._grow(len(payload))
         page_end = _round_up(self._end + 1, self._page_bytes)
         if self._end + len(payload) > page_end:
@@ -75,15 +75,15 @@ class BetonWriter:
 
     def _grow(self, size: int) -> None:
         while size > self._page_bytes:
-            # Pages only ever double, so what lies within a small page lies within a large one.
+            # Pages only double: a payload within a small page is also within a large one.
             self._page_bytes *= 2
 
     def sync(self) -> None:
-        """Return when all that was written is on the disk; another thread may go on writing."""
+        """Return when everything written is on the disk; another thread may write meanwhile."""
         os.fsync(self._file)
 
     def finish(self, tables: Iterable[tuple[NDArray[np.void], NDArray[np.void]]]) -> None:
-        """Write the tables, given piece by piece: metadata entries and allocations of samples.
+        """Write the tables, given in chunks of (metadata entries, allocations).
 
         `sync` brings them to the disk.
         """

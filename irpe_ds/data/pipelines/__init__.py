@@ -1,1 +1,1 @@
-"""Two ways from stored images to batches of pixels: FFCV's decoder, and timm's transforms."""
+"""From sample indices to batches: `ffcv` for speed, `timm` as the reference."""

@@ -1,37 +1,58 @@
-"""Images decoded by FFCV's decoder in threads, crops resized by area."""
+"""The FFCV pipeline: .beton files, FFCV's native decoder in threads, crops resized by area.
 
+decode_crops fills a batch, a BatchIterator decodes ahead of its consumer, FFCVPipeline chooses
+the crops.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
+from queue import Full, Queue, SimpleQueue
+from threading import Event, Lock, Thread
 
-from numba import config
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from irpe_ds.config import AugmentConfig
-from irpe_ds.data.beton.reader import Beton
-from irpe_ds.data.crops import Views, centre_views, random_views
+from irpe_ds.data.beton.format import JPG, imdecode, resize_crop
+from irpe_ds.data.beton.reader import Beton, read_beton
+from irpe_ds.data.crops import Crops, center_crops, random_resized_crops
 from irpe_ds.data.order import Samples
 from irpe_ds.data.parallel import local_share
-from irpe_ds.data.pipelines.batches import Batches, BatchIterator
+from irpe_ds.data.pipelines.pipeline import Batches, Decoded
 from irpe_ds.data.rng import Keys
-from irpe_ds.errors import DataError
+from irpe_ds.errors import ConfigError, DataError
+
+_POLL_SECONDS = 0.1
+# Batches decoded at once would share the same cores, and numba's workqueue thread pool (0.68)
+# aborts the process when two threads enter it.
+_decoding = Lock()
+
+_imdecode = numba.njit(nogil=True)(imdecode)
+_resize_crop = numba.njit(nogil=True)(resize_crop)
 
 
-class FastDecoder:
-    """The images of a .beton file, cropped and flipped; what else there is to do the device does.
+class FFCVPipeline:
+    """The images of a .beton file, cropped and flipped; other augmentation is the device's.
 
     Args:
-        workers: decoding threads; None takes this rank's share of the cores.
+        workers: decoding threads. None: this rank's share of the cores.
     """
 
-    def __init__(self, beton: Beton, augment: AugmentConfig, workers: int | None) -> None:
-        self._beton, self._augment = beton, augment
-        self.num_samples = len(beton.entries)
-        self.workers = _threads(workers)
+    def __init__(self, path: Path, where: str, augment: AugmentConfig, workers: int | None) -> None:
+        self._beton, self._augment = read_beton(path, where), augment
+        self.num_samples = len(self._beton.entries)
+        self.workers = _num_threads(workers)
 
     def train(
         self, samples: Samples, keys: Keys, *, batch_size: int, size: tuple[int, int]
     ) -> Batches:
-        """Random resized crops, some flipped."""
+        """Random resized crops, some of them flipped."""
         entries, augment = self._beton.entries, self._augment
-        views = random_views(
+        crops = random_resized_crops(
             samples,
             entries["height"][samples],
             entries["width"][samples],
@@ -40,35 +61,224 @@ class FastDecoder:
             ratio=augment.ratio,
             hflip=augment.hflip,
         )
-        return self._decode(views, batch_size, size)
+        return self._decode(crops, batch_size, size)
 
     def evaluate(
         self, samples: Samples, *, batch_size: int, size: tuple[int, int], crop: float
     ) -> Batches:
         """The largest centred box of this shape, its sides times `crop`."""
         entries = self._beton.entries
-        views = centre_views(
+        crops = center_crops(
             samples,
             entries["height"][samples],
             entries["width"][samples],
             aspect=size[1] / size[0],
             share=crop,
         )
-        return self._decode(views, batch_size, size)
+        return self._decode(crops, batch_size, size)
 
-    def _decode(self, views: Views, batch_size: int, size: tuple[int, int]) -> Batches:
+    def _decode(self, crops: Crops, batch_size: int, size: tuple[int, int]) -> Batches:
         batches = BatchIterator(
-            self._beton, views, batch_size=batch_size, size=size, workers=self.workers
+            self._beton, crops, batch_size=batch_size, size=size, workers=self.workers
         )
         with closing(batches):
             yield from batches
 
 
-def _threads(workers: int | None) -> int:
-    """The number asked for, or the cores divided by this machine's ranks."""
-    most: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # cores, or fewer
+def _num_threads(workers: int | None) -> int:
+    """The number asked for, or the cores divided by the ranks on this machine.
+
+    Raises:
+        ConfigError: there are more threads than cores, which numba refuses.
+    """
+    cores: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     if workers is None:
-        return local_share(most)
-    if workers > most:
-        raise DataError("data.workers", f"at most {most}, the cores of this machine", workers)
+        return local_share(cores)
+    if workers > cores:
+        raise ConfigError("data.workers", f"at most {cores}, the cores of this machine", workers)
     return workers
+
+
+class _ReusedThreads:
+    """Daemon threads that run one task after another.
+
+    FFCV 1.0.2 keeps a JPEG decoder per thread and never frees it: with a new thread per epoch,
+    memory would grow. Can go when test_200_epochs_with_early_exits_leave_nothing passes with
+    plain threads.
+    """
+
+    def __init__(self) -> None:
+        self._idle: list[SimpleQueue[Callable[[], None]]] = []
+
+    def run(self, task: Callable[[], None]) -> None:
+        """Run a task in an idle thread, or in a new one."""
+        try:
+            tasks = self._idle.pop()
+        except IndexError:
+            tasks = SimpleQueue()
+            Thread(target=self._serve, args=(tasks,), name="decode", daemon=True).start()
+        tasks.put(task)
+
+    def _serve(self, tasks: "SimpleQueue[Callable[[], None]]") -> None:
+        while True:
+            tasks.get()()
+            self._idle.append(tasks)
+
+
+_threads = _ReusedThreads()
+
+
+class BatchIterator:
+    """Decodes crops in a thread, ahead of its consumer.
+
+    Yields images (B, 3, H, W) uint8 in channels_last and labels (B,) int64, in order. Each batch
+    has memory of its own, pinned if there is a GPU. The thread's exceptions are raised in the
+    consumer. Must be closed, which frees the thread.
+
+    Args:
+        crops: the images to decode, cut into batches; the last batch may be smaller.
+        batch_size: images per batch.
+        size: height and width of the batch's images, pixels.
+        workers: threads that decode one batch.
+        ahead: batches that may wait for the consumer.
+    """
+
+    def __init__(
+        self,
+        beton: Beton,
+        crops: Crops,
+        *,
+        batch_size: int,
+        size: tuple[int, int],
+        workers: int,
+        ahead: int = 3,
+    ) -> None:
+        self._beton, self._crops = beton, crops
+        self._batch_size, self._size, self._workers = batch_size, size, workers
+        self._pinned = torch.cuda.is_available()
+        self._queue: Queue[Decoded | BaseException | None] = Queue(ahead)
+        self._closed, self._ended = Event(), Event()
+        _threads.run(self._run)
+
+    def __iter__(self) -> Iterator[Decoded]:
+        return self
+
+    def __next__(self) -> Decoded:
+        if self._closed.is_set():
+            raise StopIteration
+        item = self._queue.get()
+        if isinstance(item, tuple):
+            return item
+        self.close()
+        if item is None:
+            raise StopIteration
+        raise item
+
+    def close(self) -> None:
+        """Stop decoding and wait until the thread is free: at most for the present batch."""
+        self._closed.set()
+        self._ended.wait()
+
+    def _run(self) -> None:
+        try:
+            numba.set_num_threads(self._workers)  # of this thread only
+            with ThreadPoolExecutor(self._workers) as pool:
+                for first in range(0, len(self._crops), self._batch_size):
+                    crops = self._crops[first : first + self._batch_size]
+                    self._check_hashes(crops["sample"], pool)
+                    if not self._put(self._decode(crops)):
+                        return
+            self._put(None)
+        except BaseException as error:  # whatever it is, the consumer gets it
+            self._put(error)
+        finally:
+            self._ended.set()
+
+    def _check_hashes(self, samples: NDArray[np.int64], pool: ThreadPoolExecutor) -> None:
+        """Compare samples with their hashes, each at its first use in this process."""
+        new = samples[~self._beton.checked[samples]]
+        for sample, intact in zip(new, pool.map(self._beton.is_intact, new), strict=True):
+            if not intact:
+                raise _damage(self._beton, sample)
+        self._beton.checked[new] = True
+
+    def _decode(self, crops: Crops) -> Decoded:
+        images_BHWC = torch.empty(
+            (len(crops), *self._size, 3), dtype=torch.uint8, pin_memory=self._pinned
+        )
+        labels = torch.empty(len(crops), dtype=torch.int64, pin_memory=self._pinned)
+        labels.numpy()[:] = self._beton.entries["label"][crops["sample"]]
+        with _decoding:
+            clean = decode_crops(self._beton.bytes, self._beton.entries, crops, images_BHWC.numpy())
+        if not clean.all():
+            raise _damage(self._beton, crops["sample"][np.flatnonzero(~clean)[0]])
+        return images_BHWC.permute(0, 3, 1, 2), labels
+
+    def _put(self, item: Decoded | BaseException | None) -> bool:
+        """Queue an item; False when the iterator was closed instead."""
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=_POLL_SECONDS)
+            except Full:
+                continue
+            return True
+        return False
+
+
+def _damage(beton: Beton, sample: int) -> DataError:
+    expected = "undamaged images (data_prep/verify.py checks them all)"
+    return DataError(beton.info.path, expected, f"damage in sample {sample}")
+
+
+@numba.njit(nogil=True, parallel=True)
+def decode_crops(
+    file: NDArray[np.uint8],
+    entries: NDArray[np.void],
+    crops: Crops,
+    images_BHWC: NDArray[np.uint8],
+) -> NDArray[np.bool_]:
+    """Decode each image, crop it, resize the crop by area, and flip it where asked.
+
+    Compiled at the first call in a process, which takes seconds.
+
+    Args:
+        file: the .beton file, (bytes,).
+        entries: ENTRY of every sample in it (irpe_ds.data.beton.reader).
+        crops: CROP of the images to decode, (B,); boxes lie within their images.
+        images_BHWC: receives the pixels.
+
+    Returns:
+        (B,) whether each image decoded cleanly; otherwise its pixels are undefined.
+    """
+    clean = np.zeros(len(crops), np.bool_)
+    for position in numba.prange(len(crops)):
+        crop = crops[position]
+        entry = entries[crop["sample"]]
+        data = file[entry["start"] : entry["start"] + entry["bytes"]]
+        height, width = np.int64(entry["height"]), np.int64(entry["width"])
+        image = np.empty((height, width, 3), np.uint8)
+        if entry["mode"] == JPG:
+            status = _imdecode(data, image, height, width, height, width, 0, 0, 1, 1, False, False)
+            clean[position] = status == 0
+        elif data.size == image.size:
+            image.reshape(-1)[:] = data
+            clean[position] = True
+        bottom, right = crop["top"] + crop["height"], crop["left"] + crop["width"]
+        target = images_BHWC[position]
+        _resize_crop(image, crop["top"], bottom, crop["left"], right, target)
+        if crop["flip"]:
+            _mirror(target)
+    return clean
+
+
+@numba.njit(nogil=True)
+def _mirror(image_HWC: NDArray[np.uint8]) -> None:
+    """Swap left and right in place."""
+    height, width, channels = image_HWC.shape
+    for row in range(height):
+        for left in range(width // 2):
+            right = width - 1 - left
+            for channel in range(channels):
+                value = image_HWC[row, left, channel]
+                image_HWC[row, left, channel] = image_HWC[row, right, channel]
+                image_HWC[row, right, channel] = value

@@ -1,64 +1,73 @@
-"""Two ways from samples to pixels, behind one interface."""
+"""The two pipelines from sample indices to batches, behind one interface."""
 
+from collections.abc import Generator
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from irpe_ds.config import AugmentConfig
-from irpe_ds.data.beton.reader import DatasetInfo, open_dataset, read_beton
+import torch
+
+from irpe_ds.config import AugmentConfig, DataConfig
+from irpe_ds.data.beton.reader import DatasetInfo, beton_info
 from irpe_ds.data.order import Samples
-from irpe_ds.data.pipelines.batches import Batches
-from irpe_ds.data.pipelines.ffcv import FastDecoder
-from irpe_ds.data.pipelines.timm import BETON, ReferenceDecoder, pillow_images
 from irpe_ds.data.rng import Keys
 
+Decoded = tuple[torch.Tensor, torch.Tensor]
+"""A batch: images (B, 3, H, W) uint8 and labels (B,) int64."""
+Batches = Generator[Decoded, None, None]
+Part = Literal["train", "val"]
 
-class Decoder(Protocol):
-    """A set of images and a way to decode them."""
+BETON = ".beton"
+
+
+class Pipeline(Protocol):
+    """A data set and a way to decode it."""
 
     num_samples: int
-    """Images in the set."""
+    """Images in the data set."""
     workers: int
     """Threads or processes that decode."""
 
     def train(
         self, samples: Samples, keys: Keys, *, batch_size: int, size: tuple[int, int]
     ) -> Batches:
-        """A random view of each of these samples, drawn from its key, in order."""
+        """A random crop of each sample, drawn from its key, in order; size is (height, width)."""
 
     def evaluate(
         self, samples: Samples, *, batch_size: int, size: tuple[int, int], crop: float
     ) -> Batches:
-        """The centre crop of each of these samples, in order."""
+        """The centre crop of each sample, in order; size is (height, width)."""
 
 
-def open_decoder(
-    path: Path,
-    where: str,
-    *,
-    pipeline: str = "ffcv",
-    augment: AugmentConfig | None = None,
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
-    workers: int | None = None,
-) -> Decoder:
-    """Open a set of images.
+def open_pipeline(data: DataConfig, part: Part, augment: AugmentConfig | None = None) -> Pipeline:
+    """Open data.train or data.val with the pipeline that `data.pipeline` names.
+
+    `ffcv` reads a .beton file, decodes in threads and resizes by area; of `augment` it does the
+    crop and the flip, and leaves the rest to the device. `timm` also reads a folder or a .tar with
+    one folder per class, and runs timm's own transforms, the reference recipe with its bicubic
+    resize, in processes; only random erasing is left to the device.
 
     Args:
-        path: a .beton file; for `timm` also a folder or a .tar with one folder per class.
-        where: the configuration key that names it, for errors.
-        pipeline: `ffcv` decodes in threads and resizes by area; what AugmentConfig says beyond
-            crop and flip is left to the device. `timm` runs timm's own transforms, the reference
-            recipe with its bicubic resize, in processes; only erasing is left to the device.
-        mean: fills what `timm` uncovers.
-        workers: None takes this rank's share of the cores.
+        augment: of training; evaluation does not need it.
     """
-    augment = augment or AugmentConfig()
-    if pipeline == "ffcv":
-        return FastDecoder(read_beton(path, where), augment, workers)
-    return ReferenceDecoder(path, where, augment, mean, workers)
+    path, where, augment = _path(data, part), f"data.{part}", augment or AugmentConfig()
+    if data.pipeline == "ffcv":
+        from irpe_ds.data.pipelines.ffcv import FFCVPipeline
+
+        return FFCVPipeline(path, where, augment, data.workers)
+    from irpe_ds.data.pipelines.timm import TimmPipeline
+
+    return TimmPipeline(path, where, augment, data.mean, data.workers)
 
 
-def describe(path: Path, where: str, pipeline: str = "ffcv") -> DatasetInfo:
-    """What a set of images holds; the arguments of `open_decoder`."""
-    if pipeline == "ffcv" or path.suffix == BETON:
-        return open_dataset(path, where)
-    return pillow_images(path, where).info
+def dataset_info(data: DataConfig, part: Part) -> DatasetInfo:
+    """The contents of data.train or data.val, as its pipeline would read it."""
+    path, where = _path(data, part), f"data.{part}"
+    if data.pipeline == "ffcv" or path.suffix == BETON:
+        return beton_info(path, where)
+    from irpe_ds.data.pipelines.timm import open_images
+
+    return open_images(path, where).info
+
+
+def _path(data: DataConfig, part: Part) -> Path:
+    return data.train if part == "train" else data.val

@@ -1,7 +1,8 @@
-"""Images by the reference recipe: Pillow, timm's own transforms, PyTorch's DataLoader.
+"""The timm pipeline: Pillow, timm's own transforms, PyTorch's DataLoader.
 
-Slower than FFCV's way, but what published numbers come from: bicubic resizes, augmentation in
-Pillow. It reads .beton files, and the folders and archives that they are made of.
+The reference: slower than FFCV's pipeline, but published numbers come from it, with its bicubic
+resizes and its augmentation in Pillow. Reads .beton files, and the folders and archives that they
+are made from.
 """
 
 import io
@@ -29,27 +30,25 @@ from irpe_ds.data.beton.reader import DatasetInfo, read_beton
 from irpe_ds.data.beton.sources import Files, Member, open_source
 from irpe_ds.data.order import Samples
 from irpe_ds.data.parallel import local_share
-from irpe_ds.data.pipelines.batches import Batches
+from irpe_ds.data.pipelines.pipeline import BETON, Batches
 from irpe_ds.data.rng import Keys
 from irpe_ds.errors import DataError, UserError
 
-Transform = Callable[[Image.Image], Tensor | NDArray[np.uint8]]  # which: depends on timm's release
-
-BETON = ".beton"
+Transform = Callable[[Image.Image], Tensor | NDArray[np.uint8]]  # which one: timm's version decides
 
 
 class Images(Protocol):
-    """Images that Pillow opens, by number."""
+    """Images by index, opened with Pillow."""
 
     info: DatasetInfo
     labels: NDArray[np.int64]
     """(num_samples,)."""
 
     def open(self, sample: int) -> Image.Image:
-        """One of them; ValueError or OSError where it is damaged."""
+        """One image; ValueError or OSError if it is damaged."""
 
     def name(self, sample: int) -> str:
-        """How to speak of it."""
+        """Its name in messages."""
 
 
 class BetonImages:
@@ -61,67 +60,67 @@ class BetonImages:
         self.labels = self._beton.entries["label"]
 
     def open(self, sample: int) -> Image.Image:
-        """One of them; ValueError where its bytes are not those that were converted."""
+        """One image; ValueError if its bytes differ from those converted."""
         entry, payload = self._beton.entries[sample], self._beton.payload(sample)
-        if not self._beton.is_whole(sample):
-            raise ValueError("other bytes than were converted")
+        if not self._beton.is_intact(sample):
+            raise ValueError("bytes that differ from those converted")
         if entry["mode"] == JPG:
             return Image.open(io.BytesIO(payload.data))
         return Image.fromarray(payload.reshape(entry["height"], entry["width"], 3))
 
     def name(self, sample: int) -> str:
-        """How to speak of it."""
+        """Its name in messages."""
         return f"{self.info.path}: sample {sample}"
 
 
 class SourceImages:
     """The images of a folder or archive, read in place, in the order of a conversion.
 
-    Paths and offsets lie in arrays: processes that share them do not copy them as they count
-    references.
+    Paths and offsets are kept in arrays: lists of objects would be copied into every worker
+    process, page by page, as it counts references.
     """
 
     def __init__(self, path: Path, where: str) -> None:
         try:
             source = open_source([path])
             with closing(Journal(None, {})) as journal:
-                classes, _ = journal.enter(source)
-                rows = [(label, member) for label, member in journal.members()]
+                classes, _ = journal.list_source(source)
+                images = list(journal.members())
         except UserError as error:
             raise DataError(where, error.expected, error.got) from None
-        self.info = DatasetInfo(path=path, num_samples=len(rows), classes=classes)
-        self.labels = np.array([label for label, _ in rows], np.int64)
-        self._places = np.array([(m.offset, m.size) for _, m in rows], np.int64)
-        names = [os.fsencode(member.file) for _, member in rows]
+        self.info = DatasetInfo(path=path, num_samples=len(images), classes=classes)
+        self.labels = np.array([label for label, _ in images], np.int64)
+        self._extents = np.array([(m.offset, m.size) for _, m in images], np.int64)
+        names = [os.fsencode(member.file) for _, member in images]
         self._names, self._ends = b"".join(names), np.cumsum([0, *map(len, names)])
         self._files = Files(source)
 
     def open(self, sample: int) -> Image.Image:
-        """One of them; ValueError where it cannot be read."""
-        offset, size = self._places[sample].tolist()
+        """One image; ValueError if it cannot be read."""
+        offset, size = self._extents[sample].tolist()
         member = Member("", "", self._file(sample), offset, size, 0)
         return Image.open(io.BytesIO(self._files.read(member)))
 
     def name(self, sample: int) -> str:
-        """How to speak of it."""
-        offset = self._places[sample, 0]
+        """Its name in messages."""
+        offset = self._extents[sample, 0]
         return f"{self._file(sample)}" + (f" at byte {offset}" if offset else "")
 
     def _file(self, sample: int) -> str:
         return os.fsdecode(self._names[self._ends[sample] : self._ends[sample + 1]])
 
 
-def pillow_images(path: Path, where: str) -> Images:
+def open_images(path: Path, where: str) -> Images:
     """Open a .beton file, or a folder or archive with one folder per class."""
     return BetonImages(path, where) if path.suffix == BETON else SourceImages(path, where)
 
 
-class ReferenceDecoder:
-    """A set of images with timm's transforms; of AugmentConfig, erasing is left to the device.
+class TimmPipeline:
+    """A data set with timm's transforms; of AugmentConfig, random erasing is left to the device.
 
     Args:
-        mean: fills what augmentation uncovers, for pixels in [0, 1].
-        workers: decoding processes; None takes this rank's share of the cores.
+        mean: fills the pixels that augmentation uncovers, for pixels in [0, 1].
+        workers: decoding processes. None: this rank's share of the cores.
     """
 
     def __init__(
@@ -132,7 +131,7 @@ class ReferenceDecoder:
         mean: tuple[float, float, float],
         workers: int | None,
     ) -> None:
-        self._images = pillow_images(path, where)
+        self._images = open_images(path, where)
         self._augment, self._mean = augment, mean
         self.num_samples = self._images.info.num_samples
         self.workers = workers or local_share(len(os.sched_getaffinity(0)))
@@ -140,12 +139,12 @@ class ReferenceDecoder:
     def train(
         self, samples: Samples, keys: Keys, *, batch_size: int, size: tuple[int, int]
     ) -> Batches:
-        """Random resized crops, bicubic, flipped and augmented as timm does."""
+        """Bicubic random resized crops, flipped and augmented as timm does."""
         augment = self._augment
         transform = create_transform(
             (3, *size),
             is_training=True,
-            use_prefetcher=True,  # leaves uint8
+            use_prefetcher=True,  # timm's switch for uint8 that is normalised on the device
             scale=augment.scale,
             ratio=augment.ratio,
             hflip=augment.hflip,
@@ -159,7 +158,7 @@ class ReferenceDecoder:
     def evaluate(
         self, samples: Samples, *, batch_size: int, size: tuple[int, int], crop: float
     ) -> Batches:
-        """The centre of a bicubic resize whose sides are those of `size` over `crop`."""
+        """The centre of a bicubic resize to the sides of `size` divided by `crop`."""
         transform = create_transform(
             (3, *size),
             is_training=False,
@@ -175,7 +174,7 @@ class ReferenceDecoder:
             batch_size=batch_size,
             num_workers=self.workers,
             collate_fn=collate,
-            worker_init_fn=leave_signals,
+            worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available(),
         )
         for batch in loader:
@@ -185,7 +184,7 @@ class ReferenceDecoder:
 
 
 class Transformed(Dataset):
-    """One pass over some samples; what an item looks like is a function of its key alone."""
+    """One pass over some samples; each item is a function of its key alone."""
 
     def __init__(
         self, images: Images, samples: Samples, transform: Transform, keys: Keys | None
@@ -197,7 +196,11 @@ class Transformed(Dataset):
         return len(self._samples)
 
     def __getitem__(self, position: int) -> tuple[Tensor, int] | DataError:
-        """Pixels (3, H, W) uint8 and label; or what is wrong, since errors lose their type here."""
+        """Pixels (3, H, W) uint8 and label.
+
+        Damage is returned, not raised: torch's DataLoader (2.12) raises a worker's exception again
+        with the worker's traceback as its message.
+        """
         if self._keys is not None:
             seed_generators(int(self._keys[position]))
         sample = int(self._samples[position])
@@ -210,7 +213,7 @@ class Transformed(Dataset):
 
 
 def collate(items: list[tuple[Tensor, int] | DataError]) -> tuple[Tensor, Tensor] | DataError:
-    """A batch in the memory format of FFCV's way, or the first error."""
+    """A batch in channels_last, as from the FFCV pipeline, or the first error."""
     good = []
     for item in items:
         if isinstance(item, UserError):
@@ -221,18 +224,19 @@ def collate(items: list[tuple[Tensor, int] | DataError]) -> tuple[Tensor, Tensor
     return images.contiguous(memory_format=torch.channels_last), labels
 
 
-def leave_signals(_: int) -> None:
-    """Ignore in a worker what asks the run to stop: its rank finishes the update that it decodes.
+def ignore_signals(_: int) -> None:
+    """Make a worker process ignore the signals that ask a run to stop.
 
-    Launchers and terminals send such signals to all processes of a run.
+    Launchers and terminals send them to all processes of a run, but a rank finishes its update
+    first and needs its workers for that.
     """
-    signal.set_wakeup_fd(-1)  # the rank's own, inherited
+    signal.set_wakeup_fd(-1)  # inherited from the rank
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def seed_generators(key: int) -> None:
-    """Seed what timm's and torchvision's transforms draw from, in this process."""
+    """Seed the generators that timm's and torchvision's transforms use, in this process."""
     random.seed(key)
     np.random.seed(key % 2**32)
     torch.manual_seed(key)

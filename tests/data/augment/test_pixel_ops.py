@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import functional as torchvision
 
 from irpe_ds.data.augment import pixel_ops, spatial_ops
-from irpe_ds.data.augment.policies import Setting, rand_ops
+from irpe_ds.data.augment.policies import Severity, rand_ops
 
 FILL = (124, 116, 104)
 GEOMETRIC = ("Rotate", "Shear", "Translate")
@@ -120,7 +120,7 @@ def test_operations_are_timms_at_every_level(
     monkeypatch.setattr(timm_augment, "_randomly_negate", lambda value: sign * value)
     height, width = size
     images = pictures(*size)
-    setting = Setting(np.full(len(images), level), np.full(len(images), sign), height, width)
+    severity = Severity(np.full(len(images), level), np.full(len(images), sign), height, width)
     names = timm_augment._RAND_INCREASING_TRANSFORMS
     for name, op in zip(names, rand_ops(FILL), strict=True):
         if name.startswith("Posterize") and level == 10:
@@ -131,7 +131,7 @@ def test_operations_are_timms_at_every_level(
         options = {"fillcolor": FILL, "resample": Image.Resampling.BICUBIC}
         found = difference(
             op.function,
-            op.arguments(setting),
+            op.arguments(severity),
             lambda image, f=their_function, a=arguments, o=options: f(image, *a, **o),
             images,
         )

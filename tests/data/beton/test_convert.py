@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,28 +12,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from irpe_ds.config import DataConfig
 from irpe_ds.data.beton import writer
 from irpe_ds.data.beton.convert import convert, forecast
 from irpe_ds.data.beton.format import JPG, RAW, Reader
-from irpe_ds.data.beton.images import StorageOptions
 from irpe_ds.data.beton.manifest import (
     MANIFEST,
     SKIPPED,
-    Manifest,
+    DatasetManifest,
     beside,
     file_sha256,
     read_manifest,
 )
+from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.beton.reader import read_beton
 from irpe_ds.data.beton.sources import open_source
 from irpe_ds.data.beton.verify import verify
 from irpe_ds.data.loaders import EvalLoader
-from irpe_ds.errors import DataError
+from irpe_ds.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[3]
 
 
-def convert_folder(folder: Path, out: Path, options: StorageOptions, **how: Any) -> Manifest:
+def convert_folder(folder: Path, out: Path, options: StorageOptions, **how: Any) -> DatasetManifest:
     return convert(open_source([folder]), out, options, **how)
 
 
@@ -84,7 +86,8 @@ def test_ffcv_loader_reads_the_file_as_we_do(beton: Path) -> None:
     }
     theirs = Loader(str(beton), batch_size=37, num_workers=1, pipelines=decoders)
     ((images_BHWC, labels),) = theirs
-    ours = EvalLoader(beton, batch_size=37, img_size=24, crop=1.0, rank=0, world_size=1)
+    data = DataConfig(train=beton, val=beton, val_crop=1.0)
+    ours = EvalLoader(data, batch_size=37, img_size=(24, 24), rank=0, world_size=1)
     ((images_BCHW, our_labels, _),) = ours
     assert np.array_equal(images_BHWC.numpy(), images_BCHW.permute(0, 2, 3, 1).numpy())
     assert labels[:, 0].tolist() == our_labels.tolist() == list(range(37))
@@ -203,7 +206,7 @@ def test_damaged_image_is_left_out_and_listed(mixed: Path, kind: str) -> None:
     assert manifest.class_counts == (1, 2)
     name, reason = beside(out, SKIPPED).read_text().splitlines()[0].split("\t")
     assert name == "cat/deeper/b.JPEG"
-    assert reason in ("0 bytes", "no image that Pillow knows") or "cleanly" in reason
+    assert reason in ("0 bytes", "not an image that Pillow can identify") or "cleanly" in reason
     verify(out, workers=1)
 
 
@@ -240,7 +243,7 @@ def test_forecast_of_the_time_counts_the_images_tried(
 def test_failure_keeps_the_file_that_was_to_be_replaced(mixed: Path) -> None:
     out = mixed.parent / "mixed.beton"
     before = convert_folder(mixed, out, StorageOptions(), workers=1)
-    with pytest.raises(DataError, match=r"--out: expected a new file, or --overwrite"):
+    with pytest.raises(ConfigError, match=r"--out: expected a new file, or --overwrite"):
         convert_folder(mixed, out, StorageOptions(), workers=1)
     (mixed / "dog" / "c.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"c\.png"):
@@ -254,11 +257,11 @@ def test_failure_keeps_the_file_that_was_to_be_replaced(mixed: Path) -> None:
 
 def test_folders_without_images_are_refused(tmp_path: Path, folder: Path) -> None:
     out = tmp_path / "out.beton"
-    with pytest.raises(DataError, match=r"--source.*absent"):
+    with pytest.raises(ConfigError, match=r"--source.*absent"):
         convert_folder(tmp_path / "absent", out, StorageOptions(), workers=1)
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "image.jpg").write_bytes((folder / "001" / "image.jpg").read_bytes())
-    with pytest.raises(DataError, match=r"--source.*one folder per class, got none"):
+    with pytest.raises(DataError, match=r"--source.*one folder per class, got no folders"):
         convert_folder(tmp_path / "flat", out, StorageOptions(), workers=1)
     (tmp_path / "flat" / "cat").mkdir()
     with pytest.raises(DataError, match=r"--source.*images in every class folder.*cat"):
@@ -280,7 +283,7 @@ def test_folders_without_images_are_refused(tmp_path: Path, folder: Path) -> Non
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, object], where: str) -> None:
-    with pytest.raises(DataError) as error:
+    with pytest.raises(ConfigError) as error:
         StorageOptions(**options)
     assert error.value.where == where
 
@@ -299,3 +302,35 @@ def test_script_reports_a_mistake_in_one_line(
     assert shown.out == ""
     assert shown.err.startswith(f"error: {mixed / 'dog' / 'c.png'}: expected an undamaged image")
     assert shown.err.count("\n") == 1
+
+
+WITHOUT_HEAVY_IMPORTS = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(("torch", "ffcv", "numba", "sklearn", "scipy")))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_without_heavy_imports(script: str, *options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT_HEAVY_IMPORTS, script, *map(str, options)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "option", [("--quality", 0), ("--workers", 0), ("--source", "absent"), ("--out", "README.md")]
+)
+def test_mistake_is_reported_before_heavy_imports(mixed: Path, option: tuple[str, object]) -> None:
+    options = {"--source": mixed, "--out": mixed.parent / "mixed.beton"} | dict([option])
+    done = run_without_heavy_imports("data_prep/convert.py", *sum(options.items(), ()))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {option[0]}: expected")
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("data_prep/*.py")), ids=lambda p: p.stem)
+def test_help_needs_no_heavy_imports(script: Path) -> None:
+    if 'name__ == "__main__"' not in script.read_text():
+        pytest.skip("a module, no script")
+    done = run_without_heavy_imports(str(script), "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage:")

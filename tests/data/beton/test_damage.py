@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from irpe_ds.config import AugmentConfig
+from irpe_ds.config import AugmentConfig, DataConfig
 from irpe_ds.data.beton.format import ALLOC_TABLE_TYPE, ENTRY_TYPE, HEAD_BYTES
 from irpe_ds.data.beton.manifest import MANIFEST, beside
 from irpe_ds.data.beton.reader import Beton, read_beton
@@ -42,15 +42,9 @@ def spoil(path: Path, beton: Beton, kind: str, rng: np.random.Generator) -> None
 
 def load(path: Path) -> dict[int, torch.Tensor]:
     """The images of an epoch by their labels, which are unique; 36 of the 37."""
+    data = DataConfig(train=path, val=path, workers=1)
     loader = TrainLoader(
-        path,
-        batch_size=9,
-        img_size=16,
-        augment=AugmentConfig(),
-        seed=0,
-        rank=0,
-        world_size=1,
-        workers=1,
+        data, AugmentConfig(), batch_size=9, img_size=(16, 16), seed=0, rank=0, world_size=1
     )
     found = {}
     for images, labels, _ in loader.epoch(0):

@@ -1,4 +1,4 @@
-"""Conversions that were stopped and called again: what is done stays done, and only that."""
+"""Conversions that were stopped and resumed: what is done is kept, and only that."""
 
 import errno
 import os
@@ -14,28 +14,27 @@ import pytest
 from PIL import Image
 
 from irpe_ds.data.beton.convert import convert
-from irpe_ds.data.beton.images import StorageOptions, store_image
+from irpe_ds.data.beton.images import store_image
 from irpe_ds.data.beton.journal import Journal
-from irpe_ds.data.beton.manifest import Manifest, beside
+from irpe_ds.data.beton.manifest import DatasetManifest, beside
+from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.beton.reader import read_beton
 from irpe_ds.data.beton.sources import open_source
 from irpe_ds.data.beton.verify import verify
 from irpe_ds.data.beton.writer import BetonWriter
-from irpe_ds.errors import DataError
+from irpe_ds.errors import ConfigError, DataError
 
 
-def convert_folder(folder: Path, out: Path, options: StorageOptions, **how: Any) -> Manifest:
+def convert_folder(folder: Path, out: Path, options: StorageOptions, **how: Any) -> DatasetManifest:
     return convert(open_source([folder]), out, options, **how)
 
 
-def test_a_correction_goes_on_from_what_is_done(
-    mixed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_corrected_conversion_resumes(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (mixed / "cat" / "deeper" / "b.JPEG").write_bytes(b"")
     out = mixed.parent / "mixed.beton"
     with pytest.raises(DataError, match="0 bytes"):
         convert_folder(mixed, out, StorageOptions(), workers=1)
-    with pytest.raises(DataError, match=r"unfinished.*expected mode passthrough, got raw"):
+    with pytest.raises(ConfigError, match=r"unfinished.*expected mode passthrough, got raw"):
         convert_folder(mixed, out, StorageOptions(mode="raw"), workers=1)
     (mixed / "cat" / "deeper" / "b.JPEG").unlink()
     read = []
@@ -51,7 +50,7 @@ def test_a_correction_goes_on_from_what_is_done(
     assert other.read_bytes() == out.read_bytes()
 
 
-def test_what_was_left_out_is_not_forgiven_later(
+def test_skipped_image_is_an_error_without_skip(
     mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (mixed / "cat" / "deeper" / "b.JPEG").write_bytes(b"")
@@ -83,7 +82,7 @@ def test_changed_source_is_read_again(mixed: Path, pixels: Callable[..., np.ndar
     verify(out, workers=1)
 
 
-def test_nothing_is_entered_as_done_before_it_is_on_the_disk(
+def test_nothing_is_committed_as_done_before_it_is_on_the_disk(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     placed, on_disk, commits = [0], [0], []
@@ -114,7 +113,7 @@ def test_nothing_is_entered_as_done_before_it_is_on_the_disk(
     assert len(set(commits)) > 2
 
 
-def test_what_a_failing_disk_lost_is_not_entered_as_done(
+def test_what_a_failing_disk_lost_is_not_committed_as_done(
     mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = mixed.parent / "mixed.beton"
@@ -138,7 +137,7 @@ def test_what_a_failing_disk_lost_is_not_entered_as_done(
 
 def test_one_conversion_at_a_time(mixed: Path) -> None:
     out = mixed.parent / "mixed.beton"
-    expected = pytest.raises(DataError, match=r"none at work, got database is locked")
+    expected = pytest.raises(DataError, match=r"that is not running, got database is locked")
     with closing(Journal(beside(out, ".partial.db"), {})), expected:
         convert_folder(mixed, out, StorageOptions(), workers=1)
 
@@ -156,13 +155,13 @@ def test_killed_before_the_first_image_it_does_not_take_the_old_file_for_its_own
         patch.setattr("irpe_ds.data.beton.convert.BetonWriter", killed)
         with pytest.raises(KeyboardInterrupt):
             convert_folder(folder, out, StorageOptions(), workers=1, overwrite=True)
-    with pytest.raises(DataError, match=r"--out: expected a new file, or --overwrite"):
+    with pytest.raises(ConfigError, match=r"--out: expected a new file, or --overwrite"):
         convert_folder(folder, out, StorageOptions(), workers=1)
     assert convert_folder(folder, out, StorageOptions(), workers=1, overwrite=True).num_samples > 9
     verify(out, workers=1)
 
 
-def test_killed_while_names_are_given_it_goes_on(
+def test_killed_between_renames_it_resumes(
     mixed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At every rename, on top of an older file."""

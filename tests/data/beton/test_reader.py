@@ -17,7 +17,7 @@ from irpe_ds.data.beton.manifest import (
     hash_line,
     read_hashes,
 )
-from irpe_ds.data.beton.reader import open_dataset, read_beton
+from irpe_ds.data.beton.reader import beton_info, read_beton
 from irpe_ds.data.beton.verify import verify
 from irpe_ds.errors import DataError
 
@@ -29,7 +29,7 @@ def change(path: Path, offset: int, data: bytes) -> None:
 
 
 def test_says_what_the_file_holds(beton: Path) -> None:
-    info = open_dataset(beton, "data.train")
+    info = beton_info(beton, "data.train")
     assert (info.path, info.num_samples, info.num_classes) == (beton, 37, 37)
     assert info.classes is not None
     assert info.classes[7] == "007"
@@ -47,7 +47,7 @@ def test_file_of_someone_elses_opens(folder: Path, tmp_path: Path, mode: str) ->
     path = tmp_path / "theirs.beton"
     fields = {"image": RGBImageField(mode), "label": IntField()}
     DatasetWriter(str(path), fields, num_workers=2).from_indexed_dataset(samples, chunksize=5)
-    info = open_dataset(path, "data.train")
+    info = beton_info(path, "data.train")
     assert (info.num_samples, info.classes, info.num_classes, info.manifest) == (
         37,
         None,
@@ -65,7 +65,7 @@ def test_file_of_someone_elses_opens(folder: Path, tmp_path: Path, mode: str) ->
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.val: expected a \.beton file .*, got .*absent"):
-        open_dataset(tmp_path / "absent.beton", "data.val")
+        beton_info(tmp_path / "absent.beton", "data.val")
 
 
 @pytest.mark.parametrize("share", [0.0, 1e-6, 1e-3, 0.5, 0.99999])
@@ -76,34 +76,34 @@ def test_file_cut_short(own_beton: Path, share: float, manifest: bool) -> None:
     if not manifest:
         beside(own_beton, MANIFEST).unlink()
     with pytest.raises(DataError, match=r"^data\.train: expected .*own\.beton"):
-        open_dataset(own_beton, "data.train")
+        beton_info(own_beton, "data.train")
 
 
 def test_other_file(tmp_path: Path) -> None:
     path = tmp_path / "text.beton"
     path.write_text("not FFCV's format " * 1000)
     with pytest.raises(DataError, match=r"data\.train: expected a \.beton file of FFCV"):
-        open_dataset(path, "data.train")
+        beton_info(path, "data.train")
 
 
 def test_file_whose_writer_was_killed(own_beton: Path) -> None:
     beside(own_beton, MANIFEST).unlink()
     change(own_beton, HeaderType.fields["alloc_table_ptr"][1], bytes(8))
-    with pytest.raises(DataError, match="an unfinished file"):
-        open_dataset(own_beton, "data.train")
+    with pytest.raises(DataError, match=r"a complete \.beton file, got .*unfinished"):
+        beton_info(own_beton, "data.train")
 
 
 def test_other_fields(own_beton: Path) -> None:
     beside(own_beton, MANIFEST).unlink()
     change(own_beton, HeaderType.itemsize + FieldDescType.fields["name"][1], b"photo")
     with pytest.raises(DataError, match=r"the fields image \(RGBImageField\), label"):
-        open_dataset(own_beton, "data.train")
+        beton_info(own_beton, "data.train")
 
 
 def test_tables_that_disagree(own_beton: Path) -> None:
     beside(own_beton, MANIFEST).unlink()
     change(own_beton, own_beton.stat().st_size - 16, (1 << 40).to_bytes(8, "little"))
-    with pytest.raises(DataError, match=r"data\.train: expected tables that agree"):
+    with pytest.raises(DataError, match=r"data\.train: expected consistent tables"):
         read_beton(own_beton, "data.train")
 
 
@@ -111,7 +111,7 @@ def test_tables_that_disagree(own_beton: Path) -> None:
 def test_damaged_manifest(own_beton: Path, text: str) -> None:
     beside(own_beton, MANIFEST).write_text(text)
     with pytest.raises(DataError, match=r"own\.beton\.json: expected .*manifest"):
-        open_dataset(own_beton, "data.train")
+        beton_info(own_beton, "data.train")
 
 
 def test_verify_accepts_the_file_as_it_was_written(own_beton: Path) -> None:
@@ -122,7 +122,7 @@ def test_damaged_sample_is_named(own_beton: Path) -> None:
     for sample in (30, 21):
         entry = read_beton(own_beton, "test").entries[sample]
         change(own_beton, int(entry["start"] + entry["bytes"] // 2), bytes(30))
-    with pytest.raises(DataError, match=r"sample 21 \(021/image\.jpg\): other bytes"):
+    with pytest.raises(DataError, match=r"sample 21 \(021/image\.jpg\): bytes that differ"):
         verify(own_beton, workers=2)
     beside(own_beton, MANIFEST).unlink()
     with pytest.raises(DataError, match=r"sample 21 \(label 21\): JPEG data that does not"):
@@ -162,22 +162,22 @@ def test_swapped_labels_are_named(own_beton: Path) -> None:
     with pytest.raises(DataError, match=r"label 9 \(009\) in sample 5 \(005/image\.jpg\)"):
         verify(own_beton, workers=1)
     with pytest.raises(DataError, match=r"data\.train: expected the tables .* changed"):
-        open_dataset(own_beton, "data.train")
+        beton_info(own_beton, "data.train")
 
 
 def test_truncated_tail_is_found(own_beton: Path) -> None:
     with own_beton.open("r+b") as file:
         file.truncate(own_beton.stat().st_size - 1)
-    with pytest.raises(DataError, match=r"expected the \d+ bytes that the manifest"):
+    with pytest.raises(DataError, match=r"expected \d+ bytes, as in the manifest"):
         verify(own_beton, workers=1)
 
 
 def test_missing_manifest_and_hashes_are_found(own_beton: Path) -> None:
     beside(own_beton, HASHES).rename(beside(own_beton, ".moved"))
-    with pytest.raises(DataError, match=r"own\.beton\.sha256: expected the hashes"):
+    with pytest.raises(DataError, match=r"own\.beton\.sha256: expected the file of sample hashes"):
         verify(own_beton, workers=1)
     beside(own_beton, HASHES).write_bytes(beside(own_beton, ".moved").read_bytes()[:-1] + b"x")
-    with pytest.raises(DataError, match=r"own\.beton\.sha256: expected the hashes that"):
+    with pytest.raises(DataError, match=r"own\.beton\.sha256: expected the file of hashes in the"):
         read_beton(own_beton, "data.train")
     beside(own_beton, MANIFEST).unlink()
     with pytest.raises(DataError, match=r"expected .*own\.beton\.json, its manifest"):

@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep import synthetic
-from data_prep.synthetic import Synthetic
+from data_prep.synthetic_imagenet import Synthetic, write
 from irpe_ds.data.beton.convert import convert
-from irpe_ds.data.beton.images import StorageOptions
-from irpe_ds.data.beton.manifest import SKIPPED, Manifest, beside, read_hashes, read_manifest
+from irpe_ds.data.beton.manifest import SKIPPED, DatasetManifest, beside, read_hashes, read_manifest
+from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.beton.reader import read_beton
 from irpe_ds.data.beton.sources import open_source
 from irpe_ds.data.beton.verify import verify
-from irpe_ds.errors import DataError
+from irpe_ds.errors import ConfigError, DataError
 from tests.forks import start
 
 ImageNet = tuple[Path, Synthetic]
@@ -29,7 +28,10 @@ ImageNet = tuple[Path, Synthetic]
 def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageNet]:
     """2,000 photos of 10 classes in ImageNet's own layouts, with odd and bad files among them."""
     out = tmp_path_factory.mktemp("imagenet") / "out"
-    yield out, synthetic.write(out, images=2000, classes=10, oddities=True, bad=True, seed=0)
+    yield (
+        out,
+        write(out, images=2000, classes=10, oddities=True, bad=True, seed=0),
+    )
     shutil.rmtree(out)
 
 
@@ -106,7 +108,7 @@ def test_bad_files_are_listed(imagenet: ImageNet, converted: dict[str, Path]) ->
         for name, reason in lines.items():
             assert reason == {
                 "empty": "0 bytes",
-                "text": "no image that Pillow knows",
+                "text": "not an image that Pillow can identify",
             }.get(bad[Path(name).stem], "JPEG data that does not decode cleanly")
 
 
@@ -141,7 +143,7 @@ def test_killed_at_random_moments_the_file_is_the_same(
     out = tmp_path / "killed.beton"
     expected = read_manifest(converted["folder"])
     assert expected is not None
-    kills, finished, gone_on = 0, 0, 0
+    kills, finished, resumed = 0, 0, 0
     while kills < 20 or not finished:
         before = beside(out, ".partial").exists()
         process = start(convert, source, out, StorageOptions(), workers=1, on_bad="skip")
@@ -150,11 +152,11 @@ def test_killed_at_random_moments_the_file_is_the_same(
             process.kill()
             process.join()
             kills += 1
-            gone_on += before
+            resumed += before
             continue
         assert process.exitcode == 0
         finished += 1
-        assert read_manifest(out) == Manifest(
+        assert read_manifest(out) == DatasetManifest(
             **vars(expected) | {"source": [str(source.paths[0])], "kind": source.kind}
         )
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
@@ -162,7 +164,7 @@ def test_killed_at_random_moments_the_file_is_the_same(
         )
         for path in tmp_path.iterdir():
             path.unlink()
-    assert gone_on > 5
+    assert resumed > 5
 
 
 @pytest.fixture
@@ -227,7 +229,7 @@ class TestArchives:
 
         return write
 
-    def read(self, *paths: Path, **options: Any) -> Manifest:
+    def read(self, *paths: Path, **options: Any) -> DatasetManifest:
         out = paths[0].parent / "out.beton"
         source = open_source(paths, **options)
         return convert(source, out, StorageOptions(), workers=1, overwrite=True)
@@ -239,19 +241,19 @@ class TestArchives:
 
     def test_depths_must_agree(self, write: Any, jpeg: bytes) -> None:
         path = write("a.tar", {"cat/1.jpg": jpeg, "cat/deeper/1.jpg": jpeg})
-        with pytest.raises(DataError, match=r"one depth, got cat/deeper/1\.jpg"):
+        with pytest.raises(DataError, match=r"the same depth, got cat/deeper/1\.jpg"):
             self.read(path)
 
     def test_flat_tar_needs_labels(self, write: Any, jpeg: bytes, tmp_path: Path) -> None:
         path = write("a.tar", {"2.jpg": jpeg, "1.jpg": jpeg})
-        with pytest.raises(DataError, match=r"or --labels, got 2\.jpg in no folder"):
+        with pytest.raises(DataError, match=r"or --labels, got 2\.jpg without a folder"):
             self.read(path)
         labels = tmp_path / "labels.txt"
         labels.write_text("cat\n")
         with pytest.raises(DataError, match=r"--labels: expected 2 labels.* got 1 in"):
             self.read(path, labels=labels)
         labels.write_text("3\n5\n")
-        with pytest.raises(DataError, match="for numbers the development kit"):
+        with pytest.raises(DataError, match="or the development kit, which explains the numbers"):
             self.read(path, labels=labels)
         labels.write_text("dog\ncat\n")
         assert self.read(path, labels=labels).classes == ("cat", "dog")
@@ -260,12 +262,12 @@ class TestArchives:
 
     def test_repeated_name_is_not_taken_silently(self, write: Any, jpeg: bytes) -> None:
         path = write("a.tar", {"cat/1.jpg": jpeg, "./cat/1.jpg": jpeg})
-        with pytest.raises(DataError, match="its name is that of another image"):
+        with pytest.raises(DataError, match="an image with the name of another one"):
             self.read(path)
 
     def test_links_are_refused(self, write: Any, jpeg: bytes) -> None:
         path = write("a.tar", {"cat/1.jpg": jpeg, "cat/2.jpg": None})
-        with pytest.raises(DataError, match=r"plain files, got cat/2\.jpg, a link"):
+        with pytest.raises(DataError, match=r"regular files, got cat/2\.jpg, a link"):
             self.read(path)
 
     @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9])
@@ -274,14 +276,14 @@ class TestArchives:
         content = 20 * (512 + -(-len(jpeg) // 512) * 512)
         with path.open("r+b") as file:
             file.truncate(int(share * content))
-        with pytest.raises(DataError, match=r"a\.tar: expected an uncompressed tar, whole"):
+        with pytest.raises(DataError, match=r"a\.tar: expected a complete, uncompressed tar"):
             self.read(path)
 
     def test_archive_cut_short_between_files(self, write: Any, jpeg: bytes) -> None:
         path = write("a.tar", {f"cat/{n}.jpg": jpeg for n in range(20)})
         with path.open("r+b") as file:
             file.truncate(10 * (512 + -(-len(jpeg) // 512) * 512))
-        with pytest.raises(DataError, match="whole, got damage at byte"):
+        with pytest.raises(DataError, match="uncompressed tar, got damage at byte"):
             self.read(path)
 
     def test_damaged_header(self, write: Any, jpeg: bytes) -> None:
@@ -289,13 +291,13 @@ class TestArchives:
         with path.open("r+b") as file:
             file.seek(10 * (512 + -(-len(jpeg) // 512) * 512) + 20)
             file.write(b"damage")
-        with pytest.raises(DataError, match="whole, got damage at byte"):
+        with pytest.raises(DataError, match="uncompressed tar, got damage at byte"):
             self.read(path)
 
     def test_compressed_archive_is_refused(self, tmp_path: Path) -> None:
         with tarfile.open(tmp_path / "a.tar", "w:gz"):
             pass
-        with pytest.raises(DataError, match="an uncompressed tar"):
+        with pytest.raises(DataError, match="a complete, uncompressed tar"):
             self.read(tmp_path / "a.tar")
 
     def test_shards_with_numbers_or_names(self, write: Any, jpeg: bytes, tmp_path: Path) -> None:
@@ -308,18 +310,18 @@ class TestArchives:
         assert manifest.classes == tuple(map(str, range(12)))
         assert read_beton(tmp_path / "out.beton", "test").entries["label"].tolist() == [2, 11]
         (tmp_path / "classes.txt").write_text("cat\ndog\n")
-        with pytest.raises(DataError, match=r"a label below 2.*got 11"):
+        with pytest.raises(DataError, match=r"labels below 2.*got 11"):
             self.read(one, two, classes=tmp_path / "classes.txt")
         one = write("1.tar", {"a.jpg": jpeg, "a.cls": b"dog", "b.jpg": jpeg, "b.cls": b"cat"})
         assert self.read(one).classes == ("cat", "dog")
 
     def test_sources_that_are_none(self, tmp_path: Path, folder: Path, write: Any) -> None:
         for paths in ([], [tmp_path / "absent"]):
-            with pytest.raises(DataError, match="--source: expected a folder"):
+            with pytest.raises(ConfigError, match="--source: expected a folder"):
                 open_source(paths)
-        with pytest.raises(DataError, match="--source: expected one folder, got 2"):
+        with pytest.raises(ConfigError, match="--source: expected one folder, got 2"):
             open_source([folder, folder])
-        with pytest.raises(DataError, match="--labels: expected nothing"):
+        with pytest.raises(ConfigError, match="--labels: expected no value"):
             open_source([folder], labels=tmp_path / "labels.txt")
-        with pytest.raises(DataError, match=r"images in .*, got none"):
+        with pytest.raises(DataError, match=r"images in .*, got no images"):
             self.read(write("empty.tar", {"readme": b"x"}))

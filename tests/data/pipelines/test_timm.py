@@ -1,4 +1,4 @@
-"""The reference pipeline: timm's transforms in processes, as a function of each image's key."""
+"""The timm pipeline: timm's transforms in processes, as a function of each image's key."""
 
 import multiprocessing
 import random
@@ -13,29 +13,33 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from irpe_ds.config import AugmentConfig
+from irpe_ds.config import AugmentConfig, DataConfig
 from irpe_ds.data.beton.convert import convert
-from irpe_ds.data.beton.images import StorageOptions
+from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.beton.sources import open_source
 from irpe_ds.data.loaders import Batch, EvalLoader, TrainLoader
-from irpe_ds.data.pipelines.pipeline import describe
+from irpe_ds.data.pipelines.pipeline import dataset_info
 from irpe_ds.data.pipelines.timm import seed_generators
 from irpe_ds.errors import DataError
 
 FULL = AugmentConfig(auto="rand-m9-mstd0.5-inc1", repeats=2)
 
 
-def train_loader(path: Path, **options: Any) -> TrainLoader:
+def config(path: Path, workers: int = 1) -> DataConfig:
+    return DataConfig(train=path, val=path, pipeline="timm", workers=workers)
+
+
+def train_loader(
+    path: Path, augment: AugmentConfig = FULL, workers: int = 1, **options: Any
+) -> TrainLoader:
     defaults: dict[str, Any] = {
         "batch_size": 4,
-        "img_size": 24,
-        "augment": FULL,
+        "img_size": (24, 24),
         "seed": 0,
         "rank": 0,
         "world_size": 1,
-        "workers": 1,
     }
-    return TrainLoader(path, pipeline="timm", **defaults | options)
+    return TrainLoader(config(path, workers), augment, **defaults | options)
 
 
 def flat(batches: Any) -> dict[str, np.ndarray]:
@@ -128,24 +132,14 @@ def test_generators_of_this_process_are_left_alone(beton: Path) -> None:
     assert before[:2] == after[:2]
 
 
-@pytest.mark.parametrize("size", [24, (24, 32)])
-def test_evaluation_is_timms_bicubic(folder: Path, beton: Path, size: Any) -> None:
-    height, width = (size, size) if isinstance(size, int) else size
+@pytest.mark.parametrize("size", [(24, 24), (24, 32)])
+def test_evaluation_is_timms_bicubic(folder: Path, beton: Path, size: tuple[int, int]) -> None:
     transform = create_transform(
-        (3, height, width), interpolation="bicubic", crop_pct=0.875, use_prefetcher=True
+        (3, *size), interpolation="bicubic", crop_pct=0.875, use_prefetcher=True
     )
     files = sorted(folder.rglob("*.jpg"))
     for path in (folder, beton):
-        loader = EvalLoader(
-            path,
-            batch_size=8,
-            img_size=size,
-            crop=0.875,
-            rank=0,
-            world_size=1,
-            pipeline="timm",
-            workers=1,
-        )
+        loader = EvalLoader(config(path), batch_size=8, img_size=size, rank=0, world_size=1)
         counted = 0
         for images, labels, valid in loader:
             for image, label in zip(images[valid], labels[valid].tolist(), strict=True):
@@ -181,12 +175,12 @@ def test_leaving_early_ends_the_processes(beton: Path) -> None:
 
 
 def test_what_a_folder_holds(folder: Path, tmp_path: Path) -> None:
-    info = describe(folder, "data.train", "timm")
+    info = dataset_info(config(folder), "train")
     assert (info.num_samples, info.num_classes, info.manifest) == (37, 37, None)
     with pytest.raises(DataError, match=r"data\.train: expected a folder with one"):
-        describe(tmp_path / "absent", "data.train", "timm")
+        dataset_info(config(tmp_path / "absent"), "train")
     with pytest.raises(DataError, match=r"data\.train: expected a \.beton file \(data_prep"):
-        describe(folder, "data.train")
+        dataset_info(DataConfig(train=folder, val=folder), "train")
 
 
 def test_batch_type(beton: Path) -> None:
