@@ -17,7 +17,7 @@ from irpe_ds.config import RunConfig
 from irpe_ds.data.beton.reader import DatasetInfo
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_model
-from irpe_ds.ops.dispatch import Choice
+from irpe_ds.ops.dispatch import ResolvedImpl
 from irpe_ds.runlog import RunLog
 from irpe_ds.training import checkpoint
 from irpe_ds.training.deepspeed_config import deepspeed_config
@@ -36,7 +36,7 @@ class Ready(NamedTuple):
     plan: RunLength
     model: nn.Module
     loss: Loss
-    op: Choice
+    op: ResolvedImpl
 
 
 def train(

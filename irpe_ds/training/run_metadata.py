@@ -19,14 +19,14 @@ from irpe_ds.config import RunConfig
 from irpe_ds.data.beton.reader import DatasetInfo
 from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.models.attention import RPEAttention
-from irpe_ds.ops.dispatch import Choice, FallbackWarning, select
+from irpe_ds.ops.dispatch import FallbackWarning, ResolvedImpl, resolve_impl
 from irpe_ds.provenance import commit, package_versions
 from irpe_ds.training.precision import PRODUCTS
 
 CONFIG = "config.yaml"
 
 
-def attention_op(config: RunConfig, model: nn.Module, device_type: str) -> Choice:
+def attention_op(config: RunConfig, model: nn.Module, device_type: str) -> ResolvedImpl:
     """The implementation of the attention op that will run, built if need be, and why.
 
     Raises:
@@ -34,16 +34,17 @@ def attention_op(config: RunConfig, model: nn.Module, device_type: str) -> Choic
     """
     layer = next((m for m in model.modules() if isinstance(m, RPEAttention)), None)
     if layer is None:
-        return Choice("timm's own", "the model has no relative position")
+        return ResolvedImpl("timm's own", "the model has no relative position")
     warnings.simplefilter("ignore", FallbackWarning)  # the run's log says it, once
     try:
-        return select(config.model.impl, layer.case(device_type, PRODUCTS[config.train.precision]))
+        key = layer.dispatch_key(device_type, PRODUCTS[config.train.precision])
+        return resolve_impl(config.model.impl, key)
     except UserError as error:
         raise ConfigError(f"model.{error.where}", error.expected, error.got) from None
 
 
 def write_run_metadata(
-    config: RunConfig, settings: dict[str, Any], ranks: Ranks, op: Choice
+    config: RunConfig, settings: dict[str, Any], ranks: Ranks, op: ResolvedImpl
 ) -> str:
     """Write config.yaml (resolved), deepspeed.json and environment.json into the run folder.
 
@@ -62,7 +63,7 @@ def write_run_metadata(
     )
 
 
-def describe_environment(ranks: Ranks, op: Choice) -> dict[str, Any]:
+def describe_environment(ranks: Ranks, op: ResolvedImpl) -> dict[str, Any]:
     """Command, commit, versions, hardware, and which implementation of the op runs and why."""
     on_gpu = ranks.device.type == "cuda"
     return {
@@ -79,7 +80,7 @@ def describe_environment(ranks: Ranks, op: Choice) -> dict[str, Any]:
     }
 
 
-def inputs(data: Mapping[str, DatasetInfo], op: Choice) -> dict[str, str]:
+def inputs(data: Mapping[str, DatasetInfo], op: ResolvedImpl) -> dict[str, str]:
     """The data, and what computes."""
     found = {f"data.{part}": describe_data(info) for part, info in data.items()}
     return {**found, "the attention op": op.name}
