@@ -4,6 +4,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from irpe_ds.ops.tracing import traced_as_constant
 from irpe_ds.rpe.buckets import BucketMap
@@ -31,7 +32,9 @@ def _pack_once(
     method: str, height: int, width: int, skip: int, ratio: float, device: torch.device
 ) -> Tensor:
     """Never freed, so that captured CUDA graphs stay valid: 91 KiB for 14 x 14 patches."""
-    with torch.inference_mode(False):  # training must be able to save it for its backward pass
+    # A real, normal tensor whatever the first call is: torch.export (2.6 to 2.14) traces under a
+    # mode that makes fake ones, and inference tensors cannot be saved for a backward pass.
+    with _disable_current_modes(), torch.inference_mode(False):
         buckets = BucketMap.build(method, height, width, skip, ratio)
         places = torch.searchsorted(buckets.used_ids, buckets.ids.long())
         return torch.stack([pack_tiles(places), pack_tiles(places.T)]).to(device)

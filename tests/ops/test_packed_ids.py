@@ -52,6 +52,22 @@ def test_maps_of_one_kind_are_packed_once(packings: list[int]) -> None:
         assert packed_ids.packed_ids(BucketMap.build(*other)) is not first
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_first(strict: bool) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.buckets = BucketMap.build("product", 2, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + packed_ids.packed_ids(self.buckets).sum()
+
+    x = torch.ones(2)
+    program = torch.export.export(Model(), (x,), strict=strict)
+    assert type(packed_ids.packed_ids(Model().buckets)) is torch.Tensor
+    assert torch.equal(program.module()(x), Model()(x))
+
+
 @pytest.fixture
 def call(host: object, make_inputs: Callable) -> Callable[..., torch.Tensor]:
     inputs: dict[str, Any] = make_inputs(RPEConfig(on="qkv"), head_dim=32, dtype=torch.bfloat16)

@@ -354,6 +354,15 @@ class TestAheadOfTime:
     ) -> None:
         assert load().startswith(f"{installed}/irpe_ds/ops/irpe_op")
 
+    def test_every_module_is_installed_and_no_test_harness(self, installed: Path) -> None:
+        package = installed / "irpe_ds"
+        folders = {ROOT / "irpe_ds": package, ROOT / "ops": package / "ops"}
+        for source, target in folders.items():
+            modules = {file.relative_to(source) for file in source.rglob("*.py")}
+            assert all((target / module).exists() for module in modules)
+        assert (package / "ops" / "csrc" / "cuda" / "primitives.cuh").exists()
+        assert not [*installed.rglob("on_host.h"), *installed.rglob("test_*.py")]
+
     def test_another_torch_is_refused(self, installed: Path, load: Callable[[], str]) -> None:
         file = installed / "irpe_ds" / "ops" / "irpe_op.json"
         built = json.loads(file.read_text())
