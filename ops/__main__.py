@@ -1,6 +1,6 @@
-"""What of the iRPE operators runs on this machine, and why not: `python -m irpe_ds.ops`.
+"""Report which iRPE operators run on this machine, and why others do not: python -m irpe_ds.ops
 
-With --build they are built first, if they are not ready.
+With --build they are built first if need be.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from irpe_ds.ops import dispatch
-from irpe_ds.ops.build import library, toolchain
+from irpe_ds.ops.build import library, prebuilt, toolchain
 from irpe_ds.ops.build.toolchain import Unavailable
 
 NAME_WIDTH, STATE_WIDTH = 24, 12
@@ -27,11 +27,11 @@ def main() -> None:
     if parser.parse_args().build:
         library.load()
     rule = "-" * (NAME_WIDTH + 2 * STATE_WIDTH)
-    print("\n".join([rule, *implementations(), rule, *surroundings(), rule]))
+    print("\n".join([rule, *implementations(), rule, *installation(), rule]))
 
 
 def implementations() -> Iterator[str]:
-    """One line for each implementation and device: ready, possible, and why not."""
+    """One line per implementation and device: installed, compatible, and why not."""
     ready = ready_library()
     yield _dotted("implementation", _dotted("installed", "compatible", STATE_WIDTH))
     for name, row in dispatch.IMPLEMENTATIONS.items():
@@ -39,49 +39,49 @@ def implementations() -> Iterator[str]:
             yield _dotted(name, _dotted("[YES]", "[OKAY]", STATE_WIDTH))
             continue
         for device in row.devices:
-            obstacle = compile_obstacle(device)
-            if library.is_loaded():  # built, or found not to build
-                obstacle = getattr(library.load(), device)
-            installed = "[YES]" if ready and obstacle is None else "[NO]"
-            compatible = "[OKAY]" if obstacle is None else f"[NO] {obstacle}"
+            reason = missing_build_tool(device)
+            if library.is_loaded():  # built, or tried without success
+                reason = getattr(library.load(), device)
+            installed = "[YES]" if ready and reason is None else "[NO]"
+            compatible = "[OKAY]" if reason is None else f"[NO] {reason}"
             yield _dotted(f"{name} ({device})", _dotted(installed, compatible, STATE_WIDTH))
 
 
-def surroundings() -> Iterator[str]:
-    """Versions, compilers and places."""
+def installation() -> Iterator[str]:
+    """Versions, compilers and folders."""
     yield _dotted("torch", f"{torch.__version__}, CUDA {torch.version.cuda}")
-    yield _dotted("deepspeed", _found(lambda: importlib.metadata.version("deepspeed")))
-    yield _dotted("C++ compiler", _found(_cxx_version))
-    yield _dotted("CUDA compiler", _found(_cuda_version))
+    yield _dotted("deepspeed", _or_reason(lambda: importlib.metadata.version("deepspeed")))
+    yield _dotted("C++ compiler", _or_reason(_cxx_version))
+    yield _dotted("CUDA compiler", _or_reason(_cuda_version))
     yield _dotted("architectures", toolchain.architectures())
-    yield _dotted("ninja", _found(toolchain.ninja))
-    yield _dotted("prebuilt", library.PREBUILT if find_spec(library.PREBUILT) else "no")
+    yield _dotted("ninja", _or_reason(toolchain.ninja))
+    yield _dotted("prebuilt", prebuilt.MODULE if find_spec(prebuilt.MODULE) else "no")
     yield _dotted("cache", str(cache()))
     yield _dotted("ready", ready_library() or "no: built on first use, or by --build")
 
 
 def ready_library() -> str | None:
-    """The file of operators that need no compiling."""
+    """The file of the operators, if they need not be compiled first."""
     if library.is_loaded():
         return library.load().origin or None
-    spec = find_spec(library.PREBUILT)
+    spec = find_spec(prebuilt.MODULE)
     finished = cache() / "irpe" / "finished"
     return spec.origin if spec else str(cache() / "irpe/irpe.so") if finished.exists() else None
 
 
 def cache() -> Path:
-    """Where a just-in-time build lies, or would lie."""
+    """The folder of a just-in-time build, existing or not."""
     try:
         return toolchain.cache(toolchain.cuda())
     except Unavailable:
         return toolchain.cache(None)
 
 
-def compile_obstacle(device: str) -> str | None:
-    """What a just-in-time build for a device type would lack."""
+def missing_build_tool(device: str) -> str | None:
+    """What a just-in-time build for a device type lacks; None when it can be attempted."""
     try:
         if find_spec("deepspeed") is None:
-            raise Unavailable("to build them DeepSpeed is needed: pip install 'irpe-ds[train]'")
+            raise Unavailable("building needs DeepSpeed: pip install 'irpe-ds[train]'")
         toolchain.cxx()
         toolchain.ninja()
         if device == "cuda":
@@ -102,7 +102,7 @@ def _cuda_version() -> str:
     return f"{toolkit.home / 'bin' / 'nvcc'}: {toolkit.version}"
 
 
-def _found(call: Callable[[], str]) -> str:
+def _or_reason(call: Callable[[], str]) -> str:
     try:
         return call()
     except (Unavailable, importlib.metadata.PackageNotFoundError) as error:

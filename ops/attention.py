@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.ops.dispatch import IMPLEMENTATIONS, decided
-from irpe_ds.ops.inputs import Case, Inputs, kinds_of
+from irpe_ds.ops.dispatch import attention_function
+from irpe_ds.ops.inputs import DispatchKey, Inputs
 from irpe_ds.rpe.buckets import BucketMap
 from irpe_ds.rpe.tables import Term
 
@@ -38,11 +38,11 @@ def irpe_attention(
         key_padding_mask: (B, L) bool, True where a key must not be attended to. Where no key
             is left the result is zero, as in torch.nn.functional.scaled_dot_product_attention.
         impl: `auto`, or the name of one implementation, which then runs or raises;
-            `irpe_ds.ops.select` says what `auto` comes to. `cpu`, `fused` and `flex` have no
-            second derivative, nor has `low_rank` where PyTorch takes a fused kernel.
+            `irpe_ds.ops.resolve_impl` tells which one `auto` picks. `cpu`, `fused` and `flex` have
+            no second derivative, nor does `low_rank` where PyTorch picks a fused kernel.
 
     Returns:
-        (B, H, L, D) in the dtype of q; under autocast in autocast's, as PyTorch's own attention.
+        (B, H, L, D) in the dtype of q; under autocast in its dtype, as in PyTorch's own attention.
 
     Raises:
         ConfigError: an argument of the wrong shape, dtype or device, or an `impl` that is unknown
@@ -64,10 +64,10 @@ def irpe_attention(
         dropout_p=dropout_p,
         key_padding_mask=key_padding_mask,
     )
-    case = Case(device, q.dtype, q.shape[-1], kinds_of(x.rpe_q, x.rpe_k, x.rpe_v))
-    run = IMPLEMENTATIONS[decided(impl, case)].attention
+    key = DispatchKey.of(device, q.dtype, q.shape[-1], x.rpe_q, x.rpe_k, x.rpe_v)
+    attend = attention_function(impl, key)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        return run(x)
+        return attend(x)
 
 
 def _check_inputs(
@@ -91,7 +91,7 @@ def _check_inputs(
 
 
 def _checked_terms(name: str, terms: Sequence[Term], q: Tensor) -> tuple[Term, ...]:
-    """The terms with tables in q's dtype, as autocast and mixed precision need them."""
+    """The terms with tables cast to q's dtype, for autocast and mixed precision."""
     for number, term in enumerate(terms):
         where = f"{name}[{number}]"
         match term:
@@ -112,7 +112,7 @@ def _check_table(
     tokens, n = buckets.ids.shape[0], buckets.num_buckets
     if tokens != length:
         (height, width), skip = buckets.grid, buckets.skip
-        expected = f"{tokens} tokens ({height}x{width} patches + {skip})"
+        expected = f"{tokens} tokens ({height}x{width} patches + {skip} prefix)"
         raise ConfigError(where, expected, f"{length} in q")
     if buckets.ids.device != q.device or table.device != q.device:
         got = f"table on {table.device}, ids on {buckets.ids.device}"
@@ -120,7 +120,7 @@ def _check_table(
     shapes = [(n, head_dim)] if on_values else [(head_dim, n), (n,)]
     fits = table.dim() >= 2 and table.shape[0] in (1, heads) and tuple(table.shape[1:]) in shapes
     if not table.is_floating_point():
-        raise ConfigError(where, "a table of floating point numbers", table.dtype)
+        raise ConfigError(where, "a floating point table", table.dtype)
     if not fits:
         leading = "1" if heads == 1 else f"1 or {heads}"
         expected = " or ".join(f"({leading}, {', '.join(map(str, s))})" for s in shapes)

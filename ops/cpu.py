@@ -1,7 +1,7 @@
-"""Attention with relative position on the CPU: few passes over the (L, L) scores.
+"""Attention with relative position on the CPU, in few passes over the (L, L) scores.
 
-Gathered terms and softmax are one pass forward and one pass backward, and products add their
-results in place. Shape suffixes: B batch, H heads (or 1), L tokens, D head dimension, N buckets.
+Gathered terms and softmax are one pass forward and one pass backward, and products accumulate
+in place. Shape suffixes: B batch, H heads (or 1), L tokens, D head dimension, N buckets.
 """
 
 import functools
@@ -18,8 +18,8 @@ from irpe_ds.ops.inputs import Inputs
 
 def attention(x: Inputs) -> Tensor:
     """Attention as `reference.attention` defines it, once differentiable."""
-    # The op takes what is gathered along rows first: terms on keys, and biases, which belong to no
-    # token and so are rows of the transposed ids.
+    # The op takes terms gathered along rows first: those on keys, and biases on queries, which
+    # depend on no token and so are rows of the transposed ids.
     contextual_q = [(table, buckets.ids) for table, buckets in x.rpe_q if table.dim() == 3]
     bias_q = [(table, buckets.ids.T) for table, buckets in x.rpe_q if table.dim() == 2]
     rows = [(table, buckets.ids) for table, buckets in x.rpe_k] + bias_q
@@ -31,7 +31,7 @@ def attention(x: Inputs) -> Tensor:
 
 
 def _first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Of a backward: in the dtype of its forward, and no graph is built through it."""
+    """Run a backward in the dtype of its forward, and refuse to be differentiated again."""
 
     @functools.wraps(backward)
     def checked(ctx: Any, grad: Tensor) -> Any:
@@ -59,16 +59,16 @@ class _Probabilities(torch.autograd.Function):
         *tables: Tensor,
     ) -> Tensor:
         q, k = q.contiguous(), k.contiguous()
-        probs = _product(q, k.mT, scale)  # the scores, until softmax_ takes their place
+        probs = _product(q, k.mT, scale)  # scores first; softmax_ works in place
         lookups = [
             _lookup(q if n < num_rows else k, table, scale) for n, table in enumerate(tables)
         ]
         if key_padding_mask is not None:
-            hidden_B11L = key_padding_mask[:, None, None]
-            probs.masked_fill_(hidden_B11L, float("-inf"))
+            mask_B11L = key_padding_mask[:, None, None]
+            probs.masked_fill_(mask_B11L, float("-inf"))
         torch.ops.irpe_ds.softmax_(probs, lookups, ids, num_rows)
         if key_padding_mask is not None:  # no key left: zero, not 0 / 0
-            probs.masked_fill_(hidden_B11L.all(-1, keepdim=True), 0.0)
+            probs.masked_fill_(mask_B11L.all(-1, keepdim=True), 0.0)
         ctx.save_for_backward(q, k, probs, *ids, *tables)
         ctx.scale, ctx.num_rows = scale, num_rows
         return probs
@@ -150,7 +150,7 @@ def _lookup(x: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def _table_grad(x: Tensor, grad: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
-    """Gradient of a table from that of its product with x, in the table's shape."""
+    """Gradient of a table, in its shape, given the gradient of its product with x."""
     if table.dim() == 2:
         per_head = grad.sum((0, 2))
         return per_head.sum(0, keepdim=True) if table.shape[0] == 1 else per_head

@@ -11,29 +11,35 @@ from torch import Tensor
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops import cpu, flex, fused, gather, low_rank, reference
 from irpe_ds.ops.build import library
-from irpe_ds.ops.inputs import Case, Inputs, TermKind
+from irpe_ds.ops.inputs import DispatchKey, Inputs, TermSpec
+from irpe_ds.ops.tracing import traced_as_constant
 
 
 class Implementation(NamedTuple):
-    """One way to compute attention, and where it runs."""
+    """One way to compute attention, and what it supports."""
 
     attention: Callable[[Inputs], Tensor]
     devices: tuple[str, ...] = ()
-    """Device types; none: all of them."""
+    """Supported device types; empty for all of them."""
     compiled: bool = False
     """Whether it calls the compiled operators."""
-    obstacle: Callable[[Case], str | None] = lambda case: None
-    """Why it cannot compute a case, whatever is installed; None when it can."""
+    unsupported_reason: Callable[[DispatchKey], str | None] = lambda key: None
+    """Why it cannot compute such a call, whatever is installed; None when it can."""
 
 
 IMPLEMENTATIONS = {
     "reference": Implementation(reference.attention),
     "gather": Implementation(gather.attention, ("cpu", "cuda"), compiled=True),
     "cpu": Implementation(cpu.attention, ("cpu",), compiled=True),
-    "fused": Implementation(fused.attention, ("cuda",), compiled=True, obstacle=fused.obstacle),
-    "flex": Implementation(flex.attention, ("cuda",), obstacle=flex.obstacle),
+    "fused": Implementation(
+        fused.attention, ("cuda",), compiled=True, unsupported_reason=fused.unsupported_reason
+    ),
+    "flex": Implementation(flex.attention, ("cuda",), unsupported_reason=flex.unsupported_reason),
     "low_rank": Implementation(
-        low_rank.attention, ("cpu", "cuda"), compiled=True, obstacle=low_rank.obstacle
+        low_rank.attention,
+        ("cpu", "cuda"),
+        compiled=True,
+        unsupported_reason=low_rank.unsupported_reason,
     ),
 }
 
@@ -44,12 +50,12 @@ AUTO = {
         "gather": "deterministic on any dtype; not timed yet",
     },
 }
-"""What `auto` tries on a device type, in this order, and why; after that the reference. The timings
-are in bench/results."""
+"""What `auto` tries on each device type, in this order, and why; the reference comes last. The
+timings are in bench/results."""
 
 
-class Choice(NamedTuple):
-    """The implementation that a request comes to."""
+class ResolvedImpl(NamedTuple):
+    """The implementation that runs."""
 
     name: str
     why: str
@@ -60,65 +66,68 @@ class FallbackWarning(UserWarning):
 
 
 def check_name(impl: str) -> None:
-    """Raise ConfigError unless there is an implementation of that name, or it is `auto`."""
+    """Raise ConfigError unless `impl` is `auto` or names an implementation."""
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ConfigError("impl", f"auto or one of {', '.join(IMPLEMENTATIONS)}", repr(impl))
 
 
-def select(impl: str, case: Case) -> Choice:
-    """The implementation behind a name for one kind of inputs.
+def resolve_impl(impl: str, key: DispatchKey) -> ResolvedImpl:
+    """The implementation that `impl` stands for in such a call.
 
-    `auto` takes the compiled operators, which it may build first, and the reference without them.
+    `auto` takes the compiled operators, building them first if need be, and the reference where
+    that fails.
 
     Raises:
-        ConfigError: no implementation of that name, or it does not run there; never a fallback.
+        ConfigError: an unknown name, or a named implementation that does not support the call. A
+            name never falls back to another one.
     """
     check_name(impl)
     if impl != "auto":
-        reason = obstacle(impl, case)
+        reason = unsupported_reason(impl, key)
         if reason is not None:
-            expected = f"an implementation that runs on {case.device_type}"
+            expected = f"an implementation that runs on {key.device_type}"
             raise ConfigError("impl", expected, f"{impl!r}: {reason}")
-        return Choice(impl, "asked for by name")
-    passed: list[str] = []
-    for name, why in AUTO.get(case.device_type, {}).items():
-        reason = obstacle(name, case)
+        return ResolvedImpl(impl, "asked for by name")
+    skipped: list[str] = []
+    for name, why in AUTO.get(key.device_type, {}).items():
+        reason = unsupported_reason(name, key)
         if reason is None:
-            return Choice(name, "; ".join([f"auto: {name}, {why}", *passed]))
-        passed.append(f"not {name}: {reason}")
-    why = "; ".join(passed) or f"nothing is compiled for {case.device_type}"
-    return Choice("reference", f"auto: {why}")
+            return ResolvedImpl(name, "; ".join([f"auto: {name}, {why}", *skipped]))
+        skipped.append(f"not {name}: {reason}")
+    why = "; ".join(skipped) or f"nothing is compiled for {key.device_type}"
+    return ResolvedImpl("reference", f"auto: {why}")
 
 
-def obstacle(impl: str, case: Case) -> str | None:
-    """Why an implementation does not run on a case; None when it does."""
+def unsupported_reason(impl: str, key: DispatchKey) -> str | None:
+    """Why an implementation cannot run such a call here; None when it can."""
     row = IMPLEMENTATIONS[impl]
-    if row.devices and case.device_type not in row.devices:
+    if row.devices and key.device_type not in row.devices:
         return f"it runs on {' and '.join(row.devices)}"
-    reason = row.obstacle(case)
+    reason = row.unsupported_reason(key)
     if reason is None and row.compiled:
-        reason = library.missing(case.device_type)
+        reason = library.unavailable_reason(key.device_type)
     return reason
 
 
-def decided(impl: str, case: Case) -> str:
-    """The name that `select` comes to, decided once; a fallback of `auto` is a warning."""
-    device_type, dtype, head_dim, terms = case
-    return _decided(impl, device_type, dtype, head_dim, tuple(tuple(kind) for kind in terms))
+def attention_function(impl: str, key: DispatchKey) -> Callable[[Inputs], Tensor]:
+    """The function that runs; `auto` warns, once per kind of call, when it is the reference."""
+    device_type, dtype, head_dim, terms = key
+    constants = tuple(tuple(term) for term in terms)
+    return IMPLEMENTATIONS[_traced_name(impl, device_type, dtype, head_dim, constants)].attention
 
 
-@torch.compiler.assume_constant_result
-def _decided(
+@traced_as_constant
+def _traced_name(
     impl: str, device_type: str, dtype: torch.dtype, head_dim: int, terms: tuple[Any, ...]
 ) -> str:
-    """For torch.compile, which hands on plain tuples of constants."""
-    kinds = tuple(TermKind(*kind) for kind in terms)
-    return _decide(impl, Case(device_type, dtype, head_dim, kinds))
+    """The resolved name. torch.compile passes plain tuples of constants, not named ones."""
+    specs = tuple(TermSpec(*term) for term in terms)
+    return _resolve_and_warn(impl, DispatchKey(device_type, dtype, head_dim, specs))
 
 
 @functools.cache
-def _decide(impl: str, case: Case) -> str:
-    choice = select(impl, case)
-    if impl == "auto" and choice.name == "reference" and case.device_type in AUTO:
-        warnings.warn(choice.why, FallbackWarning, stacklevel=5)
-    return choice.name
+def _resolve_and_warn(impl: str, key: DispatchKey) -> str:
+    resolved = resolve_impl(impl, key)
+    if impl == "auto" and resolved.name == "reference" and key.device_type in AUTO:
+        warnings.warn(resolved.why, FallbackWarning, stacklevel=5)
+    return resolved.name

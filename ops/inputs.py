@@ -1,4 +1,4 @@
-"""What every implementation of the attention op takes."""
+"""The arguments of every implementation, and the key by which one is chosen."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ Terms = tuple[Term, ...]
 
 
 class Inputs(NamedTuple):
-    """The arguments of `irpe_attention`, which has checked them and brought them to one dtype."""
+    """The arguments of `irpe_attention`, checked and in one dtype."""
 
     q: Tensor
     k: Tensor
@@ -24,31 +24,40 @@ class Inputs(NamedTuple):
     key_padding_mask: Tensor | None
 
 
-class TermKind(NamedTuple):
-    """Of one term: what an implementation may ask of it."""
+class TermSpec(NamedTuple):
+    """The properties of one term that an implementation may depend on."""
 
     target: str
     """q, k or v."""
     method: str
-    """Of its BucketMap."""
+    """That of its BucketMap."""
     num_used: int
     """Buckets that occur on the grid."""
     is_bias: bool
 
 
-class Case(NamedTuple):
-    """What decides which implementation runs: everything but the sizes of a batch."""
+class DispatchKey(NamedTuple):
+    """Everything that the choice of an implementation depends on; sizes of a batch are not."""
 
     device_type: str
     dtype: torch.dtype
     head_dim: int
-    terms: tuple[TermKind, ...]
+    terms: tuple[TermSpec, ...]
 
-
-def kinds_of(rpe_q: Terms, rpe_k: Terms, rpe_v: Terms) -> tuple[TermKind, ...]:
-    """The terms of a `Case`."""
-    return tuple(
-        TermKind(target, buckets.method, len(buckets.used), table.dim() == 2)
-        for target, terms in zip("qkv", (rpe_q, rpe_k, rpe_v), strict=True)
-        for table, buckets in terms
-    )
+    @classmethod
+    def of(
+        cls,
+        device_type: str,
+        dtype: torch.dtype,
+        head_dim: int,
+        rpe_q: Terms,
+        rpe_k: Terms,
+        rpe_v: Terms,
+    ) -> "DispatchKey":
+        """The key of a call with these terms."""
+        terms = tuple(
+            TermSpec(target, buckets.method, len(buckets.used_ids), table.dim() == 2)
+            for target, terms in zip("qkv", (rpe_q, rpe_k, rpe_v), strict=True)
+            for table, buckets in terms
+        )
+        return cls(device_type, dtype, head_dim, terms)

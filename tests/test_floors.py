@@ -24,6 +24,7 @@ FLOORS = {
     "irpe_ds.yaml12": -1,
     "irpe_ds.config_file": 0,
     "irpe_ds.rpe": 0,
+    "irpe_ds.ops.build": 0,
     "irpe_ds.runlog": 1,
     "irpe_ds.config": 1,
     "irpe_ds.ops": 1,

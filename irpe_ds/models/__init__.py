@@ -1,4 +1,4 @@
-"""Vision transformers with relative position; importing this registers the zoo with timm."""
+"""Vision transformers with relative position; importing it registers the zoo with timm."""
 
 from irpe_ds.models import zoo
 from irpe_ds.models.attention import RPEAttention

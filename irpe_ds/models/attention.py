@@ -1,20 +1,20 @@
-"""Multi-head attention that carries relative position: projections around one op."""
+"""Multi-head attention with relative position: projections around one op."""
 
 import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.ops import Case, irpe_attention, kinds_of
+from irpe_ds.ops import DispatchKey, irpe_attention
 from irpe_ds.rpe.buckets import BucketMap
 from irpe_ds.rpe.config import RPEConfig
 from irpe_ds.rpe.tables import CrossRPETable, RPETable, Term, build_table
 
 
 class RPEAttention(nn.Module):
-    """Takes the place of a timm `Attention`: keeps its modules and adds `rpe_q`, `rpe_k`, `rpe_v`.
+    """Replaces a timm `Attention`: keeps its modules and adds `rpe_q`, `rpe_k`, `rpe_v`.
 
-    Tables start at zero, so the function is unchanged until training moves them.
+    Tables are initialised to zero, so the output is unchanged until training updates them.
     """
 
     qkv: nn.Module
@@ -49,10 +49,10 @@ class RPEAttention(nn.Module):
         """(B, L, C) -> (B, L, C), prefix tokens first.
 
         Raises:
-            ConfigError: a mask came, or L is not the number of tokens of the bucket map.
+            ConfigError: a mask was given, or L is not the number of tokens of the bucket map.
         """
         if attn_mask is not None or is_causal:
-            raise ConfigError("attn_mask", "none: iRPE is defined on the whole grid", "a mask")
+            raise ConfigError("attn_mask", "None: iRPE is defined on the whole grid", "a mask")
         batch, length, _ = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, L, D)
@@ -74,9 +74,9 @@ class RPEAttention(nn.Module):
             out = out * gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
 
-    def case(self, device_type: str, dtype: torch.dtype) -> Case:
-        """What `irpe_ds.ops.select` decides by, for a computation in dtype."""
-        return Case(device_type, dtype, self.head_dim, kinds_of(*self._terms()))
+    def dispatch_key(self, device_type: str, dtype: torch.dtype) -> DispatchKey:
+        """The key of this layer's calls for `irpe_ds.ops.resolve_impl`, computing in dtype."""
+        return DispatchKey.of(device_type, dtype, self.head_dim, *self._terms())
 
     def _terms(self) -> tuple[tuple[Term, ...], ...]:
         tables = (self.rpe_q, self.rpe_k, self.rpe_v)

@@ -1,4 +1,4 @@
-"""From the `model` section of a run's configuration to a model, and from a file to its weights."""
+"""Build the model of a run's `model` section, and load weights from a file."""
 
 import difflib
 import logging
@@ -18,13 +18,14 @@ from irpe_ds.models.zoo import ZOO
 
 logger = logging.getLogger(__name__)
 OWN_FIELDS = {"num_classes", "img_size", "drop_path_rate", "impl"}
+"""Arguments of timm.create_model that have a key of their own in `model`."""
 
 
 def build_model(config: ModelConfig) -> nn.Module:
-    """Any timm model by name, equipped with relative position when the section asks for it.
+    """Any timm model by name, with relative position if `model.rpe` is set.
 
     Raises:
-        ConfigError: no such model, an argument it does not take, or weights of another model.
+        ConfigError: an unknown model, an argument it does not accept, or weights that do not fit.
     """
     if not timm.is_model(config.name):
         close = difflib.get_close_matches(config.name, timm.list_models(), n=1)
@@ -35,9 +36,9 @@ def build_model(config: ModelConfig) -> nn.Module:
         model = timm.create_model(config.name, **_arguments(config))
     except UserError as error:
         raise ConfigError(f"model.{error.where}", error.expected, error.got) from None
-    except Exception as error:  # timm's models raise many kinds for arguments they do not take
+    except Exception as error:  # timm 1.0 raises any type for an argument it does not accept
         got = f"{_arguments(config)}: {_first_line(error)}"
-        raise ConfigError("model", f"arguments that {config.name} takes", got) from None
+        raise ConfigError("model", f"arguments that {config.name} accepts", got) from None
     if config.rpe is not None:
         try:
             model = equip(model, config.rpe, config.impl)
@@ -54,25 +55,28 @@ def build_model(config: ModelConfig) -> nn.Module:
             raise ConfigError("model.resolutions", error.expected, error.got) from None
     if config.weights is not None:
         renewed = _classifier(model) if config.new_head else ()
-        hint = "model.new_head=true starts with a new classifier"
+        hint = "model.new_head=true reinitialises the classifier"
         load_weights(model, config.weights, where="model.weights", renewed=renewed, hint=hint)
     if config.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)
-        except (AssertionError, AttributeError):  # how timm's models say that they cannot
-            expected = f"false: {config.name} cannot compute activations again"
+        except (
+            AssertionError,
+            AttributeError,
+        ):  # how timm 1.0 says that a model does not support it
+            expected = f"false: {config.name} does not support activation checkpointing"
             raise ConfigError("model.grad_checkpointing", expected, "true") from None
     return model
 
 
 def _arguments(config: ModelConfig) -> dict[str, Any]:
-    """What timm.create_model gets."""
+    """Keyword arguments of timm.create_model."""
     twice = OWN_FIELDS & config.options.keys()
     if twice:
-        expected = "no argument that has a key of its own in `model`"
+        expected = "only arguments that have no key of their own in `model`"
         raise ConfigError("options", expected, ", ".join(sorted(twice)))
     arguments = {"num_classes": config.num_classes, **config.options}
-    name, _, _ = config.name.partition(".")  # after the point comes timm's tag of the weights
+    name, _, _ = config.name.partition(".")  # the rest is timm's tag of the weights
     pretrained = timm.models.get_pretrained_cfg(name)
     if pretrained is None or pretrained.fixed_input_size:
         arguments["img_size"] = config.img_size
@@ -86,7 +90,7 @@ def _arguments(config: ModelConfig) -> dict[str, Any]:
 
 
 def _classifier(model: Any) -> tuple[str, ...]:
-    """The tensors of the layer, or layers, that the number of classes belongs to."""
+    """Names of the tensors of the classifier, which is two layers in a distilled DeiT."""
     names = model.pretrained_cfg["classifier"]
     names = (names,) if isinstance(names, str) else tuple(names)
     return tuple(key for key in model.state_dict() if key.rpartition(".")[0] in names)
@@ -97,17 +101,17 @@ def load_weights(
 ) -> None:
     """Load a checkpoint: .safetensors, or .pth such as the released `{"model": ..., "args": ...}`.
 
-    Position embeddings are interpolated to the model's grid; relative position tables belong to
-    offsets, not to places, and are loaded as they are. A file without any table, such as plain
-    DeiT's, leaves them at zero, which is logged. Of a timm training checkpoint the EMA weights
-    are taken when it has some. Pickles are read with weights_only=True.
+    Position embeddings are interpolated to the model's grid; relative position tables are indexed
+    by offsets, which no resize changes, and are loaded unchanged. If the file has none, as a plain
+    DeiT's, the tables stay zero and a warning is logged. EMA weights of a timm training checkpoint
+    are preferred. Pickles are read with weights_only=True.
 
     Args:
-        renewed: tensors that keep the values they have, whatever the file says.
-        hint: what the user may do about a file for other classes.
+        renewed: tensors that keep their present values instead of the file's.
+        hint: what the user can do about a file with other classes.
 
     Raises:
-        ConfigError: the file cannot be read, or holds the weights of another model.
+        ConfigError: an unreadable file, or the weights of another model.
     """
     expected = model.state_dict()
     try:
@@ -117,7 +121,7 @@ def load_weights(
             state = checkpoint_filter_fn(state, model)
     except FileNotFoundError:
         raise ConfigError(where, "a checkpoint file", f"nothing at {path}") from None
-    except Exception as error:  # a broken or foreign file raises any kind, deep inside torch
+    except Exception as error:  # torch raises any type for a corrupt or foreign file
         fits = f"a readable checkpoint of this {type(model).__name__}"
         raise ConfigError(where, fits, f"{path}: {_first_line(error)}") from None
     if not any("lookup_table" in key for key in state):
@@ -126,7 +130,7 @@ def load_weights(
             logger.warning("%s has no relative position tables: they start at zero", path)
         state = state | tables
     if renewed:
-        logger.warning("%s: left out for new ones: %s", path, ", ".join(renewed))
+        logger.warning("%s: not loaded, initialised anew: %s", path, ", ".join(renewed))
     difference = _first_difference(expected, state)
     if difference:
         key, what = difference
@@ -138,12 +142,12 @@ def load_weights(
 
 
 def _first_difference(expected: dict[str, Tensor], got: dict[str, Any]) -> tuple[str, str] | None:
-    """The first key by which a state is another model's, and how."""
+    """The first key whose tensor is missing, extra or of another shape, and which of these."""
     for key in (*expected, *(key for key in got if key not in expected)):
         if key not in got:
             return key, f"no tensor {key}"
         if key not in expected:
-            return key, f"an extra tensor {key}"
+            return key, f"an unexpected tensor {key}"
         shape = getattr(got[key], "shape", None)
         if shape != expected[key].shape:
             return key, f"{key} of shape {tuple(shape or ())}, not {tuple(expected[key].shape)}"

@@ -1,4 +1,4 @@
-"""What relative position adds as a function of the offset: what pictures of the tables show.
+"""The contribution of relative position as a function of the offset, for pictures of the tables.
 
 Shape suffixes: B images, H heads (or 1), L tokens, D head dimension, N buckets, Y and X offsets in
 rows and in columns, 2 height - 1 and 2 width - 1 of them.
@@ -15,29 +15,29 @@ from irpe_ds.models.attention import RPEAttention
 from irpe_ds.rpe.buckets import BucketMap
 
 MULTIPLIED = {"k": "q_norm", "q": "k_norm"}
-"""Whose output the tables on keys and on queries are multiplied with."""
+"""The module whose output a table on keys, or on queries, is multiplied with."""
 
 
 def targets(model: nn.Module) -> str:
-    """Which of k, q and v have tables, in this order; empty for a model without any."""
+    """The targets k, q and v that have tables, in this order; empty for a model without any."""
     layers = _layers(model)
     return "".join(t for t in "kqv" if layers and getattr(layers[0], f"rpe_{t}") is not None)
 
 
 @torch.no_grad()
 def offset_maps(model: nn.Module, target: str, images: Callable[[], Tensor]) -> list[Tensor]:
-    """One map (H, Y, X) per layer: offsets of the key from the query, zero in the middle.
+    """One map (H, Y, X) per layer, over the offset of the key from the query, zero in the centre.
 
-    On k and q what is added to the logits of attention; where it depends on queries or keys, its
-    mean over these images and all patches. On v the length of the vector that is added to the
-    values. Class, distillation and register tokens are left out: they have no offset.
+    On k and q: what is added to the attention logits; a contextual term is averaged over these
+    images and all patches. On v: the norm of the vector that is added to the values. Class,
+    distillation and register tokens have no offset and are left out.
 
     Args:
         target: k, q or v.
-        images: called when they are needed; (B, 3, height, width) as the model takes them.
+        images: called only if needed; returns the model's input (B, 3, height, width).
 
     Raises:
-        ConfigError: the model has no table on the target.
+        ConfigError: the model has no table on this target.
     """
     if target not in [*targets(model)]:
         expected = f"one of {', '.join(targets(model))}" if targets(model) else "a model with RPE"
@@ -57,7 +57,7 @@ def offset_maps(model: nn.Module, target: str, images: Callable[[], Tensor]) -> 
 
 
 def offset_ids(buckets: BucketMap) -> Tensor:
-    """The bucket of every offset of the key from the query, (Y, X)."""
+    """(Y, X) bucket of every offset of the key from the query."""
     height, width = buckets.grid
     rows, cols = (torch.arange(1 - n, n, device=buckets.ids.device) for n in (height, width))
     query = (-rows).clamp(min=0)[:, None] * width + (-cols).clamp(min=0)
@@ -70,19 +70,19 @@ def _layers(model: nn.Module) -> list[RPEAttention]:
 
 
 def _per_bucket(table: Tensor, vector_HD: Tensor | None) -> Tensor:
-    """Logits (H, N), or vectors (H, N, D) of a table on v."""
+    """(H, N) logits, or (H, N, D) vectors of a table on v."""
     return table if vector_HD is None else (vector_HD.unsqueeze(1) @ table).squeeze(1)
 
 
 def _mean_vectors(
     model: nn.Module, layers: list[RPEAttention], target: str, images: Tensor
 ) -> list[Tensor | None]:
-    """Mean query, or key, of every layer over images and patches, scaled as in a logit, (H, D)."""
+    """(H, D) per layer: mean query, or key, over images and patches, scaled as in a logit."""
     means: dict[int, Tensor] = {}
 
     def keep(number: int, module: nn.Module, args: object, out_BHLD: Tensor) -> None:
-        skip = getattr(layers[number], f"rpe_{target}").terms()[0][1].skip
-        means[number] = out_BHLD[:, :, skip:].mean((0, 2)) * layers[number].scale
+        num_prefix_tokens = getattr(layers[number], f"rpe_{target}").terms()[0][1].skip
+        means[number] = out_BHLD[:, :, num_prefix_tokens:].mean((0, 2)) * layers[number].scale
 
     hooks = [
         getattr(layer, MULTIPLIED[target]).register_forward_hook(partial(keep, number))

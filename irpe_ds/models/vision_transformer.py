@@ -1,4 +1,4 @@
-"""timm's VisionTransformer carrying relative position in every block."""
+"""timm's VisionTransformer with relative position in every block."""
 
 from functools import partial
 from typing import Any, cast
@@ -16,12 +16,12 @@ from irpe_ds.rpe.tables import RPETable, build_maps
 
 
 def equip(model: nn.Module, rpe: RPEConfig, impl: str = "auto") -> VisionTransformer:
-    """Put zero-initialised relative position tables into every block, in place.
+    """Add zero-initialised relative position tables to every block, in place.
 
-    Works on any timm VisionTransformer whose blocks hold timm's `Attention`: DeiT, DINOv2 with
-    its registers, CLIP, SigLIP, with or without class token. Logits are unchanged until training
-    moves the tables. `model.set_input_size` goes on working: the bucket maps follow the grid. A
-    model of dynamic_img_size takes one size at a time: `set_resolution` says which.
+    Works on any timm VisionTransformer whose blocks use timm's `Attention`: DeiT, DINOv2 with
+    registers, CLIP, SigLIP, with or without class token. Logits are unchanged until training
+    updates the tables. `model.set_input_size` still works: the bucket maps follow the grid. A model
+    with dynamic_img_size takes one size at a time, chosen by `set_resolution`.
 
     Args:
         impl: implementation of the op, as in `irpe_attention`.
@@ -30,7 +30,7 @@ def equip(model: nn.Module, rpe: RPEConfig, impl: str = "auto") -> VisionTransfo
         The same model.
 
     Raises:
-        ConfigError: a model that cannot carry the encoding; the message says why.
+        ConfigError: the model is not supported; the message says why.
     """
     vit = _checked(model)
     check_name(impl)
@@ -42,13 +42,13 @@ def equip(model: nn.Module, rpe: RPEConfig, impl: str = "auto") -> VisionTransfo
 
 
 def set_resolution(model: nn.Module, img_size: int | tuple[int, int]) -> None:
-    """Prepare a model of dynamic_img_size for another input size, without a new parameter.
+    """Prepare a model with dynamic_img_size for another input size; parameters stay the same.
 
-    The bucket maps of relative position tables become those of the new grid; timm interpolates
-    the position embedding at every forward pass. Other models are left as they are.
+    Relative position tables get the bucket maps of the new grid; timm interpolates the position
+    embedding in every forward pass. Other models are not changed.
 
     Raises:
-        ConfigError: the size is no multiple of the patch size.
+        ConfigError: the size is not a multiple of the patch size.
     """
     if not isinstance(model, VisionTransformer) or not model.dynamic_img_size:
         return
@@ -57,7 +57,7 @@ def set_resolution(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     if size[0] % patch[0] or size[1] % patch[1]:
         raise ConfigError("img_size", f"multiples of the patch size {patch}", size)
     grid = size[0] // patch[0], size[1] // patch[1]
-    maps: dict[str, BucketMap] = {}  # all layers share one
+    maps: dict[str, BucketMap] = {}  # shared by all layers
     for module in model.modules():
         if isinstance(module, RPETable) and module.buckets.grid != grid:
             old = module.buckets
@@ -68,7 +68,7 @@ def set_resolution(model: nn.Module, img_size: int | tuple[int, int]) -> None:
 
 
 def _set_input_size(model: VisionTransformer, rpe: RPEConfig, *args: Any, **kwargs: Any) -> None:
-    """timm's set_input_size, then every table reads the bucket maps of the new grid."""
+    """timm's set_input_size, then the bucket maps of the new grid for every table."""
     type(model).set_input_size(model, *args, **kwargs)
     by_method = {buckets.method: buckets for buckets in _maps(model, rpe)}
     for module in model.modules():
@@ -94,7 +94,7 @@ def _checked(model: nn.Module) -> VisionTransformer:
 
 
 def _maps(model: VisionTransformer, rpe: RPEConfig) -> tuple[BucketMap, ...]:
-    """The bucket maps of the model's present grid, on its device."""
+    """The bucket maps of the model's current grid, on its device."""
     height, width = model.patch_embed.grid_size
     device = next(model.parameters()).device
     maps = build_maps(rpe, height, width, model.num_prefix_tokens)

@@ -80,7 +80,7 @@ def cost(name: str) -> tuple[int, int]:
 
 
 def _released(row: Variant) -> dict[str, object]:
-    """timm's description of a row; the six published models have their weights on the web."""
+    """timm's pretrained_cfg of a row; the six published models have a URL of their weights."""
     return {
         "url": f"{RELEASES}/{row.name}.pth" if row.top1 else "",
         "input_size": (3, 224, 224),
@@ -96,7 +96,7 @@ def _released(row: Variant) -> dict[str, object]:
 
 
 def _entrypoint(row: Variant) -> Callable[..., VisionTransformer]:
-    """The function that timm.create_model calls; takes `impl` beside VisionTransformer's own."""
+    """The function that timm.create_model calls; takes VisionTransformer's arguments and `impl`."""
 
     def build(impl: str = "auto", **kwargs: Any) -> VisionTransformer:
         return equip(VisionTransformer(**kwargs), row.rpe, impl)

@@ -16,7 +16,7 @@ from irpe_ds.errors import ConfigError
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.models.build import build_model
 from irpe_ds.models.flops import forward_flops
-from irpe_ds.ops.fused import obstacle
+from irpe_ds.ops.fused import unsupported_reason
 from irpe_ds.training.optim import parameter_groups
 from irpe_ds.training.precision import MODEL, PRODUCTS
 
@@ -251,7 +251,7 @@ def _replace_attention(model: nn.Module, impl: str, dtype: torch.dtype) -> str:
             continue
         name = "fused"
         if isinstance(attention, RPEAttention):
-            reason = obstacle(attention.case("cuda", dtype))
+            reason = unsupported_reason(attention.dispatch_key("cuda", dtype))
             if impl == "fused" and reason is not None:
                 raise ConfigError("model.impl", "an implementation that takes the model", reason)
             name = impl if impl != "auto" else "fused" if reason is None else "gather"

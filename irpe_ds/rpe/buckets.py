@@ -1,4 +1,4 @@
-"""Buckets: which entry of a learned table an offset between two patches reads."""
+"""Buckets: the entry of a learned table that belongs to an offset between two patches."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from irpe_ds.errors import ConfigError
 from irpe_ds.rpe.config import check_ratio
 
-METHODS = ("euclidean", "quantization", "product", "cross_rows", "cross_cols")
+BUCKET_METHODS = ("euclidean", "quantization", "product", "cross_rows", "cross_cols")
 
 
 def piecewise_index(offset: Tensor, *, alpha: float, beta: float, gamma: float) -> Tensor:
@@ -17,11 +17,11 @@ def piecewise_index(offset: Tensor, *, alpha: float, beta: float, gamma: float) 
         g(x) = round(x)                                                        if |x| <= alpha
         g(x) = sign(x) min(beta, round(alpha + ln(|x|/alpha) / ln(gamma/alpha) (beta - alpha)))
 
-    Rounding is half to even and the clip at a fractional beta is truncated, as in the released
-    implementation, so the ids of released checkpoints are reproduced bit for bit.
+    Rounding is half to even, and the clip at a fractional beta is truncated. Both follow the
+    released implementation, so that the ids of released checkpoints are reproduced exactly.
 
     Args:
-        offset: any shape, patches; computed in float32.
+        offset: any shape, in patches; computed in float32.
 
     Returns:
         int64 of the same shape, in [-int(beta), int(beta)].
@@ -35,23 +35,21 @@ def piecewise_index(offset: Tensor, *, alpha: float, beta: float, gamma: float) 
 class BucketMap(nn.Module):
     """The bucket of every (query, key) pair of one grid of tokens.
 
-    A module, so that it follows its model to a device; it adds no key to the state dict, and all
-    layers of a model share one.
+    It is a module so that it follows its model to a device. It adds no key to the state dict, and
+    all layers of a model share one.
 
     Attributes:
         ids: (L, L) int32, L = skip + height * width; ids[i, j] is b(i, j), query i against key j.
-        num_buckets: rows that a table for this map has; with skip tokens the last is theirs.
-        grid: (height, width) of the patches.
-        used: (U,) int64, the ids that occur on this grid, ascending; often far fewer than
+        num_buckets: entries of a table for this map; the last one is for the prefix tokens, if any.
+        grid: (height, width) in patches.
+        used_ids: (U,) int64, the ids that occur on this grid, ascending; often far fewer than
             num_buckets.
-        tiles: (2, ...) uint8, the places of `ids` in `used`, and of their transpose, in the order
-            of `tiled`; None when U is above 256.
-        skip: leading tokens without a place on the grid (class, distillation, registers).
+        skip: number of prefix tokens, which have no place on the grid (class, distillation,
+            registers); timm's num_prefix_tokens.
     """
 
     ids: Tensor
-    used: Tensor
-    tiles: Tensor | None
+    used_ids: Tensor
 
     def __init__(self, method: str, height: int, width: int, skip: int, ratio: float) -> None:
         super().__init__()
@@ -64,22 +62,22 @@ class BucketMap(nn.Module):
             index[skip:, skip:] = patches
             self.num_buckets += 1
         self.register_buffer("ids", index.int(), persistent=False)
-        used, place = index.unique(return_inverse=True)
-        tiles = torch.stack([tiled(place), tiled(place.T)]) if len(used) <= 256 else None
-        self.register_buffer("used", used, persistent=False)
-        self.register_buffer("tiles", tiles, persistent=False)
+        self.register_buffer("used_ids", index.unique(), persistent=False)
 
     def reset_parameters(self) -> None:
-        """Fill `ids` again, for a model that was made on the meta device."""
-        again = BucketMap(self.method, *self.grid, self.skip, self.ratio)
-        for own, new in zip(self.buffers(), again.buffers(), strict=True):
+        """Recompute the ids, for a model that was made on the meta device."""
+        fresh = BucketMap(self.method, *self.grid, self.skip, self.ratio)
+        for own, new in zip(self.buffers(), fresh.buffers(), strict=True):
             own.copy_(new)
 
     @classmethod
     def build(
         cls, method: str, height: int, width: int, skip: int = 0, ratio: float = 1.9
     ) -> "BucketMap":
-        """Bucket a grid of height x width patches after `skip` tokens.
+        """Bucket a grid of height x width patches after `skip` prefix tokens.
+
+        `skip` is timm's num_prefix_tokens: class, distillation and register tokens. They all
+        share one bucket, the last.
 
         With alpha = ratio, beta = 2 ratio, gamma = 8 ratio in `piecewise_index`:
 
@@ -89,10 +87,10 @@ class BucketMap(nn.Module):
         - product: both offsets, one bucket per pair of levels
 
         Raises:
-            ConfigError: an unknown method, or a size or ratio that has no meaning.
+            ConfigError: an unknown method, or an invalid size or ratio.
         """
-        if method not in METHODS:
-            raise ConfigError("method", f"one of {', '.join(METHODS)}", repr(method))
+        if method not in BUCKET_METHODS:
+            raise ConfigError("method", f"one of {', '.join(BUCKET_METHODS)}", repr(method))
         if height < 1 or width < 1 or skip < 0:
             got = f"height={height}, width={width}, skip={skip}"
             raise ConfigError("grid", "height and width >= 1 and skip >= 0", got)
@@ -104,29 +102,8 @@ class BucketMap(nn.Module):
         return f"{self.method}, {height}x{width}, skip={self.skip}, buckets={self.num_buckets}"
 
 
-def tiled(ids: Tensor) -> Tensor:
-    """Ids in the order in which a warp of 32 threads keeps a tile of pairs in its registers.
-
-    Tiles have 16 rows and 32 columns. Lane 4 g + t has 16 ids, number 4 n + 2 half + parity that
-    of row 8 half + g and column 8 n + 2 t + parity: one load of 16 bytes, as mma.m16n8k16 of CUDA
-    lays out its sums.
-
-    Args:
-        ids: (L, L) integers below 256.
-
-    Returns:
-        uint8 (ceil(L / 16), ceil(L / 32), 32 lanes, 16); what is beyond L is zero.
-    """
-    length = ids.shape[0]
-    rows, columns = -(-length // 16), -(-length // 32)
-    padded = ids.new_zeros(rows * 16, columns * 32, dtype=torch.uint8)
-    padded[:length, :length] = ids
-    split = padded.view(rows, 2, 8, columns, 4, 4, 2)  # row, half, g, column, n, t, parity
-    return split.permute(0, 3, 2, 5, 4, 1, 6).reshape(rows, columns, 32, 16)
-
-
 def _index(method: str, height: int, width: int, ratio: float) -> Tensor:
-    """Non-negative ids of the patches alone, (height * width, height * width) int64."""
+    """Ids of the patches without prefix tokens, (height * width, height * width) int64 >= 0."""
     largest = int(2 * ratio)
 
     def piecewise(offset: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which image relative position encoding a model carries."""
+"""The choice of an image relative position encoding."""
 
 import math
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ class RPEConfig:
     """One relative position encoding, as in Sec. 4 of iRPE (Wu et al., ICCV 2021).
 
     Raises:
-        ConfigError: a field holds something that has no meaning; the message names the field.
+        ConfigError: an invalid value; the message names the field.
     """
 
     method: str = "product"
-    """How an offset becomes a bucket; `cross` is one term on rows plus one on columns."""
+    """How an offset is mapped to a bucket; `cross` is one term on rows plus one on columns."""
     mode: str = "contextual"
     """`contextual`: the term depends on the query, key or value; `bias`: a learned scalar."""
     on: str = "k"
-    """Which of queries, keys and values carry the encoding: a non-empty subset of `qkv`."""
+    """Where the encoding is added, queries, keys or values: a non-empty subset of `qkv`."""
     ratio: float = 1.9
     """Scale of the piecewise index: alpha = ratio, beta = 2 ratio, gamma = 8 ratio (Eq. 18)."""
     shared_heads: bool = True

@@ -7,11 +7,11 @@ from irpe_ds.rpe.buckets import BucketMap
 from irpe_ds.rpe.config import RPEConfig
 
 Term = tuple[Tensor, BucketMap]
-"""A table and the map that reads it: what `irpe_attention` takes."""
+"""A table and its bucket map: one element of `rpe_q`, `rpe_k`, `rpe_v` of `irpe_attention`."""
 
 
 class RPETable(nn.Module):
-    """One zero-initialised table; T[..., b] belongs to bucket b of `buckets`.
+    """One zero-initialised table; T[..., b] is the entry of bucket b of `buckets`.
 
     The parameter is `lookup_table_weight`, (H or 1, D, num_buckets) for queries and keys and
     (H or 1, num_buckets, D) for values, or in bias mode `lookup_table_bias`, (H or 1, num_buckets).
@@ -31,15 +31,15 @@ class RPETable(nn.Module):
             self.lookup_table_weight = nn.Parameter(torch.zeros(shape))
 
     def reset_parameters(self) -> None:
-        """Back to zero, the initialisation."""
+        """Reset to zero, the initialisation."""
         nn.init.zeros_(self())
 
     def forward(self) -> Tensor:
-        """The table. Read by a call, because ZeRO-3 gathers parameters around a module's call."""
+        """The table. A forward call, because ZeRO-3 gathers parameters around forward calls."""
         return self.lookup_table_bias if self.is_bias else self.lookup_table_weight
 
     def terms(self) -> tuple[Term, ...]:
-        """What `irpe_attention` takes as rpe_q, rpe_k or rpe_v."""
+        """The argument rpe_q, rpe_k or rpe_v of `irpe_attention`."""
         return ((self(), self.buckets),)
 
 
@@ -52,7 +52,7 @@ class CrossRPETable(nn.Module):
         self.rp_cols = cols
 
     def terms(self) -> tuple[Term, ...]:
-        """What `irpe_attention` takes as rpe_q, rpe_k or rpe_v."""
+        """The argument rpe_q, rpe_k or rpe_v of `irpe_attention`."""
         return (*self.rp_rows.terms(), *self.rp_cols.terms())
 
 
@@ -65,6 +65,6 @@ def build_maps(rpe: RPEConfig, height: int, width: int, skip: int) -> tuple[Buck
 def build_table(
     rpe: RPEConfig, target: str, maps: tuple[BucketMap, ...], num_heads: int, head_dim: int
 ) -> RPETable | CrossRPETable:
-    """The table or tables of one target: `target` is q, k or v, `maps` come from `build_maps`."""
+    """The table or tables of one `target`, q, k or v; `maps` are those of `build_maps`."""
     tables = [RPETable(rpe, target, buckets, num_heads, head_dim) for buckets in maps]
     return CrossRPETable(*tables) if rpe.method == "cross" else tables[0]

@@ -31,7 +31,7 @@ from irpe_ds.data.beton.reader import DatasetInfo
 from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.models.build import build_model
-from irpe_ds.ops.dispatch import Choice, FallbackWarning, select
+from irpe_ds.ops.dispatch import FallbackWarning, ResolvedImpl, resolve_impl
 from irpe_ds.provenance import commit, package_versions
 from irpe_ds.runlog import RunLog
 from irpe_ds.training.deepspeed_config import deepspeed_config
@@ -57,7 +57,7 @@ class Prepared(NamedTuple):
     length: RunLength
     model: nn.Module
     loss: Loss
-    op: Choice
+    op: ResolvedImpl
 
     def facts(self) -> dict[str, str]:
         """What has to be the same on all ranks: the data sets and the attention op."""
@@ -153,7 +153,7 @@ def input_facts(config: RunConfig) -> dict[str, str]:
     return prepare(config, "never").facts()
 
 
-def choose_op(config: RunConfig, model: nn.Module, device_type: str) -> Choice:
+def choose_op(config: RunConfig, model: nn.Module, device_type: str) -> ResolvedImpl:
     """The implementation of the attention op that will run, and why; compiled if need be.
 
     Raises:
@@ -161,16 +161,17 @@ def choose_op(config: RunConfig, model: nn.Module, device_type: str) -> Choice:
     """
     layer = next((m for m in model.modules() if isinstance(m, RPEAttention)), None)
     if layer is None:
-        return Choice("timm's own", "the model has no relative position encoding")
+        return ResolvedImpl("timm's own", "the model has no relative position encoding")
     warnings.simplefilter("ignore", FallbackWarning)  # the run's log says it, once
     try:
-        return select(config.model.impl, layer.case(device_type, PRODUCTS[config.train.precision]))
+        key = layer.dispatch_key(device_type, PRODUCTS[config.train.precision])
+        return resolve_impl(config.model.impl, key)
     except UserError as error:
         raise ConfigError(f"model.{error.where}", error.expected, error.got) from None
 
 
 def write_run_metadata(
-    config: RunConfig, ds_config: dict[str, Any], ranks: Ranks, op: Choice
+    config: RunConfig, ds_config: dict[str, Any], ranks: Ranks, op: ResolvedImpl
 ) -> str:
     """Write config.yaml (resolved), deepspeed.json and environment.json to the run folder.
 
@@ -189,7 +190,7 @@ def write_run_metadata(
     )
 
 
-def run_environment(ranks: Ranks, op: Choice) -> dict[str, Any]:
+def run_environment(ranks: Ranks, op: ResolvedImpl) -> dict[str, Any]:
     """Command, commit, versions, hardware, and which implementation of the op runs and why."""
     on_gpu = ranks.device.type == "cuda"
     return {

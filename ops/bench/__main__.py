@@ -1,8 +1,8 @@
-"""Times the operators here, side by side in one run: `python -m irpe_ds.ops.bench`.
+"""Time the operators on this machine, side by side in one run: `python -m irpe_ds.ops.bench`.
 
 Prints tables and writes them as JSON: the gather alone, the attention op, and a training step of
-a DeiT. Times are medians in milliseconds, ratios are to the fastest baseline of the same rounds.
-With --upstream the released op takes part.
+a DeiT. Times are medians in milliseconds; ratios are to the fastest baseline of the same rounds.
+With --upstream the released op is timed too.
 """
 
 import argparse
@@ -36,7 +36,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "attention": [(8, 6, 14)],
     },
 }
-"""Of the options that were not given."""
+"""Defaults of options, by device."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -49,8 +49,8 @@ def main() -> None:
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, float32 on the CPU")
-    parser.add_argument("--models", nargs="+", help="of the steps, DeiTs of timm")
-    parser.add_argument("--batch", type=int, help="images of a step; default 256, on the CPU 8")
+    parser.add_argument("--models", nargs="+", help="timm's DeiTs to time a step of")
+    parser.add_argument("--batch", type=int, help="images of a step; default: 256, 8 on the CPU")
     parser.add_argument("--lookups", type=int, nargs=2, default=(64, 6), metavar=("B", "H"))
     parser.add_argument(
         "--attention",
@@ -58,13 +58,17 @@ def main() -> None:
         nargs=3,
         action="append",
         metavar=("B", "H", "SIDE"),
-        help="images, heads, and patches along a side; may be given several times",
+        help="images, heads, and patches along a side; may be repeated",
     )
-    parser.add_argument("--encodings", nargs="+", default=cases.ENCODINGS, help="of attention")
-    parser.add_argument("--compile", action="store_true", help="steps by torch.compile too")
-    parser.add_argument("--rounds", type=int, default=11, help="that count, of every case")
+    parser.add_argument(
+        "--encodings", nargs="+", default=cases.ENCODINGS, help="encodings to time attention with"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="also time steps under torch.compile"
+    )
+    parser.add_argument("--rounds", type=int, default=11, help="timed rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--upstream", type=Path, help="rpe_ops of the released project")
+    parser.add_argument("--upstream", type=Path, help="folder rpe_ops of the released project")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     for option, value in DEFAULTS[args.device].items():
@@ -76,25 +80,25 @@ def main() -> None:
 
     if args.upstream:
         run_released = upstream.attention(upstream.load(args.upstream))
-        row = dispatch.Implementation(run_released, obstacle=upstream.obstacle)
+        row = dispatch.Implementation(run_released, unsupported_reason=upstream.unsupported_reason)
         dispatch.IMPLEMENTATIONS["upstream"] = row
     report = benchmark_info("irpe_ds.ops.bench", ("torch", "timm"))
     if args.device == "cuda":
         report["device"] = torch.cuda.get_device_name()
     report |= {"threads": args.threads, "rounds": args.rounds, "tables": {}}
-    for title, calls, baselines in tables(args):
+    for title, calls, baselines in comparisons(args):
         timings = compare(calls, baselines, args.rounds)
         print(f"\n{title}\n{'':24} {'ms':>9}  ratio {'MiB':>9}")
         for name, timing in timings.items():
             peak = "" if timing.peak is None else f"{timing.peak:9.1f}"
             print(f"{name:24} {timing.median:9.3f} {timing.ratio:6.3f} {peak}", flush=True)
         report["tables"][title] = {name: timing._asdict() for name, timing in timings.items()}
-        if args.out:  # after every table: a run that is cut short keeps what it has
+        if args.out:  # after every table, so that an interrupted run keeps its results
             args.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def tables(args: argparse.Namespace) -> Iterator[cases.Table]:
-    """What to time, one table after the other."""
+def comparisons(args: argparse.Namespace) -> Iterator[cases.Comparison]:
+    """What to time, one table after another."""
     dtype, parts = getattr(torch, args.dtype), args.parts or PARTS
     if "gather" in parts:
         released = upstream.load(args.upstream) if args.upstream else None
@@ -105,11 +109,11 @@ def tables(args: argparse.Namespace) -> Iterator[cases.Table]:
                 yield from cases.attention(args.device, dtype, batch, heads, side, encoding)
     if "step" in parts:
         for model in args.models:
-            yield cases.step(args.device, dtype, model, args.batch, compiled=args.compile)
+            yield cases.training_step(args.device, dtype, model, args.batch, compiled=args.compile)
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise ConfigError for what would fail, or lose the results, minutes later."""
+    """Raise ConfigError now for what would otherwise fail after minutes of timing."""
     for given, known, where in (
         (args.parts, PARTS, "parts"),
         (args.encodings, cases.ENCODINGS, "--encodings"),
@@ -120,7 +124,7 @@ def check(args: argparse.Namespace) -> None:
     if args.rounds < 1:
         raise ConfigError("--rounds", "at least 1", args.rounds)
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device", "cpu, for PyTorch finds no GPU", args.device)
+        raise ConfigError("--device", "cpu, as PyTorch finds no GPU", args.device)
     for model in args.models:
         if not timm.is_model(model):
             raise ConfigError("--models", "DeiTs of timm", model)

@@ -1,4 +1,4 @@
-"""What is timed: the gather, the attention op, and a training step of a DeiT."""
+"""The cases that are timed: the gather, the attention op, and a training step of a DeiT."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from irpe_ds.models import equip
-from irpe_ds.ops import dispatch, irpe_gather, kinds_of, reference
+from irpe_ds.ops import DispatchKey, dispatch, irpe_gather, reference
 from irpe_ds.ops.bench import upstream
 from irpe_ds.ops.gather import lookup_of
-from irpe_ds.ops.inputs import Case, Inputs
+from irpe_ds.ops.inputs import Inputs
 from irpe_ds.rpe.buckets import BucketMap
 from irpe_ds.rpe.config import RPEConfig
 from irpe_ds.rpe.tables import build_maps, build_table
 
 Calls = dict[str, Callable[[], object]]
-Table = tuple[str, Calls, tuple[str, ...]]
-"""A title, what to call, by name, and the names that ratios are to."""
+Comparison = tuple[str, Calls, tuple[str, ...]]
+"""A title, the calls to time by name, and the names of the baselines."""
 
 ENCODINGS = {
     "K": RPEConfig(on="k"),
@@ -34,7 +34,7 @@ ENCODINGS = {
 
 def gather(
     device: str, dtype: torch.dtype, batch: int, heads: int, released: upstream.Gather | None
-) -> Iterator[Table]:
+) -> Iterator[Comparison]:
     """The gather for DeiT at 224 pixels and 50 buckets: with its backward, and that alone."""
     ids = BucketMap.build("product", 14, 14, 1).to(device).ids
     lookup = torch.randn(batch, heads, 197, 50, device=device, dtype=dtype, requires_grad=True)
@@ -62,25 +62,25 @@ def gather(
 
 def attention(
     device: str, dtype: torch.dtype, batch: int, heads: int, side: int, encoding: str
-) -> Iterator[Table]:
-    """The op on side x side patches and a class token, 64 numbers a head: forward, backward, both.
+) -> Iterator[Comparison]:
+    """The op on side x side patches and a class token, head_dim 64: forward, backward, both.
 
     Ratios are to PyTorch's attention without relative position. `floor` copies as many bytes as
-    any kernel has to move: inputs read once, results written once.
+    any kernel must move: inputs read once, results written once.
     """
-    torch.compiler.reset()  # FlexAttention compiles for every shape, up to a limit
+    torch.compiler.reset()  # FlexAttention compiles for each shape, up to a limit
     length = side**2 + 1
     inputs = _inputs(device, dtype, (batch, heads, length, 64), side, ENCODINGS[encoding])
     terms = (inputs.rpe_q, inputs.rpe_k, inputs.rpe_v)
     leaves = [inputs.q, inputs.k, inputs.v, *(table for of in terms for table, _ in of)]
     grad = torch.randn_like(inputs.q)
-    case = Case(device, dtype, 64, kinds_of(*terms))
+    key = DispatchKey.of(device, dtype, 64, *terms)
     functions = dict(_plain_attention(device))
     baselines = tuple(functions)
     if not inputs.rpe_v:
         functions["SDPA, tensor of biases"] = _biased
     for name, row in dispatch.IMPLEMENTATIONS.items():
-        if dispatch.obstacle(name, case) is None:
+        if dispatch.unsupported_reason(name, key) is None:
             functions[name] = row.attention
 
     def both(function: Callable[[Inputs], Tensor]) -> None:
@@ -106,7 +106,7 @@ def attention(
 def _inputs(
     device: str, dtype: torch.dtype, shape: tuple[int, int, int, int], side: int, rpe: RPEConfig
 ) -> Inputs:
-    """Random ones, in memory as a projection leaves them."""
+    """Random inputs, strided like the output of a QKV projection."""
     batch, heads, length, dim = shape
     qkv = torch.randn(3, batch, length, heads, dim, device=device, dtype=dtype)
     q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in qkv)
@@ -134,7 +134,7 @@ def _plain_attention(device: str) -> Iterator[tuple[str, Callable[[Inputs], Tens
 
 
 def _biased(x: Inputs) -> Tensor:
-    """All terms on queries and keys as one tensor (B, H, L, L), which SDPA adds to the scores."""
+    """All terms on queries and keys as one attn_mask (B, H, L, L), which SDPA adds to scores."""
     bias: Any = 0
     for table, buckets in x.rpe_k:
         bias = bias + irpe_gather(lookup_of(x.q, table, x.scale), buckets.ids)
@@ -144,8 +144,10 @@ def _biased(x: Inputs) -> Tensor:
     return F.scaled_dot_product_attention(x.q, x.k, x.v, bias, scale=x.scale)
 
 
-def step(device: str, dtype: torch.dtype, model: str, batch: int, *, compiled: bool) -> Table:
-    """Forward and backward of a DeiT without an optimiser, plain and with RPE on k, qk and qkv."""
+def training_step(
+    device: str, dtype: torch.dtype, model: str, batch: int, *, compiled: bool
+) -> Comparison:
+    """Forward and backward of a DeiT, no optimizer: plain, and with RPE on k, qk and qkv."""
     images = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
 
     def train(network: nn.Module, call: Callable[[Tensor], Tensor]) -> None:
@@ -156,8 +158,8 @@ def step(device: str, dtype: torch.dtype, model: str, batch: int, *, compiled: b
     for on in ("K", "QK", "QKV"):
         for impl in dispatch.IMPLEMENTATIONS:
             network: Any = equip(timm.create_model(model), ENCODINGS[on], impl)
-            case = network.blocks[0].attn.case(device, dtype)
-            if dispatch.obstacle(impl, case) is None:
+            key = network.blocks[0].attn.dispatch_key(device, dtype)
+            if dispatch.unsupported_reason(impl, key) is None:
                 networks[f"{on}, {impl}"] = network
     calls: Calls = {}
     for name, network in networks.items():

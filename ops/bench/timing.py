@@ -1,4 +1,4 @@
-"""Timing side by side: every case once a round, so that a noisy minute meets all of them."""
+"""Timing side by side: every case once per round, so that noise affects all of them alike."""
 
 import statistics
 import time
@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 WARMUP = 2
-LEAST_MS = 5.0
-"""On a GPU a call is repeated for so long, that starting it and clock ticks do not count."""
+MIN_MS = 5.0
+"""On a GPU a call is repeated for at least this long, to hide launch time and clock resolution."""
 
 
 class Timing(NamedTuple):
@@ -26,13 +26,13 @@ class Timing(NamedTuple):
 def compare(
     cases: Mapping[str, Callable[[], object]], baselines: tuple[str, ...], rounds: int
 ) -> dict[str, Timing]:
-    """Time cases against the baseline with the smaller median, after two rounds that do not count.
+    """Time cases against the baseline with the smallest median, after two warm-up rounds.
 
     Args:
         cases: what to call, by name; on CUDA the time includes all kernels it starts.
         baselines: names among the cases.
     """
-    measure = _Calls() if torch.cuda.is_available() else _Call()
+    measure = _GPUTimer() if torch.cuda.is_available() else _CPUTimer()
     times: dict[str, list[float]] = {name: [] for name in cases}
     for done in range(WARMUP + rounds):
         for name, call in cases.items():
@@ -50,7 +50,7 @@ def compare(
     }
 
 
-class _Call:
+class _CPUTimer:
     """Milliseconds of a call on the CPU."""
 
     def __init__(self) -> None:
@@ -62,8 +62,8 @@ class _Call:
         return (time.perf_counter() - start) * 1e3
 
 
-class _Calls(_Call):
-    """The same on a GPU, by its events: the mean of enough calls."""
+class _GPUTimer(_CPUTimer):
+    """Milliseconds of a call on a GPU, by its events: the mean of enough calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,13 +71,13 @@ class _Calls(_Call):
 
     def __call__(self, name: str, call: Callable[[], object]) -> float:
         if name not in self.repeats:
-            call()  # what is compiled or chosen at the first call does not count
+            call()  # compilation and autotuning at the first call are not timed
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             once = self.milliseconds(call, 1)
             self.peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-            self.repeats[name] = max(1, round(LEAST_MS / max(once, 1e-3)))
+            self.repeats[name] = max(1, round(MIN_MS / max(once, 1e-3)))
         return self.milliseconds(call, self.repeats[name])
 
     def milliseconds(self, call: Callable[[], object], repeats: int) -> float:

@@ -1,7 +1,7 @@
-"""The released op to measure against: its compiled gather, and the algorithm around it.
+"""The released op as a baseline: its compiled gather, and the algorithm around it.
 
-The sources are not ours to ship: --upstream names the folder `iRPE/DeiT-with-iRPE/rpe_ops` of a
-checkout of github.com/microsoft/Cream.
+Its sources are not part of this repository: --upstream names the folder
+`iRPE/DeiT-with-iRPE/rpe_ops` of a checkout of github.com/microsoft/Cream.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.ops.inputs import Case, Inputs
+from irpe_ds.ops.inputs import DispatchKey, Inputs
 
 Gather = Callable[[Tensor, Tensor], Tensor]
 
@@ -58,8 +58,8 @@ def load(folder: Path) -> Gather:
 def attention(gather: Gather) -> Callable[[Inputs], Tensor]:
     """Contextual attention with shared tables as the released models compute it.
 
-    Terms on values expand the table to every pair, (L, L, D). The released op has no bfloat16:
-    float16 takes its place.
+    Terms on values expand the table to every pair, (L, L, D). The released op does not support
+    bfloat16 and is timed in float16 instead.
     """
 
     def run(x: Inputs) -> Tensor:
@@ -82,8 +82,8 @@ def attention(gather: Gather) -> Callable[[Inputs], Tensor]:
     return run
 
 
-def obstacle(case: Case) -> str | None:
-    """Why the released op cannot stand in for a case; None when it can."""
-    if any(term.is_bias for term in case.terms):
-        return "it gathers contextual terms"
+def unsupported_reason(key: DispatchKey) -> str | None:
+    """Why the released op cannot run such a call; None when it can."""
+    if any(term.is_bias for term in key.terms):
+        return "it supports contextual terms"
     return None

@@ -19,14 +19,13 @@ import torch
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder
 from torch.utils import cpp_extension
 
-from irpe_ds.ops.build import library
-from irpe_ds.ops.build import toolchain
+from irpe_ds.ops.build import operators, prebuilt, toolchain
 from irpe_ds.ops.build.toolchain import Unavailable
 
 FINISHED = "finished"
-"""The file beside a just-in-time build that is whole."""
+"""The file beside a complete just-in-time build."""
 FAILED = "failed"
-"""The file that says why the last one failed: whoever waited for it need not try again."""
+"""The file with the reason of the last failure: processes that waited for it do not try again."""
 
 
 class IRPEBuilder(CUDAOpBuilder):
@@ -37,20 +36,24 @@ class IRPEBuilder(CUDAOpBuilder):
 
     def __init__(self) -> None:
         self.toolkit: toolchain.CUDAToolkit | None = None
-        """What compiles the CUDA kernels; None when they are left out."""
+        """Compiles the CUDA kernels; None when they are not built."""
         self.without_cuda = ""
-        """Why they are left out."""
+        """Why they are not built."""
         try:
             self.toolkit = toolchain.cuda()
         except Unavailable as error:
             self.without_cuda = str(error)
         super().__init__(name=self.NAME)
         self.folder = toolchain.cache(self.toolkit) / self.name
-        """Of the just-in-time build."""
+        """The folder of the just-in-time build."""
 
     @property
     def build_for_cpu(self) -> bool:
-        """True without a CUDA compiler. DeepSpeed sets it by the presence of a GPU, in vain."""
+        """True without a CUDA compiler.
+
+        DeepSpeed 0.16 to 0.19 sets it when there is no GPU, which would leave the kernels out on a
+        login node or in CI. It can become an attribute when DeepSpeed no longer sets it.
+        """
         return self.toolkit is None
 
     @build_for_cpu.setter
@@ -59,10 +62,10 @@ class IRPEBuilder(CUDAOpBuilder):
 
     def absolute_name(self) -> str:
         """The module of an ahead-of-time build."""
-        return library.PREBUILT
+        return prebuilt.MODULE
 
     def sources(self) -> list[str]:
-        """Absolute paths; nvcc compiles only files without PyTorch's headers."""
+        """Absolute paths; the files for nvcc include none of PyTorch's headers."""
         names = ["binding.cpp", "cpu/rpe.cpp"]
         if self.toolkit:
             names += ["cuda/attention.cpp"]
@@ -72,34 +75,40 @@ class IRPEBuilder(CUDAOpBuilder):
         return [str(toolchain.CSRC / name) for name in names]
 
     def include_paths(self) -> list[str]:
-        """The toolkit's headers, which do not lie in the same place in every toolkit."""
+        """The toolkit's headers, whose folder differs between toolkits."""
         return [str(self.toolkit.include)] if self.toolkit else []
 
     def cxx_args(self) -> list[str]:
-        """DeepSpeed's, with AVX2 rather than this very machine's instructions.
+        """DeepSpeed's, but AVX2 instead of the instructions of this machine, and no C++ standard.
 
-        A cache or an installation on a shared disk then serves every node of a cluster.
+        With AVX2 a cache or an installation on a shared disk serves every node of a cluster.
+        DeepSpeed 0.16 asks for C++17, which the headers of torch 2.14 do not compile with;
+        without a standard torch.utils.cpp_extension adds the one that its headers need. Keep
+        DeepSpeed's once the oldest supported one knows the newest torch.
         """
         vector = torch.backends.cpu.get_cpu_capability().startswith("AVX")
         return [
-            *super().cxx_args(),
+            *(option for option in super().cxx_args() if not option.startswith("-std=")),
             "-g0",
             "-fopenmp",
-            "-fno-trapping-math",  # or the exponential does not vectorise with AVX2
+            "-fno-trapping-math",  # else g++ does not vectorise the exponential with AVX2
             *(["-mavx2", "-mfma"] if vector else []),
             *(["-DIRPE_WITH_CUDA"] if self.toolkit else []),
         ]
 
     def nvcc_args(self) -> list[str]:
-        """No fast math, and no GPU is looked for: `toolchain.architectures` are compiled for."""
-        return ["-O3", "-std=c++17", "-lineinfo", "--threads=2", *toolchain.gencode()]
+        """For `toolchain.architectures`, with no fast math; torch adds the C++ standard.
+
+        DeepSpeed's own options hold fast math, and the architecture of a GPU that must be present.
+        """
+        return ["-O3", "-lineinfo", "--threads=2", *toolchain.gencode()]
 
     def extra_ldflags(self) -> list[str]:
-        """The folder where the linker finds libcudart.so under this very name."""
+        """The folder where the linker finds libcudart.so under exactly this name."""
         return [f"-L{self._runtime_folder()}"] if self.toolkit else []
 
     def is_compatible(self, verbose: bool = False) -> bool:
-        """Whether a just-in-time build can be tried."""
+        """Whether a just-in-time build can be attempted."""
         try:
             toolchain.cxx(), toolchain.ninja()
         except Unavailable as error:
@@ -110,12 +119,12 @@ class IRPEBuilder(CUDAOpBuilder):
         """The compiled module: prebuilt, or from the cache, or compiled now.
 
         Raises:
-            Unavailable: no compiler, a compiler that fails, a cache that cannot be written, or a
+            Unavailable: no compiler, a failed compilation, a cache that cannot be written, or a
                 prebuilt module for another PyTorch or CUDA.
         """
-        with library.ONE_THREAD:
-            module = library.load_prebuilt() or self._load_cached() or self._compile(verbose)
-            library.register()
+        with prebuilt.LOCK:
+            module = prebuilt.load() or self._load_cached() or self._compile(verbose)
+            operators.register()
             return module
 
     def builder(self) -> Any:
@@ -131,7 +140,7 @@ class IRPEBuilder(CUDAOpBuilder):
             )
 
     def _load_cached(self) -> ModuleType | None:
-        """A finished build of these sources, for which nothing need be installed or writable."""
+        """A finished build of these sources; needs no compiler and no writable cache."""
         if self.name in self._loaded_ops:
             return self._loaded_ops[self.name]
         file = self.folder / f"{self.name}.so"
@@ -143,7 +152,7 @@ class IRPEBuilder(CUDAOpBuilder):
         try:
             module = importlib.util.module_from_spec(spec)
         except ImportError as error:
-            raise Unavailable(f"{file} does not load: {error}") from error
+            raise Unavailable(f"cannot load {file}: {error}") from error
         self._loaded_ops[self.name] = module
         return module
 
@@ -154,19 +163,21 @@ class IRPEBuilder(CUDAOpBuilder):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = open(self.folder / "building", "w")  # noqa: SIM115
-            fcntl.flock(lock, fcntl.LOCK_EX)  # unlike PyTorch's lock, it ends with its process
+            # PyTorch's own lock is a file, left behind by a killed process (torch 2.6 to 2.14), for
+            # which every later one waits forever. This one ends with its process.
+            fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
-            hint = "set TORCH_EXTENSIONS_DIR to a folder that can be written"
+            hint = "set TORCH_EXTENSIONS_DIR to a writable folder"
             raise Unavailable(f"cannot build in {self.folder} ({error}): {hint}") from error
         with lock, self.environment():
-            built_meanwhile = self._load_cached()
-            if built_meanwhile is not None:
-                return built_meanwhile
+            built_by_another = self._load_cached()
+            if built_by_another is not None:
+                return built_by_another
             failed = self.folder / FAILED
             if failed.exists() and failed.stat().st_mtime > began:
                 raise Unavailable(failed.read_text())
             print(f"Building the iRPE operators, once, in {self.folder}", file=sys.stderr)
-            (self.folder / "lock").unlink(missing_ok=True)  # PyTorch's, of a killed process
+            (self.folder / "lock").unlink(missing_ok=True)  # PyTorch's, left by a killed process
             try:
                 module = super().load(verbose)
             except Exception as error:
@@ -187,7 +198,7 @@ class IRPEBuilder(CUDAOpBuilder):
 
     @contextlib.contextmanager
     def environment(self) -> Iterator[None]:
-        """What PyTorch's build reads from the process, for as long as it runs."""
+        """Set what PyTorch's build reads from this process, and restore it afterwards."""
         variables = {
             "PATH": toolchain.path_with_scripts(),
             "TORCH_EXTENSIONS_DIR": str(self.folder.parent),
@@ -208,7 +219,7 @@ class IRPEBuilder(CUDAOpBuilder):
 
 
 def _first_error(error: Exception, folder: Path) -> str:
-    """One line for what a compiler printed, all of which goes into build.log."""
+    """The compiler's first error, in one line; its whole output is written to build.log."""
     log = folder / "build.log"
     log.write_text(f"{error}\n")
     lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
@@ -218,7 +229,7 @@ def _first_error(error: Exception, folder: Path) -> str:
 
 
 def _show_in_ds_report() -> None:
-    """Add the op to DeepSpeed's report, for which it has no public way in."""
+    """Add the op to `ds_report`. DeepSpeed 0.16 to 0.19 has no public way to register one."""
     with contextlib.suppress(Exception):
         from deepspeed.ops.op_builder.all_ops import ALL_OPS
 

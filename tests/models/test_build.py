@@ -180,7 +180,7 @@ class TestLoad:
         ("other", "got"),
         [
             (config(options=NARROW | {"depth": 1}), "no tensor blocks.1."),
-            (config(options=NARROW | {"depth": 3}), "an extra tensor blocks.2."),
+            (config(options=NARROW | {"depth": 3}), "an unexpected tensor blocks.2."),
             (config(num_classes=7), "head.(weight|bias) of shape .*7.*, not .*10"),
             (ModelConfig(name="resnet18"), "(no|an extra) tensor"),
         ],

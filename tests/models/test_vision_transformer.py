@@ -340,7 +340,7 @@ class TestAttention:
     def test_refuses_a_mask(
         self, mask: dict[str, Any], attention: Attention, maps: tuple[BucketMap, ...]
     ) -> None:
-        with pytest.raises(ConfigError, match=r"^attn_mask: expected none.*, got a mask"):
+        with pytest.raises(ConfigError, match=r"^attn_mask: expected None.*, got a mask"):
             RPEAttention(attention, RPEConfig(), maps)(torch.randn(2, 7, 48), **mask)
 
     @pytest.mark.parametrize("name", ["attn_drop", "proj_drop"])

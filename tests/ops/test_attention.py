@@ -67,7 +67,7 @@ MISTAKES = {
     "map of another grid": (
         {"rpe_k": term(1, 4, 50, buckets=BucketMap.build("product", 3, 3, 1))},
         "rpe_k[0]",
-        "10 tokens (3x3 patches + 1)",
+        "10 tokens (3x3 patches + 1 prefix)",
         "7 in q",
     ),
     "table of another head dimension": (

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.ops import Case, dispatch, irpe_attention, select
-from irpe_ds.ops.inputs import TermKind
+from irpe_ds.ops import DispatchKey, dispatch, irpe_attention, resolve_impl
+from irpe_ds.ops.inputs import TermSpec
 from irpe_ds.rpe.config import RPEConfig
 from tests.ops.comparison import (
     ENCODINGS,
@@ -30,12 +30,12 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     The unfused FlexAttention has a backward there, which PyTorch's check keeps from users.
     """
-    row = dispatch.IMPLEMENTATIONS["flex"]._replace(devices=(), obstacle=lambda case: None)
+    row = dispatch.IMPLEMENTATIONS["flex"]._replace(devices=(), unsupported_reason=lambda key: None)
     monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "flex", row)
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *qkv: None)
-    dispatch._decide.cache_clear()
+    dispatch._resolve_and_warn.cache_clear()
     yield
-    dispatch._decide.cache_clear()
+    dispatch._resolve_and_warn.cache_clear()
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -113,19 +113,19 @@ class TestOnTheCPU:
     ("change", "reason"),
     [
         ({"device_type": "cpu"}, "it runs on cuda"),
-        ({"dtype": torch.float64}, "it takes float32, float16 and bfloat16, not float64"),
-        ({"head_dim": 8}, "it takes at least 16 numbers per head, not 8"),
+        ({"dtype": torch.float64}, "dtype must be float32, float16 or bfloat16, got float64"),
+        ({"head_dim": 8}, "head_dim must be at least 16, got 8"),
         (
-            {"terms": (TermKind("v", "product", 50, False),)},
-            "it takes terms on queries and keys, not on values",
+            {"terms": (TermSpec("v", "product", 50, False),)},
+            "it supports RPE on queries and keys, not on values",
         ),
     ],
 )
 def test_what_it_does_not_take(change: dict[str, Any], reason: str) -> None:
-    case = Case("cuda", torch.bfloat16, 64, (TermKind("k", "product", 50, False),))
+    key = DispatchKey("cuda", torch.bfloat16, 64, (TermSpec("k", "product", 50, False),))
     with pytest.raises(ConfigError, match=re.escape(f"got 'flex': {reason}") + "$"):
-        select("flex", case._replace(**change))
-    assert select("flex", case).name == "flex"
+        resolve_impl("flex", key._replace(**change))
+    assert resolve_impl("flex", key).name == "flex"
 
 
 @pytest.mark.gpu

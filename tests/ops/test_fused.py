@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops import irpe_attention
+from irpe_ds.ops.packed_ids import packed_ids
 from irpe_ds.ops.reference import bucket_sum
 from irpe_ds.rpe.buckets import BucketMap
 from irpe_ds.rpe.config import RPEConfig
@@ -339,7 +340,7 @@ def test_a_second_derivative_is_refused(device: str) -> None:
 
 def test_too_many_buckets_for_shared_memory(device: str) -> None:
     buckets = BucketMap.build("product", 20, 20, 1, ratio=3.9).to(device)
-    assert len(buckets.used) == 226
+    assert len(buckets.used_ids) == 226
     q = torch.randn(1, 1, 401, 64, device=device).bfloat16()
     tables = [torch.zeros(1, 64, 226, device=device).bfloat16()] * 4
     tables += [torch.zeros(1, 226, 64, device=device).bfloat16()] * 2
@@ -348,7 +349,7 @@ def test_too_many_buckets_for_shared_memory(device: str) -> None:
         q,
         q,
         tables,
-        [buckets.tiles] * 6,
+        [packed_ids(buckets)] * 6,
         [0, 0, 1, 1, 2, 2],
         None,
         None,
@@ -369,7 +370,7 @@ def arguments(device: str) -> tuple[Any, ...]:
     shapes = [(1, 50), (3, 32, 50), (1, 50, 32)]
     tables = [torch.randn(s, device=device).bfloat16().requires_grad_() for s in shapes]
     mask, seed = torch.zeros(2, 10, dtype=torch.bool, device=device), torch.tensor([7])
-    return q, k, v, tables, [buckets.tiles] * 3, [0, 1, 2], mask, seed.to(device), 0.2, 0.1, 1
+    return q, k, v, tables, [packed_ids(buckets)] * 3, [0, 1, 2], mask, seed.to(device), 0.2, 0.1, 1
 
 
 def test_what_pytorch_asks_of_an_operator(device: str) -> None:

@@ -46,7 +46,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels as a host library."""
     library = tmp_path_factory.mktemp("kernels") / "kernels.so"
     source = ["-shared", str(KERNELS / "exports.cpp"), "-o", str(library)]
-    subprocess.run([*GXX, *OPTIONS, *source], check=True)
+    subprocess.run([*GXX, "-std=c++17", *OPTIONS, *source], check=True)
     return ctypes.CDLL(str(library))
 
 

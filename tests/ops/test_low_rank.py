@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.ops import Case, irpe_attention, select
-from irpe_ds.ops.inputs import TermKind
+from irpe_ds.ops import DispatchKey, irpe_attention, resolve_impl
+from irpe_ds.ops.inputs import TermSpec
 from irpe_ds.rpe.config import RPEConfig
 from tests.ops.comparison import (
     ENCODINGS,
@@ -132,18 +132,18 @@ def test_compiles_as_one_graph(make_inputs: Callable, mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    ("spec", "reason"),
     [
-        (TermKind("k", "product", 50, False), "it takes the method cross, not product"),
-        (TermKind("q", "euclidean", 8, True), "it takes the method cross, not euclidean"),
+        (TermSpec("k", "product", 50, False), "it supports the method cross, not product"),
+        (TermSpec("q", "euclidean", 8, True), "it supports the method cross, not euclidean"),
         (
-            TermKind("v", "cross_rows", 8, False),
-            "it takes terms on queries and keys, not on values",
+            TermSpec("v", "cross_rows", 8, False),
+            "it supports RPE on queries and keys, not on values",
         ),
     ],
 )
-def test_what_it_does_not_take(kind: TermKind, reason: str) -> None:
-    case = Case("cpu", torch.float32, 64, (TermKind("k", "cross_rows", 8, False),))
+def test_what_it_does_not_take(spec: TermSpec, reason: str) -> None:
+    key = DispatchKey("cpu", torch.float32, 64, (TermSpec("k", "cross_rows", 8, False),))
     with pytest.raises(ConfigError, match=re.escape(f"got 'low_rank': {reason}") + "$"):
-        select("low_rank", case._replace(terms=(*case.terms, kind)))
-    assert select("low_rank", case).name == "low_rank"
+        resolve_impl("low_rank", key._replace(terms=(*key.terms, spec)))
+    assert resolve_impl("low_rank", key).name == "low_rank"

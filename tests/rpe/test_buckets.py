@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.rpe.buckets import METHODS, BucketMap, piecewise_index
+from irpe_ds.rpe.buckets import BUCKET_METHODS, BucketMap, piecewise_index
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "bucket_ids.npz")
 GOLDEN_MAPS = [key.removesuffix("|ids") for key in GOLDEN if key.endswith("|ids")]
@@ -55,7 +55,7 @@ class TestPiecewiseIndex:
         assert index.tolist() == [2, 2, 4]  # of 1.5, 2.5 and 3.5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BUCKET_METHODS)
 @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 1), (3, 8), (6, 6)])
 @pytest.mark.parametrize("skip", [0, 1, 2, 5])
 @pytest.mark.parametrize("ratio", [0.6, 1.0, 1.9, 20.0])
@@ -76,7 +76,7 @@ def test_every_grid(method: str, grid: tuple[int, int], skip: int, ratio: float)
         assert (of_skip == buckets.num_buckets - 1).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BUCKET_METHODS)
 def test_a_bucket_belongs_to_an_offset(method: str) -> None:
     """Pairs of patches with one offset share their bucket, wherever on the grid they lie."""
     height, width = 4, 6

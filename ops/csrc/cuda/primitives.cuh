@@ -1,8 +1,8 @@
 // What the kernels ask of the machine: launches, shared memory, number types, warp primitives.
 //
-// nvcc takes the GPU's; any other compiler takes on_host.h, which runs the same kernel source on
-// the host, one fiber per CUDA thread. Both are tested against one definition
-// (tests/ops/kernels/primitives.cu).
+// nvcc compiles those of a GPU. The tests compile the same kernel source for the host, one fiber per
+// CUDA thread, with tests/ops/kernels/on_host.h in the include path. Both are tested against one
+// definition (tests/ops/kernels/primitives.cu).
 #pragma once
 
 #include <cstdint>

@@ -13,7 +13,8 @@ from torch.utils import cpp_extension
 KERNELS = Path(__file__).parent
 CSRC = KERNELS.parents[2] / "ops" / "csrc"
 SANITIZED = "IRPE_TEST_SANITIZER" in os.environ
-GXX = ["g++", "-std=c++17", "-g", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{CSRC}"]
+INCLUDES = [f"-I{CSRC}", f"-I{KERNELS}"]  # the latter for on_host.h
+GXX = ["g++", "-g", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *INCLUDES]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 OPTIONS = ["-O1", *(SANITIZERS if SANITIZED else [])]
 
@@ -41,9 +42,17 @@ class Host:
 def build_attention(folder: Path) -> Path:
     """The fused attention as operators of CPU tensors: the kernels, and the binding as it is."""
     kernels, binding, library = (folder / name for name in ("k.o", "b.o", "attention.so"))
-    compile_kernels = [*GXX, *OPTIONS, "-c", str(KERNELS / "attention.cpp"), "-o", str(kernels)]
+    compile_kernels = [
+        *GXX,
+        "-std=c++17",
+        *OPTIONS,
+        "-c",
+        str(KERNELS / "attention.cpp"),
+        "-o",
+        str(kernels),
+    ]
     includes = [option for path in cpp_extension.include_paths() for option in ("-isystem", path)]
-    source = [*includes, "-DIRPE_ON_HOST", "-c", str(CSRC / "cuda" / "attention.cpp")]
+    source = [*includes, "-std=c++20", "-DIRPE_ON_HOST", "-c", str(CSRC / "cuda" / "attention.cpp")]
     compile_binding = [*GXX, "-O1", *source, "-o", str(binding)]
     for command in (compile_kernels, compile_binding):
         subprocess.run(command, check=True)

@@ -1,4 +1,4 @@
-// Prints how the fused passes are laid out on a GPU; resources.py compiles and runs it.
+// Prints the launch configurations of the fused passes; resources.py compiles and runs it.
 //
 // Arguments: multiprocessors, bytes of shared memory of one and of a block, B, H, L, D, and the
 // buckets on queries, keys and values.
