@@ -38,7 +38,7 @@ def test_answers_and_draws(tmp_path: Path) -> None:
     assert done.stdout.startswith(f"{name}: 22.09 M parameters")
     for said in (
         "22.09 M parameters",
-        "16 images x 1 micro-steps x 64 GPUs = 1024 an update",
+        "16 images x 1 micro-steps x 64 GPUs = 1024 per update",
         "- bottleneck: ",
         "| all_reduce | gradients | 64 | 1 | 44.18 | 86.98 |",
         "| zero1 (the run's) |",
@@ -70,9 +70,12 @@ def test_says_what_it_leaves_out(tmp_path: Path) -> None:
         ([*DEIT, "--gpu", "H1000", "--gpus", "8"], "--gpu: expected one of H200, H100"),
         ([*ON_H100, "--out", "plan.pdf"], "--out: expected a name that ends in .png"),
         ([*ON_H100, "--link-share", "0"], "--link-share: expected a number above 0"),
-        ([*ON_H100, "--out", "/dev/null/plan.png"], "--out: expected a file that can be written"),
+        ([*ON_H100, "--out", "/dev/null/plan.png"], "cannot write --out: "),
         ([*ON_H100, "model.impl=flex"], "model.impl: expected one of auto, fused, gather"),
-        ([*ON_H100, "train.deepspeed=no.json"], "no.json: expected a readable JSON file"),
+        (
+            [*ON_H100, "train.deepspeed=no.json"],
+            "train.deepspeed: expected a readable JSON file, got no.json",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
