@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from irpe_ds.config import RunConfig
 from irpe_ds.errors import ConfigError, UserError
@@ -56,7 +57,7 @@ def build_report(
     cluster: Cluster,
     images: int,
     image_kb: float,
-    given: Mapping[str, float],
+    given: Mapping[str, Any],
     calibration: Path | None = None,
     micro_batch: int | None = None,
 ) -> Report:
@@ -157,8 +158,9 @@ def _answer(report: Report) -> Iterator[str]:
         f"{counted.flops / 1e9:.2f} GFLOP forward, {train.precision}, attention {counted.impl}, "
         f"{scenario.zero.name}"
     )
+    nodes = f"{cluster.nodes} node" + "s" * (cluster.nodes > 1)
     yield (
-        f"on {cluster.gpus} {cluster.gpu.name} in {cluster.nodes} nodes: {row.micro_batch} images "
+        f"on {cluster.gpus} {cluster.gpu.name} in {nodes}: {row.micro_batch} images "
         f"x {row.accumulation} micro-steps x {cluster.gpus} GPUs = {row.global_batch} per update\n"
     )
     parts = ", ".join(f"{name} {1e3 * x:.2f}" for name, x in row.step.parts.items())

@@ -103,7 +103,7 @@ def draw_tables(maps: Mapping[int, np.ndarray], on: str, name: str) -> Figure:
         scale = Scale(0 if on == "v" else -limit, limit)
         colours = ScalarMappable(scale, "Blues" if on == "v" else "RdBu_r")
         for axes, map_ in zip(axes_of_layer, maps_of_layer, strict=True):
-            _draw_map(axes, map_, colours)
+            _draw_map(axes, map_, scale, colours)
         axes_of_layer[0].set_ylabel(f"layer {layer}", color=INK, fontsize=10)
         bar = figure.colorbar(colours, ax=[*axes_of_layer], aspect=14, pad=0.02)
         bar.outline.set_visible(False)
@@ -117,11 +117,11 @@ def draw_tables(maps: Mapping[int, np.ndarray], on: str, name: str) -> Figure:
     return figure
 
 
-def _draw_map(axes: Axes, map_: np.ndarray, colours: ScalarMappable) -> None:
+def _draw_map(axes: Axes, map_: np.ndarray, scale: Scale, colours: ScalarMappable) -> None:
     """One map; the dot is the query."""
     bottom, right = (n // 2 + 0.5 for n in map_.shape)
     extent = (-right, right, bottom, -bottom)
-    axes.imshow(map_, cmap=colours.cmap, norm=colours.norm, extent=extent)
+    axes.imshow(map_, cmap=colours.cmap, norm=scale, extent=extent)
     axes.plot(0, 0, "o", color=INK, markersize=2.5)
     axes.spines[:].set_color(FAINT)
     axes.tick_params(length=0, colors=INK, labelsize=8)

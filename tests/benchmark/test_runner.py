@@ -1,6 +1,7 @@
 """An experiment that is stopped, fails in a cell, hangs, or is called again."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,8 +12,9 @@ import pytest
 
 from irpe_ds.benchmark import runner
 from irpe_ds.benchmark.experiment import Cell, Experiment, load_experiment
-from irpe_ds.benchmark.runner import Results, read_results_file, run_experiment
-from irpe_ds.errors import ConfigError
+from irpe_ds.benchmark.rows import Results, read_results_file
+from irpe_ds.benchmark.runner import run_experiment
+from irpe_ds.errors import CheckpointError, ConfigError
 from irpe_ds.training.start import lock
 from tests.benchmark.test_experiment import write
 
@@ -161,7 +163,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path: Path, speeds: 
 
 def test_two_at_once_are_refused(tmp_path: Path, speeds: Speeds) -> None:
     (tmp_path / "test").mkdir()
-    with lock(tmp_path / "test"), pytest.raises(ConfigError, match="at work"):
+    with lock(tmp_path / "test"), pytest.raises(CheckpointError, match="at work"):
         run(experiment(tmp_path))
 
 
@@ -173,14 +175,15 @@ def test_what_a_killed_one_has_started_is_not_disturbed(tmp_path: Path) -> None:
         "with lock(Path('.')) as held:\n"
         "    _launch(['sh', '-c', 'touch begun; sleep 2'], Path('output'), 60, held)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
     end = time.monotonic() + 60
     while not (tmp_path / "begun").exists():
         assert time.monotonic() < end
         time.sleep(0.02)
     process.kill()
     process.wait()
-    with pytest.raises(ConfigError, match="at work"):
+    with pytest.raises(CheckpointError, match="at work"):
         lock(tmp_path)
     time.sleep(3)
     lock(tmp_path).close()

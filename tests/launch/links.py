@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from irpe_ds.benchmark.experiment import load_experiment
-from irpe_ds.benchmark.runner import RESULTS
+from irpe_ds.benchmark.rows import RESULTS
 from irpe_ds.cli import run
 from irpe_ds.errors import ConfigError
 from irpe_ds.planner.assumptions import Assumptions
