@@ -90,7 +90,7 @@ def zero_of(
     try:
         values = parse_zero(section, f"{where}: zero_optimization").model_dump(by_alias=True)
     except ModuleNotFoundError as error:
-        if error.name != "deepspeed":
+        if (error.name or "").split(".")[0] != "deepspeed":
             raise
         values = DEFAULTS | section
     if communication is not None and communication not in COMMUNICATION_BYTES:
