@@ -1,82 +1,13 @@
 """Draw the curves of one or several runs: `python launch/curves.py RUN [RUN ...] --out x.png`."""
 
 import argparse
-import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-
 from irpe_ds.cli import run
 from irpe_ds.errors import ConfigError
-from irpe_ds.runlog import METRICS, MetricRow, read_rows
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444")
-DASHES: tuple[Literal["-", "--"], ...] = ("-", "--")
-FEW = 12  # so many points, or less, are marked one by one
-INK, FAINT = "#24292f", "#d8dee4"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Panel:
-    """One pair of axes: keys of the rows of a kind, the first drawn solid, the second dashed."""
-
-    title: str
-    unit: str
-    kind: str
-    keys: tuple[str, ...]
-    last: str
-    """How the last value is written."""
-    width: float = 1.0
-
-
-PANELS = (
-    Panel(
-        title="Training loss", unit="cross-entropy, nats", kind="train", keys=("loss",), last=".3f"
-    ),
-    Panel(
-        title="Validation accuracy",
-        unit="% of images",
-        kind="eval",
-        keys=("top1", "top5"),
-        last=".1f",
-    ),
-    Panel(
-        title="Learning rate", unit="per update", kind="train", keys=("lr",), last=".2g", width=0.75
-    ),
-)
-LEGEND = {"top1": "top-1", "top5": "top-5"}
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Points of one key of one run; values that are not finite are gaps."""
-
-    x: list[float]
-    y: list[float]
-
-    @classmethod
-    def of(cls, rows: Sequence[MetricRow], kind: str, key: str, axis: str) -> "Curve":
-        points = [r for r in rows if r["kind"] == kind and key in r and axis in r]
-        return cls([r[axis] for r in points], [r[key] for r in points])
-
-    def finite(self) -> list[float]:
-        return [y if math.isfinite(y) else math.nan for y in self.y]
-
-    def end(self) -> tuple[float, float] | None:
-        """The last finite point, if any."""
-        points = [p for p in zip(self.x, self.y, strict=True) if math.isfinite(p[1])]
-        return points[-1] if points else None
 
 
 def main() -> None:
@@ -84,140 +15,16 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="PNG to write")
     parser.add_argument("--x", choices=("epoch", "update"), default="epoch", help="horizontal axis")
-    arguments = parser.parse_args()
-    if arguments.out.suffix != ".png":
-        raise ConfigError("--out", "a name that ends in .png", arguments.out)
-    figure = draw(read_runs(arguments.runs, arguments.x), arguments.x)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(arguments.out)
-    print(arguments.out)
+    args = parser.parse_args()
+    if args.out.suffix != ".png":
+        raise ConfigError("--out", "a name that ends in .png", args.out)
 
+    from irpe_ds.plots.curves import draw_curves, read_runs
 
-def read_runs(folders: Sequence[Path], axis: str) -> dict[str, list[MetricRow]]:
-    """The rows of each run by name, or by path where two runs have one name.
-
-    Raises:
-        ConfigError: a folder has no metrics, or none that a panel shows.
-    """
-    names = [folder.resolve().name for folder in folders]
-    runs = {}
-    for folder, name in zip(folders, names, strict=True):
-        rows = read_rows(folder / METRICS)
-        shown = (Curve.of(rows, panel.kind, key, axis).x for panel in PANELS for key in panel.keys)
-        if not any(shown):
-            expected = f"rows of training or evaluation by {axis}"
-            raise ConfigError(folder / METRICS, expected, f"none among {len(rows)}")
-        runs[name if names.count(name) == 1 else str(folder)] = rows
-    return runs
-
-
-def draw(runs: dict[str, list[MetricRow]], axis: str) -> Figure:
-    """One figure, a panel for each of PANELS that the runs have rows for."""
-    curves = {
-        panel: {
-            (name, key): curve
-            for name, rows in runs.items()
-            for key in panel.keys
-            if (curve := Curve.of(rows, panel.kind, key, axis)).x
-        }
-        for panel in PANELS
-    }
-    panels = [panel for panel in PANELS if curves[panel]]
-    widths = [panel.width for panel in panels]
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    figure = Figure(figsize=(4.4 * sum(widths), 3.9), dpi=160, layout=layout)
-    grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, width_ratios=widths)
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(runs)}
-    for panel, axes in zip(panels, grid[0], strict=True):
-        _draw_panel(axes, panel, curves[panel], colours)
-        axes.set_xlabel(axis, color=INK)
-    figure.legend(
-        [Line2D([], [], color=colour, linewidth=2.5) for colour in colours.values()],
-        list(colours),
-        loc="outside upper center",
-        ncols=min(len(colours), 4),
-        frameon=False,
-        fontsize=11,
-        labelcolor=INK,
-    )
-    return figure
-
-
-def _draw_panel(
-    axes: Axes,
-    panel: Panel,
-    curves: dict[tuple[str, str], Curve],
-    colours: dict[str, str],
-) -> None:
-    axes.set_title(panel.title, loc="left", fontsize=12, fontweight="bold", color=INK)
-    axes.set_ylabel(panel.unit, color=INK)
-    axes.grid(axis="y", color=FAINT, linewidth=0.8)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
-    axes.margins(x=0.02)
-    axes.tick_params(length=0, colors=INK, labelsize=9)
-    for direction in (axes.xaxis, axes.yaxis):
-        direction.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
-        direction.set_major_formatter(StrMethodFormatter("{x:g}"))
-    for (name, key), curve in curves.items():
-        axes.plot(
-            curve.x,
-            curve.finite(),
-            color=colours[name],
-            linestyle=DASHES[panel.keys.index(key)],
-            linewidth=1.5,
-            marker="o" if len(curve.x) <= FEW else None,
-            markersize=3,
-        )
-    _write_last_values(axes, panel, curves, colours)
-    keys = [key for key in panel.keys if any(key == drawn for _, drawn in curves)]
-    if len(panel.keys) > 1:
-        axes.legend(
-            [Line2D([], [], color=INK, linestyle=DASHES[panel.keys.index(k)]) for k in keys],
-            [LEGEND[key] for key in keys],
-            loc="best",
-            frameon=False,
-            fontsize=9,
-            labelcolor=INK,
-        )
-
-
-def _write_last_values(
-    axes: Axes,
-    panel: Panel,
-    curves: dict[tuple[str, str], Curve],
-    colours: dict[str, str],
-) -> None:
-    """Mark where each curve ends and write its value on the right, no two on one another."""
-    ends = [(end, name, curve.y[-1]) for (name, _), curve in curves.items() if (end := curve.end())]
-    low, high = axes.get_ylim()
-    heights = _spread([(y - low) / (high - low) for (_, y), _, _ in ends], gap=0.07)
-    for ((x, y), name, value), height in zip(ends, heights, strict=True):
-        axes.plot(x, y, "o", color=colours[name], markersize=4.5, clip_on=False, zorder=3)
-        axes.annotate(
-            format(value, panel.last),
-            (1.02, height),
-            xycoords="axes fraction",
-            va="center",
-            fontsize=9.5,
-            fontweight="bold",
-            color=colours[name],
-            annotation_clip=False,
-        )
-    axes.set_ylim(low, high)
-
-
-def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move heights apart, as little as need be, until neighbours are `gap` from each other."""
-    order = sorted(range(len(heights)), key=heights.__getitem__)
-    # Less their share of the gaps, the heights need only be in order: pool those that are not.
-    pools: list[list[float]] = []
-    for rank, index in enumerate(order):
-        pools.append([heights[index] - rank * gap])
-        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
-            pools[-2:] = [pools[-2] + pools[-1]]
-    apart = [fmean(pool) for pool in pools for _ in pool]
-    return [apart[rank] + rank * gap for rank in map(order.index, range(len(heights)))]
+    figure = draw_curves(read_runs(args.runs, args.x), args.x)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out)
+    print(args.out)
 
 
 if __name__ == "__main__":

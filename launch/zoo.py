@@ -1,12 +1,12 @@
 """Print the zoo: parameters and MACs counted from the models, accuracies as published."""
 
+import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
 from irpe_ds.cli import run
-from irpe_ds.models.zoo import ZOO, cost
 
 PLAIN = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
 NOTE = """
@@ -17,10 +17,15 @@ summed per bucket first, which saves layers * L * (L - buckets) * width multipli
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+
+    from irpe_ds.models.flops import params_and_macs
+    from irpe_ds.models.zoo import ZOO
+
     print("| model | params (M) | (paper) | MACs (M) | (paper) | top-1 (paper) | top-5 (paper) |")
     print("|---|---|---|---|---|---|---|")
     for name in (*PLAIN, *ZOO):
-        params, macs = cost(name)
+        params, macs = params_and_macs(name)
         row = ZOO.get(name)
         paper = (row.params_m, row.macs_m, row.top1, row.top5) if row else (None,) * 4
         cells = ["" if figure is None else str(figure) for figure in paper]

@@ -1,20 +1,17 @@
-"""One run of a scaling experiment: started by it on every rank, as DeepSpeed starts training."""
+"""One run of a scaling experiment, started on every rank as training is."""
 
 import argparse
 from contextlib import closing
 from functools import partial
 
-from irpe_ds.benchmark.step_profiler import Timeline
+from irpe_ds.benchmark.rows import INSTRUMENTED_STEP_MS, KIND, PHASES
+from irpe_ds.benchmark.step_profiler import StepProfiler
 from irpe_ds.cli import run
 from irpe_ds.cluster.process_group import destroy_process_group
 from irpe_ds.config import load_config
 from irpe_ds.runlog import RunLog
 from irpe_ds.training.run import train
 from irpe_ds.training.trainer import Trainer
-
-KIND = "scaling"
-"""Of the one row that it logs."""
-PHASES = ("data", "forward", "backward", "optimizer", "communication")
 
 
 def main() -> None:
@@ -30,50 +27,50 @@ def main() -> None:
 
 
 def measure(trainer: Trainer, log: RunLog, *, warmup: int, updates: int, repeats: int) -> bool:
-    """Time repetitions of some updates, then take one apart; log one row.
+    """Time repetitions of some updates, then profile one more; log one row.
 
     `images_per_s`, `step_ms`, `tflops`, `mfu` and `data_wait` are those of the median repetition,
-    left alone. `{phase}_ms`, `apart_ms`, which is their sum, and `{collective}_bytes` are means
-    over the updates of the one that is taken apart (see Timeline), times over the ranks too.
-    `memory_gib` is the most of any rank, from its start.
+    not profiled. `{phase}_ms`, their sum INSTRUMENTED_STEP_MS and `{collective}_bytes` are means
+    per update of the profiled one (see StepProfiler), times also over ranks. `memory_gib` is the
+    peak of any rank since its start.
     """
     trainer.preemption.reset()
-    stream, rows = Stream(trainer, warmup), []
-    with closing(stream):
-        stream.run(warmup, log)
+    loop, rows = Updates(trainer, warmup), []
+    with closing(loop):
+        loop.run(warmup, log)
         for _ in range(repeats):
-            stream.prepare(updates, log)
-            trainer.meter.read()  # all ranks start together
-            stream.run(updates, log)
+            loop.prepare(updates, log)
+            trainer.meter.read()  # a collective: all ranks start together
+            loop.run(updates, log)
             rows.append(trainer.log_row(trainer.meter.read()))
-        stream.prepare(updates, log)
+        loop.prepare(updates, log)
         trainer.ranks.any_rank(False)
-        with Timeline(trainer) as timeline:
-            stream.run(updates, log)
+        with StepProfiler(trainer) as profiler:
+            loop.run(updates, log)
     rows.sort(key=lambda row: row["images_per_s"])
     row = rows[(len(rows) - 1) // 2]
     row["slowest_images_per_s"] = rows[0]["images_per_s"]
     row["fastest_images_per_s"] = rows[-1]["images_per_s"]
-    found = trainer.ranks.all_gather((dict(timeline.seconds), row["memory_gib"]))
+    found = trainer.ranks.all_gather((dict(profiler.seconds), row["memory_gib"]))
     row["memory_gib"] = max(memory for _, memory in found)
     for phase in PHASES:
         seconds = sum(times.get(phase, 0.0) for times, _ in found)
         row[f"{phase}_ms"] = 1000 * seconds / (len(found) * updates)
-    row["apart_ms"] = sum(row[f"{phase}_ms"] for phase in PHASES)
-    row |= {f"{kind}_bytes": size / updates for kind, size in timeline.bytes.items()}
+    row[INSTRUMENTED_STEP_MS] = sum(row[f"{phase}_ms"] for phase in PHASES)
+    row |= {f"{kind}_bytes": size / updates for kind, size in profiler.bytes.items()}
     log.log(KIND, trainer.update, row)
     return True
 
 
-class Stream:
-    """Updates of one epoch after another, at the first one's resolution."""
+class Updates:
+    """Updates of one epoch after another, all at the resolution of the first."""
 
     def __init__(self, trainer: Trainer, warmup: int) -> None:
         self._trainer, self._warmup = trainer, warmup
         self._epoch, self._left = -1, 0
-        self._begin()
+        self._start_epoch()
 
-    def _begin(self) -> None:
+    def _start_epoch(self) -> None:
         if self._epoch >= 0:
             self.close()
         self._epoch, self._left = self._epoch + 1, self._trainer.length.updates_per_epoch
@@ -81,20 +78,20 @@ class Stream:
         self._batches = self._trainer.train_batches.epoch(self._epoch, img_size=size)
 
     def prepare(self, updates: int, log: RunLog) -> None:
-        """Go on to the next epoch if this one ends too soon, where epochs are long enough.
+        """Start the next epoch if this one ends too soon and epochs are long enough.
 
-        What a loader needs to start is no part of a repetition then.
+        Then no repetition contains a loader's start.
         """
         whole = self._trainer.length.updates_per_epoch >= updates + self._warmup
         if self._left < updates and whole:
-            self._begin()
+            self._start_epoch()
             self.run(self._warmup, log)
 
     def run(self, updates: int, log: RunLog) -> None:
-        """Train so many updates, stopping at a signal as training does."""
+        """Train so many updates; a signal stops them as it stops training."""
         for _ in range(updates):
             if not self._left:
-                self._begin()
+                self._start_epoch()
             self._trainer.train_update(self._batches, log)
             self._left -= 1
             self._trainer.raise_if_stopped()

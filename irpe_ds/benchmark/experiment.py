@@ -1,6 +1,6 @@
-"""A scaling experiment: runs that differ in nodes, ranks, batch, or in any key of a configuration.
+"""A scaling experiment: runs that differ in nodes, ranks, batch, or any key of a configuration.
 
-Its YAML is a run's, mostly a `base:` and a name, with a section `scaling`.
+Its YAML is that of a run, mostly a `base:` and a name, with a section `scaling`.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ from pydantic import AfterValidator
 from irpe_ds.cluster.hostfile import read_hostfile
 from irpe_ds.config import Count, Positive, RunConfig, Section, validate
 from irpe_ds.config_file import apply, read_values
-from irpe_ds.errors import ConfigError
+from irpe_ds.errors import ClusterError, ConfigError
 from irpe_ds.planner.hardware import parse_rate
-from irpe_ds.planner.zero import read_zero
+from irpe_ds.training.deepspeed_config import read_ds_config
 
 SECTION = "scaling"
 SHAPE = ("nodes", "ranks_per_node", "micro_batch")
-"""Axes that are no keys of a configuration; the first two are 1 where a matrix has none."""
+"""Axes that are not keys of a configuration; the first two default to 1."""
 
 
 def _rate(text: str | None) -> str | None:
@@ -47,9 +47,9 @@ class Scaling(Section):
     hostfile: Path | None = None
     """Hosts and slots as DeepSpeed reads them. None: this machine alone."""
     network: Annotated[str | None, AfterValidator(_rate)] = None
-    """Rate of a network card, such as 100Gb/s, noted for the planner's calibration."""
+    """Rate of a network card, such as 100Gb/s, recorded for the planner's calibration."""
     timeout: Positive = 900
-    """Seconds after which a run has failed."""
+    """Seconds after which a run counts as failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +57,12 @@ class Cell:
     """One run of an experiment."""
 
     axes: Mapping[str, Any]
-    """What the matrix says of it."""
+    """Its values of the matrix's keys."""
     config: RunConfig
     stage: int
-    """Of ZeRO."""
+    """ZeRO's."""
     zero: str
-    """Hash of its settings: a cell is measured again when the file has changed."""
+    """Hash of the ZeRO JSON: a cell is measured again when the file has changed."""
 
     @property
     def nodes(self) -> int:
@@ -78,7 +78,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """The same for the same axes, in whatever order."""
+        """A hash of the axes in any order."""
         text = json.dumps(self.axes, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -91,23 +91,24 @@ class Experiment:
     """The runs, and how they are measured."""
 
     config: RunConfig
-    """What the cells have in common; its folder is the experiment's."""
+    """What the cells share; its folder is the experiment's."""
     scaling: Scaling
     cells: Sequence[Cell]
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What must be the same for cells to be compared."""
+    def common(self) -> dict[str, Any]:
+        """What must be the same for cells to be comparable."""
         common = self.config.model_dump(mode="json", exclude={"name", "output", "log"})
         measuring = {"warmup", "updates", "repeats", "network"}
         return common | {SECTION: self.scaling.model_dump(mode="json", include=measuring)}
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read an experiment; overrides are those of a run, and `scaling.key=value`.
+    """Read an experiment; overrides are a run's and `scaling.key=value`.
 
     Raises:
         ConfigError: a mistake in the file, or in the configuration of one of its cells.
+        ClusterError: the hostfile cannot be read, or lacks hosts or slots.
     """
     values = read_values(path, overrides)
     if not isinstance(values.get(SECTION), dict):
@@ -138,10 +139,10 @@ def _check_hosts(hostfile: Path | None, cell: Cell) -> None:
     hosts = read_hostfile(hostfile)[: cell.nodes]
     expected = f"{cell.nodes} hosts with {cell.ranks_per_node} slots each"
     if len(hosts) < cell.nodes:
-        raise ConfigError(hostfile, expected, f"{len(hosts)} hosts")
+        raise ClusterError(hostfile, expected, f"{len(hosts)} hosts")
     for host in hosts:
         if host.slots < cell.ranks_per_node:
-            raise ConfigError(hostfile, expected, f"{host.name} with {host.slots}")
+            raise ClusterError(hostfile, expected, f"{host.name} with {host.slots}")
 
 
 def _combinations(matrix: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -162,7 +163,7 @@ def _cell(config: RunConfig, axes: dict[str, Any], where: str) -> Cell:
             apply(values, key, value)
     cell_config = validate(RunConfig, values)
     file = cell_config.train.deepspeed
-    stage = read_zero(file).stage
+    stage = int(read_ds_config(file)["zero_optimization"]["stage"])
     zero = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
     cell = Cell(axes=axes, config=cell_config, stage=stage, zero=zero)
     if "micro_batch" in axes:

@@ -1,4 +1,4 @@
-"""Where the time of updates goes, and what they send."""
+"""Time of each phase of an update, and bytes of each collective."""
 
 import time
 from collections import Counter, defaultdict
@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -22,20 +21,23 @@ COLLECTIVES = {
     "broadcast": "broadcast",
     "reduce": "reduce",
 }
-"""Methods of DeepSpeed's communication backend, and what each is called here."""
+"""Methods of DeepSpeed's communication backend (0.19.8, comm/torch.py: TorchBackend), by kind.
+
+Another version may send by a method that is missing here; then tests/launch/test_scaling.py finds
+fewer bytes than the planner counts.
+"""
 
 
-class Timeline:
-    """While entered, every second belongs to one phase, and every byte is counted.
+class StepProfiler:
+    """While entered, assigns every second to one phase and counts every byte sent.
 
     Phases are `data` (waiting for it), `forward` (with augmentation and loss), `backward`,
-    `optimizer` and `communication`. To tell them apart, the device is waited for wherever one ends
-    and each collective where it begins: nothing hides behind anything else, and an update takes
-    longer than one that is left alone. A rank that waits in a collective for a slower one is in
-    communication.
+    `optimizer` and `communication`. To separate them, the device is synchronized where a phase ends
+    and collectives are synchronous: nothing overlaps, so an update takes longer than without the
+    profiler. Waiting in a collective for a slower rank counts as communication.
 
     Args:
-        trainer: a `Trainer`, whose engine and meter are watched.
+        trainer: a `Trainer`. Methods of its engine, its meter and DeepSpeed's backend are wrapped.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -44,9 +46,9 @@ class Timeline:
         self._patches = ExitStack()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.bytes: Counter[str] = Counter()
-        """Of the whole vectors, by collective: in for reductions, out for all-gathers."""
+        """By collective, of the whole vector: the input of reductions, the output of gathers."""
 
-    def __enter__(self) -> "Timeline":
+    def __enter__(self) -> "StepProfiler":
         from deepspeed.comm import comm
 
         engine, meter = self._trainer.engine, self._trainer.meter
@@ -67,7 +69,12 @@ class Timeline:
         self._patches.close()
 
     def _patch(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
-        self._patches.enter_context(mock.patch.object(owner, name, function))
+        """Replace a method of one object until exit."""
+        if name in vars(owner):
+            self._patches.callback(setattr, owner, name, vars(owner)[name])
+        else:
+            self._patches.callback(delattr, owner, name)
+        setattr(owner, name, function)
 
     def _timed(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
         @wraps(function)
@@ -81,7 +88,7 @@ class Timeline:
         @wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
             alone = self._trainer.ranks.world_size == 1
-            if not alone and self._stack[-1] != "communication":  # one may be made of others
+            if not alone and self._stack[-1] != "communication":  # some are made of others
                 self.bytes[kind] += max(map(_size, (*args, *kwargs.values())))
             with self._phase("communication"):
                 work = function(*args, **kwargs)
@@ -102,7 +109,7 @@ class Timeline:
             self._stack.pop()
 
     def _account(self) -> None:
-        """Give the time since the last call to the phase that it was."""
+        """Add the time since the last call to the current phase."""
         self._synchronize()
         now = time.perf_counter()
         self.seconds[self._stack[-1]] += now - self._since
@@ -114,7 +121,7 @@ class Timeline:
 
 
 def _size(x: Any) -> int:
-    """Bytes of a tensor or of a list of them; of anything else none."""
+    """Bytes of a tensor or a list of tensors; 0 for anything else."""
     if isinstance(x, list | tuple):
         return sum(map(_size, x))
     return x.numel() * x.element_size() if isinstance(x, Tensor) else 0

@@ -1,6 +1,10 @@
-"""How much arithmetic a model needs, and how much a GPU could do."""
+"""FLOPs that a model needs, and the peak FLOP/s of GPUs."""
 
+from typing import Any
+
+import timm
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from irpe_ds.config import ModelConfig
@@ -8,7 +12,7 @@ from irpe_ds.models.attention import RPEAttention
 from irpe_ds.models.build import build_model
 
 TRAINING = 3
-"""Passes of a training step in forward passes: the backward pass has two products for each one."""
+"""FLOPs of a training step over those of its forward pass: each product has two in backward."""
 
 PEAK_TFLOPS = {
     "H200": 989.4,
@@ -20,30 +24,41 @@ PEAK_TFLOPS = {
     "RTX 3090": 71.0,
     "V100": 125.0,
 }
-"""Dense products of half precision with fp32 sums, from NVIDIA's data sheets; first match wins."""
+"""Dense half precision with fp32 accumulation, from NVIDIA's data sheets; first match wins."""
 
 
 def forward_flops(config: ModelConfig) -> int:
-    """Floating point operations of the matrix products of one image; nothing is computed.
-
-    Counted from the model on the meta device with the reference implementation of the op, since
-    the counter sees PyTorch's own operators alone.
-    """
+    """Floating point operations of the matrix products of one image, counted without computing."""
     plain = config.model_copy(update={"weights": None, "impl": "auto"})
     with torch.device("meta"):
         model = build_model(plain).eval()
-        for module in model.modules():
-            if isinstance(module, RPEAttention):
-                module.impl = "reference"
-        size = config.img_size
-        height, width = (size, size) if isinstance(size, int) else size
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, height, width))
-    return counter.get_total_flops()
+    size = config.img_size
+    return _count(model, *((size, size) if isinstance(size, int) else size))
+
+
+def params_and_macs(name: str) -> tuple[int, int]:
+    """Parameters of a timm model, and multiply-accumulates of its matrix products of one image."""
+    with torch.device("meta"):
+        model: Any = timm.create_model(name).eval()
+    _, height, width = model.pretrained_cfg["input_size"]
+    return sum(p.numel() for p in model.parameters()), _count(model, height, width) // 2
+
+
+def _count(model: nn.Module, height: int, width: int) -> int:
+    """FLOPs of a model on the meta device for one image of so many pixels."""
+    for module in model.modules():
+        if isinstance(module, RPEAttention):
+            # FlopCounterMode (torch 2.12) knows PyTorch's own operators alone and would count a
+            # custom operator of ours as zero. Not needed once the operators register a formula
+            # with torch.utils.flop_counter.register_flop_formula.
+            module.impl = "reference"
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, height, width))
+    return int(counter.get_total_flops())
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Operations per second that a GPU could do in half precision; None where it is not known."""
+    """Peak FLOP/s of a device in half precision; None for a CPU or an unlisted GPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

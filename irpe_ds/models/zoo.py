@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch.utils.flop_counter import FlopCounterMode
 
 from irpe_ds.models.vision_transformer import equip
 from irpe_ds.rpe.config import RPEConfig
@@ -62,21 +60,6 @@ ZOO = {
         _row("small", "cross_56", cross(on="k")),
     )
 }
-
-
-def cost(name: str) -> tuple[int, int]:
-    """Parameters of a timm model, and multiply-accumulates of its matrix products for one image.
-
-    Counted from the model itself on the meta device: nothing is allocated or computed.
-    """
-    with torch.device("meta"):
-        # The counter sees PyTorch's own operators, not those of a fused implementation.
-        impl: dict[str, Any] = {"impl": "reference"} if name in ZOO else {}
-        model: Any = timm.create_model(name, **impl).eval()
-        image = torch.empty(1, *model.pretrained_cfg["input_size"])
-        with FlopCounterMode(display=False) as counter:
-            model(image)
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
 def _released(row: Variant) -> dict[str, object]:

@@ -1,33 +1,37 @@
-"""Fits what no count gives, the shares that are achieved, to a scaling experiment's results."""
+"""Fits assumptions to the results of a scaling experiment."""
 
 import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.optimize import approx_fprime, least_squares
 
 from irpe_ds.errors import ConfigError
+from irpe_ds.planner.assumptions import Assumptions
 from irpe_ds.planner.hardware import Cluster, parse_rate
 from irpe_ds.planner.plan import Scenario
-from irpe_ds.planner.step import Assumptions, step
 from irpe_ds.planner.zero import Zero
 
 COLUMNS = ("model", "ranks", "nodes", "stage", "micro_batch", "images_per_s")
-"""What a row must have; without the others `accumulation` is 1, the rest as the plan has it."""
+"""Columns that a row must have; `accumulation` defaults to 1, the rest to the plan's."""
 
 KNOWN_AXES = {
     *("nodes", "ranks_per_node", "micro_batch", "model.name", "model.rpe"),
     *(f"train.{key}" for key in ("global_batch", "accumulation", "precision", "deepspeed")),
 }
-"""What runs of an experiment may differ in for the plan to know of it; others are left out."""
+"""Axes of an experiment that the plan takes into account; runs with others are left out."""
 
 UNKNOWNS = (("flop_share", "memory_share"), ("link_share",), ("hook_us",), ("latency",))
-"""What may be fitted, the most important first; what stands together moves together."""
+"""Assumptions that may be fitted, the most important first; those of a group move together."""
+
+DELTA = 1e-4
+"""Step of the finite differences, in the logarithm of an assumption."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,25 +45,30 @@ class Result:
     accumulation: int
     images_per_s: float
     network: float | None = None
-    """Rate of a network card, bytes per second. None: as the plan has it."""
+    """Rate of a network card, bytes per second. None: the plan's."""
     file: str | None = None
     """Name of the ZeRO settings. None: those of the stage."""
 
     @property
     def seconds(self) -> float:
-        """Of an update."""
+        """Measured time of an update."""
         return self.micro_batch * self.accumulation * self.ranks / self.images_per_s
+
+    @property
+    def zero(self) -> int | str:
+        """The key of its ZeRO settings."""
+        return self.stage if self.file is None else self.file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Shares that were fitted, and how well the results then agree."""
+    """Fitted assumptions, and how well the results then agree."""
 
     assumed: Assumptions
     results: int
-    """Rows that it was fitted to."""
+    """Number of results that it was fitted to."""
     worst: float
-    """Largest relative difference of a step's time."""
+    """Largest relative error of an update's time."""
 
 
 def read_results(
@@ -69,27 +78,19 @@ def read_results(
     rpe: str = "",
     shape: Mapping[str, Any] | None = None,
 ) -> list[Result]:
-    """The rows of a CSV, or of a JSON, that are about this model in this precision.
+    """The rows of a CSV or JSON with this model in this precision.
 
-    The files of `launch/scaling.py`, or lists of rows with COLUMNS; `rpe` is what `model.rpe` puts
-    relative position on, `shape` what else of the section `model` must be as in the experiment,
-    which a JSON tells and a CSV does not.
+    Takes the files of `launch/scaling.py`, or lists of rows with COLUMNS. Left out are failed
+    runs, which have no speed, and runs on axes that the plan does not take into account.
 
-    Rows without a speed are runs that failed; they are left out, as are runs that differ from the
-    others in what the plan does not tell apart.
+    Args:
+        rpe: what `model.rpe` puts relative position on.
+        shape: keys of the section `model` that must equal the experiment's; a CSV has none.
 
     Raises:
         ConfigError: the file cannot be read, lacks a column, has no such row, or another shape.
     """
-    try:
-        text = path.read_text()
-        is_json = path.suffix == ".json"
-        rows = json.loads(text) if is_json else list(csv.DictReader(io.StringIO(text)))
-    except OSError as error:
-        got = f"{path}: {error.strerror}"
-        raise ConfigError("--calibrate", "a readable CSV or JSON", got) from None
-    except ValueError as error:
-        raise ConfigError(path, "valid JSON", error) from None
+    rows = _read_rows(path)
     if isinstance(rows, dict):
         measured = rows.get("settings", {}).get("model", {})
         for key, value in (shape or {}).items():
@@ -98,20 +99,20 @@ def read_results(
         rows = rows.get("rows", rows)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ConfigError(path, "a list of rows", type(rows).__name__)
+    wanted = {"model": model, "precision": precision, "rpe": rpe}
     found = []
     for number, row in enumerate(rows, 1):
-        if "error" in row and row.get("images_per_s") in ("", None):
+        has_speed = row.get("images_per_s") not in ("", None)
+        if "error" in row and not has_speed:
             continue
         missing = [column for column in COLUMNS if column not in row]
         if missing:
             expected = f"the columns {', '.join(COLUMNS)}"
             raise ConfigError(f"{path}, row {number}", expected, f"none named {missing[0]}")
-        wanted = {"model": model, "precision": precision, "rpe": rpe}
-        same = all(row.get(key, value) == value for key, value in wanted.items())
         axes = row.get("axes") or {}
         axes = json.loads(axes) if isinstance(axes, str) else axes
-        same = same and axes.keys() <= KNOWN_AXES
-        if same and row.get("images_per_s") not in ("", None):
+        same = all(row.get(key, value) == value for key, value in wanted.items())
+        if has_speed and same and axes.keys() <= KNOWN_AXES:
             found.append(_result(row, f"{path}, row {number}"))
     if not found:
         got = f"none among {len(rows)}"
@@ -119,24 +120,35 @@ def read_results(
     return found
 
 
-def _result(row: Mapping[str, Any], where: str) -> Result:
-    names = ("ranks", "nodes", "stage", "micro_batch")
+def _read_rows(path: Path) -> Any:
     try:
-        counts = {name: int(row[name]) for name in names}
+        text = path.read_text()
+        if path.suffix == ".json":
+            return json.loads(text)
+        return list(csv.DictReader(io.StringIO(text)))
+    except OSError as error:
+        got = f"{path}: {error.strerror}"
+        raise ConfigError("--calibrate", "a readable CSV or JSON", got) from None
+    except ValueError as error:
+        raise ConfigError(path, "valid JSON", error) from None
+
+
+def _result(row: Mapping[str, Any], where: str) -> Result:
+    try:
+        counts = {name: int(row[name]) for name in ("ranks", "nodes", "stage", "micro_batch")}
         accumulation, speed = int(row.get("accumulation") or 1), float(row["images_per_s"])
     except (TypeError, ValueError) as error:
         raise ConfigError(where, "numbers", error) from None
     network = row.get("network") or None
-    rate = None if network is None else parse_rate(f"{where}: network", network)
     result = Result(
         **counts,
         accumulation=accumulation,
         images_per_s=speed,
-        network=rate,
+        network=None if network is None else parse_rate(f"{where}: network", network),
         file=row.get("deepspeed") or None,
     )
-    sensible = min(result.ranks, result.nodes, result.micro_batch, accumulation) > 0 and speed > 0
-    if not sensible or result.ranks % result.nodes or result.stage not in (0, 1, 2, 3):
+    positive = min(result.ranks, result.nodes, result.micro_batch, accumulation) > 0 and speed > 0
+    if not positive or result.ranks % result.nodes or result.stage not in (0, 1, 2, 3):
         raise ConfigError(where, "positive numbers, whole nodes, a stage from 0 to 3", dict(row))
     return result
 
@@ -144,95 +156,59 @@ def _result(row: Mapping[str, Any], where: str) -> Result:
 def calibrate(
     scenario: Scenario, cluster: Cluster, results: Sequence[Result], zeros: Mapping[int | str, Zero]
 ) -> Calibration:
-    """Fit what the results depend on, of UNKNOWNS the first as many as there are different runs.
+    """Fit the UNKNOWNS that the results depend on, at most one for each different run.
 
-    Least squares of the logarithm of the time of a step.
+    Least squares of the logarithm of an update's time, over the logarithms of the unknowns.
 
     Args:
-        zeros: the settings that results were measured with, by name or else by stage.
+        zeros: the ZeRO settings that results were measured with, by name or else by stage.
 
     Raises:
-        ConfigError: a result with settings that are not among them.
+        ConfigError: a result with ZeRO settings that are not among them.
     """
     for result in results:
-        if _settings_of(result) not in zeros:
+        if result.zero not in zeros:
             expected = f"results of {', '.join(map(str, zeros))}"
             raise ConfigError("--calibrate", expected, result.file or f"stage {result.stage}")
 
-    def differences(logs: np.ndarray) -> np.ndarray:
-        assumed = _scaled(scenario.assumed, logs)
-        return np.array(
-            [
-                math.log(seconds(scenario, cluster, result, zeros, assumed))
-                - math.log(result.seconds)
-                for result in results
-            ]
-        )
+    def errors(logs: np.ndarray) -> np.ndarray:
+        """Logarithm of planned over measured time, for each result."""
+        tried = replace(scenario, assumed=_scaled(scenario.assumed, logs))
+        times = [(planned_seconds(tried, cluster, r, zeros), r.seconds) for r in results]
+        return np.array([math.log(planned / measured) for planned, measured in times])
 
     runs = {replace(result, images_per_s=1.0) for result in results}
-    slopes = _slopes(differences, np.zeros(len(UNKNOWNS)), range(len(UNKNOWNS)))
-    matter = [n for n, slope in enumerate(slopes.T) if np.abs(slope).max() > 1e-3]
-    matter = matter[: len(runs)]
-    logs = _least_squares(differences, matter)
-    fitted = tuple(name for n in matter for name in UNKNOWNS[n])
-    worst = float(np.abs(np.expm1(differences(logs))).max())
-    assumed = replace(_scaled(scenario.assumed, logs), fitted=fitted)
+    logs = np.zeros(len(UNKNOWNS))
+    slopes = np.abs(approx_fprime(logs, errors, DELTA)).reshape(len(results), -1).max(0)
+    fitted = np.flatnonzero(slopes > 1e-3)[: len(runs)]
+    if len(fitted):
+
+        def errors_of(values: np.ndarray) -> np.ndarray:
+            x = np.zeros(len(UNKNOWNS))
+            x[fitted] = values
+            return errors(x)
+
+        logs[fitted] = least_squares(errors_of, logs[fitted], diff_step=DELTA, xtol=1e-9).x
+    names = tuple(name for n in fitted for name in UNKNOWNS[n])
+    worst = float(np.abs(np.expm1(errors(logs))).max())
+    assumed = replace(_scaled(scenario.assumed, logs), fitted=names)
     return Calibration(assumed=assumed, results=len(results), worst=worst)
 
 
 def _scaled(assumed: Assumptions, logs: np.ndarray) -> Assumptions:
-    factors = {
-        name: float(factor)
-        for names, factor in zip(UNKNOWNS, np.exp(logs), strict=True)
-        for name in names
-    }
-    return replace(assumed, **{name: getattr(assumed, name) * x for name, x in factors.items()})
+    factors = zip(UNKNOWNS, np.exp(logs).tolist(), strict=True)
+    return replace(
+        assumed, **{name: x * getattr(assumed, name) for names, x in factors for name in names}
+    )
 
 
-def _settings_of(result: Result) -> int | str:
-    return result.stage if result.file is None else result.file
-
-
-def seconds(
-    scenario: Scenario,
-    cluster: Cluster,
-    result: Result,
-    zeros: Mapping[int | str, Zero],
-    assumed: Assumptions,
+def planned_seconds(
+    scenario: Scenario, cluster: Cluster, result: Result, zeros: Mapping[int | str, Zero]
 ) -> float:
     """What an update of a result's run is planned to take."""
-    per_node = result.ranks // result.nodes
-    # The network cards of a node stay what they are, however many of its GPUs take part.
-    measured = replace(cluster, gpus=result.ranks, per_node=per_node)
+    # A node has the same network cards, however many of its GPUs take part.
+    measured = replace(cluster, gpus=result.ranks, per_node=result.ranks // result.nodes)
     if result.network is not None:
         measured = replace(measured, inter=result.network * cluster.nics)
-    shape = (result.micro_batch, result.accumulation)
-    zero = zeros[_settings_of(result)]
-    return step(scenario.profile, zero, measured, scenario.config, *shape, assumed).total
-
-
-def _slopes(function: Any, x: np.ndarray, unknowns: Iterable[int]) -> np.ndarray:
-    """Derivatives of the function by these unknowns, a column each."""
-    here, small, units = function(x), 1e-4, np.eye(len(x))
-    return np.stack([(function(x + small * units[n]) - here) / small for n in unknowns], 1)
-
-
-def _least_squares(function: Any, unknowns: Sequence[int]) -> np.ndarray:
-    """Gauss-Newton with halved steps over some of the unknowns; the others stay 0."""
-    x = np.zeros(len(UNKNOWNS))
-    for _ in range(50 if unknowns else 0):
-        here = function(x)
-        change = np.zeros(len(x))
-        slopes = _slopes(function, x, unknowns)
-        change[list(unknowns)] = np.linalg.lstsq(slopes, -here, rcond=1e-6)[0]
-        change = np.clip(change, -2, 2)
-        while np.abs(change).max() > 1e-9 and _norm(function(x + change)) > _norm(here):
-            change = change / 2
-        x = x + change
-        if np.abs(change).max() < 1e-9:
-            break
-    return x
-
-
-def _norm(values: np.ndarray) -> float:
-    return float(np.square(values).sum())
+    own = replace(scenario, zero=zeros[result.zero])
+    return own.step_time(measured, result.micro_batch, result.accumulation).total

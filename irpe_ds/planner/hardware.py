@@ -1,43 +1,44 @@
 """GPUs and the links between them, as rows of tables with their sources."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.models.flops import PEAK_TFLOPS
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class GPU:
-    """What a data sheet says of one GPU; links per direction."""
+    """A data sheet's figures; links per direction."""
 
     name: str
-    """A key of PEAK_TFLOPS, which has the products of half precision."""
+    """A key of models.flops.PEAK_TFLOPS, unless peak_tflops is given."""
     memory_gib: float
     memory_gb_s: float
-    """Bandwidth of its memory, 1e9 bytes per second."""
+    """Memory bandwidth, 1e9 bytes per second."""
     nvlink_gb_s: float | None
-    """To the other GPUs of its node, all links together. None: it has none."""
+    """To the other GPUs of its node, all links together. None: no NVLink."""
     pcie_gb_s: float
     fp32_tflops: float
-    """Products of fp32 matrices without TF32."""
-    tf32: bool = True
-    """Whether products of fp32 matrices may use TF32, at half the rate of bf16."""
-    bf16: bool = True
-    """Whether it multiplies bf16 at the rate of fp16."""
-    peak_tflops: float | None = None
-    """Dense products of half precision with fp32 sums. None: the row of PEAK_TFLOPS."""
+    """Matrix products in fp32 without TF32."""
     source: str
+    tf32: bool = True
+    """Whether fp32 products may use TF32, at half the rate of bf16."""
+    bf16: bool = True
+    """Whether it multiplies in bf16, at the rate of fp16."""
+    peak_tflops: float | None = None
+    """Dense half precision with fp32 accumulation. None: the row of PEAK_TFLOPS."""
 
     def peak_flops(self, precision: str, tf32: bool) -> float:
-        """Operations per second of matrix products under `train.precision`.
+        """Peak FLOP/s of matrix products under `train.precision`.
 
         Raises:
-            ConfigError: the GPU has no products in it.
+            ConfigError: the GPU does not multiply in it.
         """
+        from irpe_ds.models.flops import PEAK_TFLOPS  # imports torch: options are checked before
+
         if precision in ("bf16", "autocast") and not self.bf16:
-            expected = f"fp16 or fp32: {self.name} has no products of bf16"
+            expected = f"fp16 or fp32: {self.name} has no bf16"
             raise ConfigError("train.precision", expected, precision)
         half = PEAK_TFLOPS[self.name] if self.peak_tflops is None else self.peak_tflops
         if precision != "fp32":
@@ -45,56 +46,33 @@ class GPU:
         return 1e12 * (half / 2 if tf32 and self.tf32 else self.fp32_tflops)
 
 
-def _gpu(
-    name: str,
-    memory: float,
-    bandwidth: float,
-    nvlink: float | None,
-    pcie: float,
-    fp32: float,
-    source: str,
-    ampere: bool = True,
-) -> GPU:
-    return GPU(
-        name=name,
-        memory_gib=memory,
-        memory_gb_s=bandwidth,
-        nvlink_gb_s=nvlink,
-        pcie_gb_s=pcie,
-        fp32_tflops=fp32,
-        tf32=ampere,
-        bf16=ampere,
-        source=source,
-    )
-
-
 GPUS = {
     row.name: row
     for row in (
-        _gpu("H200", 141, 4800, 450, 64, 66.9, "NVIDIA H200 data sheet, SXM"),
-        _gpu("H100", 80, 3350, 450, 64, 66.9, "NVIDIA H100 data sheet, SXM"),
-        _gpu("H100 PCIe", 80, 2000, None, 64, 51.2, "NVIDIA H100 data sheet, PCIe"),
-        _gpu("A100", 80, 2039, 300, 32, 19.5, "NVIDIA A100 data sheet, 80 GB SXM"),
-        _gpu("L40S", 48, 864, None, 32, 91.6, "NVIDIA L40S data sheet"),
-        _gpu("RTX 4090", 24, 1008, None, 32, 82.6, "NVIDIA Ada architecture white paper"),
-        _gpu("RTX 3090", 24, 936, None, 32, 35.6, "NVIDIA GA102 architecture white paper"),
-        _gpu("V100", 32, 900, 150, 16, 15.7, "NVIDIA V100 data sheet, 32 GB SXM2", ampere=False),
+        GPU("H200", 141, 4800, 450, 64, 66.9, "NVIDIA H200 data sheet, SXM"),
+        GPU("H100", 80, 3350, 450, 64, 66.9, "NVIDIA H100 data sheet, SXM"),
+        GPU("H100 PCIe", 80, 2000, None, 64, 51.2, "NVIDIA H100 data sheet, PCIe"),
+        GPU("A100", 80, 2039, 300, 32, 19.5, "NVIDIA A100 data sheet, 80 GB SXM"),
+        GPU("L40S", 48, 864, None, 32, 91.6, "NVIDIA L40S data sheet"),
+        GPU("RTX 4090", 24, 1008, None, 32, 82.6, "NVIDIA Ada architecture white paper"),
+        GPU("RTX 3090", 24, 936, None, 32, 35.6, "NVIDIA GA102 architecture white paper"),
+        GPU("V100", 32, 900, 150, 16, 15.7, "NVIDIA V100 data sheet, 32 GB SXM2", False, False),
     )
 }
-"""Memory in GiB as the data sheet names it; NVLink bridges of pairs of cards are left out."""
+"""Memory in GiB as the data sheet has it; NVLink bridges between pairs of cards are left out."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Microseconds of a collective under a protocol, once and for each step."""
+    """Microseconds of a collective under a protocol, once and for each hop."""
 
     name: str
     rate: float
-    """Share of a link's rate that is left for data beside flags."""
+    """Share of a link's rate that carries data, the rest being flags."""
     ring_base: float
     tree_base: float
     ring: tuple[float, float]
-    """A step of a ring within a node, and between nodes."""
+    """A hop of a ring within a node, and between nodes."""
     tree: tuple[float, float]
 
 
@@ -103,54 +81,50 @@ NVLINK = (
     Protocol("LL128", 15 / 16, 14.0, 14.0, (1.9, 4.0), (1.25, 8.5)),
     Protocol("Simple", 1.0, 8.4, 8.4, (3.4, 14.0), (4.0, 14.0)),
 )
-"""Of nodes with NVLink; NCCL, src/graph/tuning.cc: baseLat and hwLat of NVLINK and NET."""
+"""Nodes with NVLink; NCCL, src/graph/tuning.cc: baseLat and hwLat of NVLINK and NET."""
 
 PCIE = (
     Protocol("LL", 1 / 2, 6.6, 6.8, (1.0, 2.7), (1.0, 5.0)),
     Protocol("Simple", 1.0, 8.4, 8.4, (5.7, 14.0), (4.0, 14.0)),
 )
-"""Of nodes without, from the same tables; LL128 needs NVLink."""
+"""Nodes without it, from the same tables; LL128 needs NVLink."""
 
 TCP = (Protocol("TCP", 1.0, 200.0, 200.0, (100.0, 100.0), (100.0, 100.0)),)
-"""Of Gloo, as two processes of a Xeon had it over a virtual link, 200 to 700 us a collective."""
+"""Gloo, as measured with two processes of a Xeon over a virtual link: 200 to 700 us per call."""
 
 BACKENDS = ("nccl", "gloo")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """GPUs and how they are joined; rates in bytes per second and direction."""
+    """GPUs and their links; rates in bytes per second and direction."""
 
     gpu: GPU
     gpus: int
     per_node: int
     intra: float
-    """Of one GPU to the others of its node."""
+    """From one GPU to the others of its node."""
     inter: float
-    """Of one node to the others, all its network cards together."""
+    """From one node to the others, all its network cards together."""
     nics: int
     """Network cards of a node."""
     protocols: tuple[Protocol, ...]
     backend: str = "nccl"
-    """nccl between GPUs, gloo between CPUs: which collectives it has, and how they are made."""
+    """One of BACKENDS: nccl between GPUs, gloo between CPUs."""
 
     @property
     def nodes(self) -> int:
         return -(-self.gpus // self.per_node)
 
-    def with_gpus(self, gpus: int) -> "Cluster":
-        """The same machines, but so many GPUs in all."""
-        return replace(self, gpus=gpus)
-
 
 def find_gpu(name: str) -> GPU:
-    """The row of a GPU, by its name in any case; or one that the user gives, which may be a CPU.
+    """The row of a GPU by its name in any case, or a row that the user gives, as for a CPU.
 
-    `NAME:peak_tflops=0.1,memory_gib=4,memory_gb_s=10` is such a row, and may have nvlink_gb_s,
-    pcie_gb_s and fp32_tflops.
+    `NAME:peak_tflops=0.1,memory_gib=4,memory_gb_s=10` is such a row; nvlink_gb_s,
+    pcie_gb_s and fp32_tflops are optional.
 
     Raises:
-        ConfigError: there is none, or a number of it is missing or none.
+        ConfigError: an unknown name, or a missing or malformed number.
     """
     if ":" in name:
         return _own_gpu(*name.split(":", 1))
@@ -163,7 +137,9 @@ def find_gpu(name: str) -> GPU:
 def _own_gpu(name: str, text: str) -> GPU:
     required = ("peak_tflops", "memory_gib", "memory_gb_s")
     numbers = {"nvlink_gb_s": None, "pcie_gb_s": 32.0, "fp32_tflops": None}
-    expected = f"{name}:key=number,... with {', '.join(required)}, and maybe {', '.join(numbers)}"
+    expected = (
+        f"{name}:key=number,... with {', '.join(required)}, and optionally {', '.join(numbers)}"
+    )
     try:
         given = {key: float(x) for key, x in (part.split("=") for part in text.split(","))}
     except ValueError:
@@ -186,7 +162,7 @@ def build_cluster(
     nics: int | None = None,
     backend: str = "nccl",
 ) -> Cluster:
-    """So many GPUs in nodes, joined as the arguments of the planner say.
+    """So many GPUs in nodes, with these links between them.
 
     Args:
         intra: `nvlink`, `pcie`, or a rate such as `300GB/s`.
@@ -195,7 +171,7 @@ def build_cluster(
         backend: one of BACKENDS.
 
     Raises:
-        ConfigError: a link that the GPU does not have, no rate, or GPUs that do not fill nodes.
+        ConfigError: a link that the GPU lacks, a malformed rate, or a partly filled node.
     """
     nics = per_node if nics is None else nics
     for name, count in (("--gpus", gpus), ("--per-node", per_node), ("--nics", nics)):
@@ -230,7 +206,7 @@ def parse_rate(where: str, text: str, expected: str = "a rate such as 400Gb/s") 
     """Bytes per second of `400Gb/s`, `200Mbit/s` or `50GB/s`: b and bit are bits, B is bytes.
 
     Raises:
-        ConfigError: it is no rate, or none above zero.
+        ConfigError: the text is not a rate, or not a positive one.
     """
     match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(b|bit|B)(?:/s|ps)", text.strip())
     try:

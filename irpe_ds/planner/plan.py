@@ -1,51 +1,48 @@
-"""A run on a cluster: what fits, how fast it is, what it costs, what holds it back."""
+"""A run on a cluster: what fits, how fast it is, what it costs, what bounds it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from irpe_ds.config import RunConfig
 from irpe_ds.errors import ConfigError, UserError
+from irpe_ds.planner.assumptions import IMAGENET_IMAGES, IMAGENET_KB, Assumptions
 from irpe_ds.planner.hardware import Cluster
 from irpe_ds.planner.memory import Memory, largest_micro_batch, memory
 from irpe_ds.planner.profile import Profile
-from irpe_ds.planner.step import Assumptions, Step, step
+from irpe_ds.planner.step import StepTime, step_time
 from irpe_ds.planner.zero import Zero
 
-IMAGENET_IMAGES = 1_281_167
-IMAGENET_KB = 110.0
-"""Training images of ImageNet-1K, and the mean size of its JPEG files in 1000 bytes."""
-
 SIZES = tuple(2**n for n in range(13))
-"""Numbers of GPUs, or of nodes, of tables and figures: 1 to 4096."""
+"""Numbers of GPUs, or of nodes, in tables and figures: 1 to 4096."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """Everything that a plan depends on but the cluster."""
+    """Everything that a plan depends on except the cluster."""
 
     config: RunConfig
     profile: Profile
     zero: Zero
     assumed: Assumptions
     images: int = IMAGENET_IMAGES
-    """Of the training set."""
+    """Images in the training set."""
     image_kb: float = IMAGENET_KB
+    """Mean size of a stored image, 1000 bytes."""
 
     @property
-    def uncounted(self) -> list[str]:
+    def not_counted(self) -> list[str]:
         """What the configuration asks for that the plan leaves out."""
         found = []
         if self.config.distill.kind != "none":
             found.append("the teacher (distill.teacher), its passes and its memory")
         if self.config.model.resolutions:
-            found.append(
-                f"model.resolutions: every epoch is of {self.config.model.img_size} pixels"
-            )
+            pixels = self.config.model.img_size
+            found.append(f"model.resolutions: every epoch is planned at {pixels} pixels")
         return found
 
     @property
     def multiple(self) -> int:
-        """What the images of a forward pass are a multiple of."""
+        """The images of a forward pass are a multiple of this."""
         return 2 if self.config.augment.mixup or self.config.augment.cutmix else 1
 
     def memory(self, cluster: Cluster, micro_batch: int) -> Memory:
@@ -58,20 +55,24 @@ class Scenario:
         found = largest_micro_batch(self.profile, self.zero, cluster, self.config, context)
         return found - found % self.multiple
 
+    def step_time(self, cluster: Cluster, micro_batch: int, accumulation: int) -> StepTime:
+        shape = (micro_batch, accumulation)
+        return step_time(self.profile, self.zero, cluster, self.config, *shape, self.assumed)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class PlanRow:
     """One run on one cluster."""
 
     cluster: Cluster
     micro_batch: int
     accumulation: int
-    step: Step
+    step: StepTime
     memory: Memory
     largest: int
     """The largest micro-batch that fits."""
     efficiency: float
-    """Images per second of a GPU, as a share of what its passes alone would reach at best."""
+    """Images per second of a GPU, over what its forward and backward passes alone could reach."""
     hours: float
     """To the last epoch, training alone."""
     image_kb: float
@@ -90,7 +91,7 @@ class Row:
 
     @property
     def storage_gb_s(self) -> float:
-        """What the loaders of all nodes read, 1e9 bytes per second, while nothing is cached."""
+        """What the loaders of all nodes read while nothing is cached, 1e9 bytes per second."""
         return self.images_per_s * self.image_kb / 1e6
 
     @property
@@ -98,19 +99,21 @@ class Row:
         return self.step.bottleneck(self.cluster)
 
 
-def plan(scenario: Scenario, cluster: Cluster, settings: Mapping[str, Zero] | None = None) -> Row:
+def plan_global_batch(
+    scenario: Scenario, cluster: Cluster, zero_configs: Mapping[str, Zero] | None = None
+) -> PlanRow:
     """The recipe's global batch on these GPUs, in as few micro-steps as fit.
 
     Args:
-        settings: other ZeRO settings by name, to tell which would do where not even one image fits.
+        zero_configs: by name; those that would fit are named where this scenario does not.
 
     Raises:
-        ConfigError: the global batch cannot be shared by them, or not even one image fits.
+        ConfigError: the global batch does not divide evenly, or not even one image fits.
     """
     train, gpus = scenario.config.train, cluster.gpus
     largest = scenario.largest(cluster)
     if not largest:
-        raise _does_not_fit(scenario, cluster, settings or {})
+        raise _does_not_fit(scenario, cluster, zero_configs or {})
     for accumulation in range(train.accumulation, train.global_batch + 1):
         micro, rest = divmod(train.global_batch, gpus * accumulation)
         if micro < scenario.multiple:
@@ -123,22 +126,22 @@ def plan(scenario: Scenario, cluster: Cluster, settings: Mapping[str, Zero] | No
 
 
 def _does_not_fit(
-    scenario: Scenario, cluster: Cluster, settings: Mapping[str, Zero]
+    scenario: Scenario, cluster: Cluster, zero_configs: Mapping[str, Zero]
 ) -> ConfigError:
-    found = {name: replace(scenario, zero=zero) for name, zero in settings.items()}
-    fitting = [name for name, other in found.items() if other.largest(cluster)]
+    others = {name: replace(scenario, zero=zero) for name, zero in zero_configs.items()}
+    fitting = [name for name, other in others.items() if other.largest(cluster)]
     least = scenario.memory(cluster, scenario.multiple).total / 2**30
     expected = f"{least:.1f} GiB or more for {scenario.zero.name} on {cluster.gpus} GPUs"
     if fitting:
         expected += f", or train.deepspeed of {', '.join(fitting)}, which fit"
-    elif settings:
-        fullest = [other.memory(cluster, scenario.multiple).total for other in found.values()]
-        expected += f"; no other stage fits, the smallest needs {min(fullest) / 2**30:.1f} GiB"
-    got = f"{cluster.gpu.memory_gib:g} GiB of one {cluster.gpu.name}"
+    elif others:
+        totals = [other.memory(cluster, scenario.multiple).total for other in others.values()]
+        expected += f"; no other stage fits, the smallest needs {min(totals) / 2**30:.1f} GiB"
+    got = f"{cluster.gpu.memory_gib:g} GiB on one {cluster.gpu.name}"
     return ConfigError("memory", expected, got)
 
 
-def plan_micro_batch(scenario: Scenario, cluster: Cluster, micro_batch: int) -> Row:
+def plan_micro_batch(scenario: Scenario, cluster: Cluster, micro_batch: int) -> PlanRow:
     """So many images on every GPU, whatever the global batch becomes.
 
     Raises:
@@ -149,67 +152,63 @@ def plan_micro_batch(scenario: Scenario, cluster: Cluster, micro_batch: int) -> 
         raise ConfigError("--micro-batch", expected, micro_batch)
     largest = scenario.largest(cluster)
     if micro_batch > largest:
-        expected = f"at most {largest}, which is what fits under {scenario.zero.name}"
+        expected = f"at most {largest}, the most that fit under {scenario.zero.name}"
         raise ConfigError("--micro-batch", expected, micro_batch)
     return _row(scenario, cluster, micro_batch, scenario.config.train.accumulation, largest)
 
 
-def strong(scenario: Scenario, cluster: Cluster) -> Iterator[Row]:
-    """The recipe on 1 to 4096 GPUs, as far as its global batch can be shared."""
-    for size in _sizes(cluster):
+def strong_scaling(scenario: Scenario, cluster: Cluster) -> Iterator[PlanRow]:
+    """The recipe on 1 to 4096 GPUs, as far as its global batch can be divided."""
+    for part in _sizes(cluster):
         try:
-            yield plan(scenario, size)
+            yield plan_global_batch(scenario, part)
         except UserError:
             continue
 
 
-def weak(scenario: Scenario, cluster: Cluster, micro_batch: int) -> Iterator[Row]:
+def weak_scaling(scenario: Scenario, cluster: Cluster, micro_batch: int) -> Iterator[PlanRow]:
     """The same micro-batch on 1 to 4096 GPUs; the global batch grows with them."""
-    for size in _sizes(cluster):
-        largest = scenario.largest(size)
+    for part in _sizes(cluster):
+        largest = scenario.largest(part)
         if micro_batch <= largest:
             accumulation = scenario.config.train.accumulation
-            yield _row(scenario, size, micro_batch, accumulation, largest)
+            yield _row(scenario, part, micro_batch, accumulation, largest)
 
 
 def _sizes(cluster: Cluster) -> Iterator[Cluster]:
-    """A part of a node, nodes, and the cluster itself."""
+    """Parts of a node, whole nodes, and the cluster itself."""
     within = {gpus for gpus in SIZES if gpus <= cluster.per_node}
     nodes = {cluster.per_node * number for number in SIZES}
     for gpus in sorted(within | nodes | {cluster.gpus}):
         if gpus <= max(SIZES[-1], cluster.gpus):
-            yield cluster.with_gpus(gpus)
+            yield replace(cluster, gpus=gpus)
 
 
 def _row(
     scenario: Scenario, cluster: Cluster, micro_batch: int, accumulation: int, largest: int
-) -> Row:
-    shape = (micro_batch, accumulation)
-    taken = step(
-        scenario.profile, scenario.zero, cluster, scenario.config, *shape, scenario.assumed
-    )
-    updates = scenario.config.train.epochs * scenario.images / cluster.gpus
-    speed = micro_batch * accumulation / taken.total
-    return Row(
+) -> PlanRow:
+    step = scenario.step_time(cluster, micro_batch, accumulation)
+    images = scenario.config.train.epochs * scenario.images / cluster.gpus
+    speed = micro_batch * accumulation / step.total
+    return PlanRow(
         cluster=cluster,
         micro_batch=micro_batch,
         accumulation=accumulation,
-        step=taken,
+        step=step,
         memory=scenario.memory(cluster, micro_batch),
         largest=largest,
-        efficiency=speed / best_of_one(scenario, cluster, micro_batch),
-        hours=updates / speed / 3600,
+        efficiency=speed / _best_of_one(scenario, cluster, micro_batch),
+        hours=images / speed / 3600,
         image_kb=scenario.image_kb,
     )
 
 
-def best_of_one(scenario: Scenario, cluster: Cluster, micro_batch: int) -> float:
+def _best_of_one(scenario: Scenario, cluster: Cluster, micro_batch: int) -> float:
     """Images per second of the passes alone on one GPU, with the largest micro-batch that fits.
 
-    One of `micro_batch` where that is larger, as for models that do not fit on one GPU at all.
+    With `micro_batch` where that is larger, as for models that do not fit on one GPU at all.
     """
-    alone = cluster.with_gpus(1)
+    alone = replace(cluster, gpus=1)
     images = max(micro_batch, scenario.largest(alone))
-    config, assumed = scenario.config, scenario.assumed
-    taken = step(scenario.profile, scenario.zero, alone, config, images, 1, assumed)
-    return images / (taken.forward + taken.backward)
+    step = scenario.step_time(alone, images, 1)
+    return images / (step.forward + step.backward)

@@ -1,4 +1,4 @@
-"""What one image costs a model: counted on tensors without memory, from its own operators."""
+"""What one image costs a model, counted on fake tensors from the operators that it calls."""
 
 import math
 from collections.abc import Iterator
@@ -21,21 +21,25 @@ from irpe_ds.training.optim import parameter_groups
 from irpe_ds.training.precision import MODEL, PRODUCTS
 
 IMPLEMENTATIONS = ("auto", "fused", "gather", "reference")
-"""Implementations of the op whose memory is known here."""
-WHOLE = (nn.Linear, nn.Conv2d)
-"""Layers whose gradients DeepSpeed sends in half precision under autocast."""
+"""Implementations of the op whose memory the planner knows."""
+HALF_UNDER_AUTOCAST = (nn.Linear, nn.Conv2d)
+"""Layers whose gradients DeepSpeed sends in half precision under autocast.
+
+Of LOWER_PRECISION_SAFE_MODULES in DeepSpeed 0.19.8, runtime/torch_autocast.py, those that vision
+transformers have; tests/planner/test_deepspeed.py fails when the bytes differ.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """One trained tensor, in the order in which the forward pass uses them."""
+    """One trained tensor, in the order of the forward pass."""
 
     name: str
     shape: tuple[int, ...]
     group: int
-    """Group of the optimizer; ZeRO makes one flat tensor of each."""
+    """Number of its group in the optimizer; stages 1 and 2 make one flat tensor of each."""
     half_gradient: bool
-    """Whether autocast lets DeepSpeed send its gradient in half precision."""
+    """Whether DeepSpeed sends its gradient in half precision under autocast."""
 
     @property
     def numel(self) -> int:
@@ -47,39 +51,39 @@ class Call:
     """A module that ran in the forward pass."""
 
     parameters: tuple[str, ...]
-    """Names of its own, those of modules in it left out."""
+    """Names of its own parameters, without those of its submodules."""
     calls: tuple["Call", ...]
-    """Modules that ran in it, in order."""
+    """Submodules that ran, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Counts of one model in training; bytes and operations are of one image."""
+    """Counts of one model in training; bytes and FLOPs are of one image."""
 
     parameters: tuple[Parameter, ...]
     call: Call
-    """The model itself."""
+    """The whole model."""
     precision: str
     impl: str
-    """Implementation of attention that activations and traffic are counted for."""
+    """Attention implementation that is counted."""
     flops: int
-    """Of the matrix products of the forward pass."""
-    kept: int
-    """Bytes of activations between forward and backward."""
-    kept_once: int
-    """Bytes that are kept however many images there are, such as casts of the weights."""
+    """FLOPs of the matrix products of the forward pass."""
+    saved: int
+    """Bytes of activations that autograd saves for the backward pass."""
+    saved_once: int
+    """Bytes saved for any number of images, such as casts of the weights."""
     largest: int
-    """Bytes of the largest tensor that is kept, without recomputation."""
-    kept_of_block: int
-    """Bytes that one block keeps, without recomputation."""
+    """Bytes of the largest saved tensor, without activation checkpointing."""
+    saved_by_block: int
+    """Bytes that one block saves, without activation checkpointing."""
     traffic: tuple[int, int]
     """Bytes that operators read and write in the forward and the backward pass."""
     traffic_once: tuple[int, int]
-    """The same of the weights, for any batch."""
+    """The same of the weights, for any number of images."""
     kernels: tuple[int, int]
-    """Operators that do something in the forward and the backward pass, for any batch."""
-    recompute: bool
-    """Whether activations are computed again in the backward pass."""
+    """Operators that move data in the forward and the backward pass, for any number of images."""
+    checkpointing: bool
+    """Whether activation checkpointing recomputes them in the backward pass."""
 
     @property
     def numel(self) -> int:
@@ -91,19 +95,19 @@ class Profile:
 
     @property
     def bytes(self) -> int:
-        """Of one number of the model's parameters."""
+        """Bytes of one element of the model's parameters."""
         return torch.finfo(MODEL[self.precision]).bits // 8
 
 
 def profile(config: RunConfig) -> Profile:
-    """Count a training step of the model of a configuration; nothing is computed.
+    """Count a training step of a configuration's model; nothing is computed.
 
     Raises:
-        ConfigError: the model cannot be built, or its op is one whose memory is not known here.
+        ConfigError: the model cannot be built, or the planner does not know the op's memory.
     """
     plain = config.model.model_copy(update={"weights": None, "impl": "auto"})
     if config.model.impl not in IMPLEMENTATIONS:
-        expected = f"one of {', '.join(IMPLEMENTATIONS)}: what they keep is known to the planner"
+        expected = f"one of {', '.join(IMPLEMENTATIONS)}, whose memory the planner knows"
         raise ConfigError("model.impl", expected, config.model.impl)
     with torch.device("meta"):
         model = build_model(plain).train().to(MODEL[config.train.precision])
@@ -123,19 +127,19 @@ def profile(config: RunConfig) -> Profile:
         precision=config.train.precision,
         impl=impl,
         flops=forward_flops(config.model),
-        kept=per_image[0],
-        kept_once=max(0, one.bytes[0] - 2 * per_image[0]),
+        saved=per_image[0],
+        saved_once=max(0, one.bytes[0] - 2 * per_image[0]),
         largest=whole.largest // 4,
-        kept_of_block=whole.bytes[0] // 4 // max(1, len(getattr(model, "blocks", ()))),
+        saved_by_block=whole.bytes[0] // 4 // max(1, len(getattr(model, "blocks", ()))),
         traffic=(per_image[1], per_image[2]),
         traffic_once=(one.bytes[1] - 2 * per_image[1], one.bytes[2] - 2 * per_image[2]),
         kernels=two.kernels,
-        recompute=config.model.grad_checkpointing,
+        checkpointing=config.model.grad_checkpointing,
     )
 
 
 def _call(model: nn.Module, config: RunConfig) -> Call:
-    """Run a model without memory once, to see which of its modules run, and in which order."""
+    """Run a model on the meta device once to see which modules run, in which order."""
     running: list[list[Call]] = [[]]
 
     def begin(*_: Any) -> None:
@@ -145,7 +149,7 @@ def _call(model: nn.Module, config: RunConfig) -> Call:
         inner = running.pop()
         running[-1].append(Call(own, tuple(inner)))
 
-    known = dict(model.named_parameters())  # a shared one by its first name alone
+    known = dict(model.named_parameters())  # a shared parameter has its first name alone
     handles = []
     for prefix, module in model.named_modules():
         if isinstance(module, RPEAttention):
@@ -177,7 +181,7 @@ def _parameters(model: nn.Module, config: RunConfig) -> Iterator[Parameter]:
     half = {
         id(p)
         for module in model.modules()
-        if isinstance(module, WHOLE)
+        if isinstance(module, HALF_UNDER_AUTOCAST)
         for p in module.parameters(recurse=False)
     }
     for name, p in model.named_parameters():
@@ -189,13 +193,13 @@ def _parameters(model: nn.Module, config: RunConfig) -> Iterator[Parameter]:
 @dataclass(frozen=True)
 class _Counts:
     bytes: tuple[int, int, int]
-    """Kept, and moved in the forward and the backward pass."""
+    """Saved, and moved in the forward and the backward pass."""
     largest: int
     kernels: tuple[int, int]
 
 
 class _Traffic(TorchDispatchMode):
-    """Adds up what operators read and write; views and allocations move nothing."""
+    """Adds up the bytes that operators read and write; views and allocations move none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,25 +220,25 @@ class _Traffic(TorchDispatchMode):
 
 
 def _count(model: nn.Module, config: RunConfig, images: int) -> _Counts:
-    """One forward and backward pass of so many images on tensors without memory."""
-    kept: dict[int, Tensor] = {}
+    """Count one forward and backward pass of so many images on fake tensors."""
+    saved: dict[int, Tensor] = {}
 
-    def keep(x: Tensor) -> Tensor:
-        kept[x.untyped_storage()._cdata] = x
+    def save(x: Tensor) -> Tensor:
+        saved[x.untyped_storage()._cdata] = x
         return x
 
     weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
     batch = _images(config, images, "cpu")
     cast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "autocast")
     with _Traffic() as forward, cast:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
             out = model(batch)
             out = out[0] if isinstance(out, tuple) else out
         loss = out.float().sum()
     with _Traffic() as backward:
         loss.backward()
     model.zero_grad()
-    sizes = [x.untyped_storage().nbytes() for key, x in kept.items() if key not in weights]
+    sizes = [x.untyped_storage().nbytes() for key, x in saved.items() if key not in weights]
     return _Counts(
         (sum(sizes), forward.bytes, backward.bytes),
         max(sizes, default=0),
@@ -243,7 +247,7 @@ def _count(model: nn.Module, config: RunConfig, images: int) -> _Counts:
 
 
 def _replace_attention(model: nn.Module, impl: str, dtype: torch.dtype) -> str:
-    """Let attention layers keep and move what they do on a GPU; the implementation's name."""
+    """Make attention layers save and move what they do on a GPU; returns the implementation."""
     used = "timm's fused attention"
     for parent in list(model.modules()):
         attention: Any = getattr(parent, "attn", None)
@@ -253,7 +257,7 @@ def _replace_attention(model: nn.Module, impl: str, dtype: torch.dtype) -> str:
         if isinstance(attention, RPEAttention):
             reason = unsupported_reason(attention.dispatch_key("cuda", dtype))
             if impl == "fused" and reason is not None:
-                raise ConfigError("model.impl", "an implementation that takes the model", reason)
+                raise ConfigError("model.impl", "an implementation that can run the model", reason)
             name = impl if impl != "auto" else "fused" if reason is None else "gather"
             used = name
         if name == "fused":
@@ -264,7 +268,7 @@ def _replace_attention(model: nn.Module, impl: str, dtype: torch.dtype) -> str:
 
 
 class _FusedAttention(nn.Module):
-    """Keeps of attention what a fused kernel does: inputs, output and log-sum-exp."""
+    """Attention that saves what a fused kernel saves: inputs, output and log-sum-exp."""
 
     def __init__(self, attention: Any) -> None:
         super().__init__()

@@ -1,92 +1,66 @@
-"""How long an update takes, and what most of that time goes to."""
+"""How long an update takes, and what bounds it."""
 
 from dataclasses import dataclass
 
 from irpe_ds.config import RunConfig
 from irpe_ds.models.flops import TRAINING
-from irpe_ds.planner.communication import Collective, collectives, seconds
+from irpe_ds.planner.assumptions import Assumptions
+from irpe_ds.planner.communication import Collective, collective_seconds
+from irpe_ds.planner.deepspeed import collectives, shard_size
 from irpe_ds.planner.hardware import Cluster
-from irpe_ds.planner.memory import shard_size
 from irpe_ds.planner.profile import Profile
 from irpe_ds.planner.zero import Zero
 
 
 @dataclass(frozen=True, kw_only=True)
-class Assumptions:
-    """Inputs that no count gives; each is assumed until a calibration fits it."""
-
-    flop_share: float = 0.7
-    """Share of the GPU's peak that matrix products reach."""
-    memory_share: float = 0.8
-    """Share of its memory bandwidth that all other operators reach."""
-    link_share: float = 0.8
-    """Share of the links' rates that collectives reach."""
-    launch_us: float = 10.0
-    """Host time of one operator, microseconds; a GPU that is faster waits for it."""
-    latency: float = 1.0
-    """Latency of collectives, as a multiple of what tables of their library say."""
-    hook_us: float = 100.0
-    """Host time of ZeRO 3 for a parameter in a pass, to gather it and to let it go."""
-    context_gib: float = 1.5
-    """Memory of CUDA, NCCL and libraries."""
-    host_gb_s: float = 200.0
-    """Memory bandwidth of a node's host, which an offloaded optimizer shares."""
-    pcie_share: float = 0.8
-    """Share of PCIe's rate that offloading reaches."""
-    fitted: tuple[str, ...] = ()
-    """Names of those that a calibration has fitted."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
+class StepTime:
     """Seconds of one update of one rank."""
 
     forward: float
     backward: float
     optimizer: float
     communication: float
-    """What is waited for, beyond the passes that it goes on beside."""
-    hidden: float
-    """Communication beside the passes."""
-    arithmetic: float
-    """Of forward and backward: matrix products alone."""
+    """Exposed: not overlapped with forward and backward."""
+    overlapped: float
+    """Communication beside forward and backward."""
+    products: float
+    """Matrix products in forward and backward."""
     launches: float
-    """Of forward and backward: what the host needs to start their operators."""
+    """Host time to launch the operators of forward and backward."""
     latency: float
-    """Of all communication: what would be left on infinitely fast links."""
+    """All communication's time on infinitely fast links."""
     offload: float
     """Of the optimizer: transfers to and from the host, and the host's own work."""
 
     @property
     def total(self) -> float:
-        return self.forward + self.backward + self.optimizer + self.communication
+        return sum(self.parts.values())
 
     @property
-    def split(self) -> dict[str, float]:
-        """The four parts of the step."""
+    def parts(self) -> dict[str, float]:
+        """The four parts of the update."""
         names = ("forward", "backward", "optimizer", "communication")
         return {name: getattr(self, name) for name in names}
 
     def bottleneck(self, cluster: Cluster) -> str:
-        """What most of the step goes to, in words."""
+        """What most of the update is spent on, in words."""
         compute = self.forward + self.backward
-        parts = {"compute": compute, "update": self.optimizer, "wait": self.communication}
-        largest = max(parts, key=parts.__getitem__)
-        if largest == "update":
+        largest = max(compute, self.optimizer, self.communication)
+        if largest == compute:
+            if self.launches >= 0.99 * compute:
+                return "launching operators: too few images per GPU"
+            if self.products > compute / 2:
+                return "matrix products"
+            return "memory bandwidth of the GPU"
+        if largest == self.optimizer:
             what = "offloading" if self.offload > self.optimizer / 2 else "memory bandwidth"
-            return f"the update of the weights ({what})"
-        if largest == "wait":
-            link = "between nodes" if cluster.nodes > 1 else "within the node"
-            late = self.latency > (self.communication + self.hidden) / 2
-            return f"communication {link} ({'latency' if late else 'bandwidth'})"
-        if self.launches >= 0.99 * compute:
-            return "starting operators: the batch of a GPU is too small"
-        if self.arithmetic > compute / 2:
-            return "matrix products"
-        return "memory bandwidth of the GPU"
+            return f"the optimizer's update ({what})"
+        link = "between nodes" if cluster.nodes > 1 else "within the node"
+        late = self.latency > (self.communication + self.overlapped) / 2
+        return f"communication {link} ({'latency' if late else 'bandwidth'})"
 
 
-def step(
+def step_time(
     profile: Profile,
     zero: Zero,
     cluster: Cluster,
@@ -94,33 +68,33 @@ def step(
     micro_batch: int,
     accumulation: int,
     assumed: Assumptions,
-) -> Step:
+) -> StepTime:
     """The time of one update of so many micro-steps."""
     gpu = cluster.gpu
     peak = gpu.peak_flops(profile.precision, config.train.tf32) * assumed.flop_share
     bandwidth = 1e9 * gpu.memory_gb_s * assumed.memory_share
-    backwards = TRAINING if profile.recompute else TRAINING - 1
-    products = [images * profile.flops * micro_batch / peak for images in (1, backwards)]
+    backwards = TRAINING if profile.checkpointing else TRAINING - 1
+    products = [factor * profile.flops * micro_batch / peak for factor in (1, backwards)]
     passes, launches = [], 0.0
     for n in (0, 1):
         moved = micro_batch * profile.traffic[n] + profile.traffic_once[n]
-        computed, started = products[n] + moved / bandwidth, assumed.launch_us * profile.kernels[n]
+        device, host = products[n] + moved / bandwidth, assumed.launch_us * profile.kernels[n]
         hooks = assumed.hook_us * len(profile.parameters) if zero.stage == 3 else 0.0
-        if cluster.backend == "gloo":  # host and device are one
-            computed, hooks = computed + 1e-6 * hooks, 0.0
-        started = 1e-6 * (started + hooks)
-        passes.append(accumulation * max(computed, started))
-        launches += accumulation * started
+        if cluster.backend == "gloo":  # the host is the device
+            device, hooks = device + 1e-6 * hooks, 0.0
+        host = 1e-6 * (host + hooks)
+        passes.append(accumulation * max(device, host))
+        launches += accumulation * host
     sends = collectives(profile, zero, cluster, accumulation)
-    waited, hidden, latency = _communication(sends, zero, cluster, passes, assumed)
+    exposed, overlapped, latency = _communication(sends, zero, cluster, passes, assumed)
     optimizer, offload = _update(profile, zero, cluster, config, assumed)
-    return Step(
+    return StepTime(
         forward=passes[0],
         backward=passes[1],
         optimizer=optimizer,
-        communication=waited,
-        hidden=hidden,
-        arithmetic=accumulation * sum(products),
+        communication=exposed,
+        overlapped=overlapped,
+        products=accumulation * sum(products),
         launches=launches,
         latency=latency,
         offload=offload,
@@ -134,30 +108,32 @@ def _communication(
     passes: list[float],
     assumed: Assumptions,
 ) -> tuple[float, float, float]:
-    """Seconds that are waited for, that are hidden, and that are latency."""
-    waited = latency = 0.0
+    """Seconds exposed, overlapped, and of latency in both."""
+    exposed = latency = 0.0
     beside = {"forward": 0.0, "backward": 0.0}
     for send in sends:
-        late, transfer = seconds(send, cluster, zero.partition, assumed.link_share)
+        late, transfer = collective_seconds(
+            send, cluster, zero.hpz_partition_size, assumed.link_share
+        )
         late *= assumed.latency
         latency += late
-        share = send.waited if send.hides_in else 1.0
-        waited += share * (late + transfer)
-        if send.hides_in:
-            beside[send.hides_in] += (1 - share) * (late + transfer)
+        share = send.exposed if send.overlaps else 1.0
+        exposed += share * (late + transfer)
+        if send.overlaps:
+            beside[send.overlaps] += (1 - share) * (late + transfer)
     room = dict(zip(beside, passes, strict=True))
     over = sum(max(0.0, beside[name] - room[name]) for name in beside)
-    return waited + over, sum(beside.values()) - over, latency
+    return exposed + over, sum(beside.values()) - over, latency
 
 
 def _update(
     profile: Profile, zero: Zero, cluster: Cluster, config: RunConfig, assumed: Assumptions
 ) -> tuple[float, float]:
-    """Seconds of AdamW and the moving average, and of those the host's and its link's."""
+    """Seconds of AdamW and the moving average, and how many of them offloading takes."""
     shard = shard_size(profile, zero, cluster.gpus)
     # Read and written: master, two moments, average; read: gradient; and the model's own weights.
-    average = config.train.ema_decay is not None
-    moved = shard * (24 + 4 + 2 * profile.bytes + (12 if average else 0))
+    has_ema = config.train.ema_decay is not None
+    moved = shard * (24 + 4 + 2 * profile.bytes + (12 if has_ema else 0))
     if not zero.offload_optimizer:
         return moved / (1e9 * cluster.gpu.memory_gb_s * assumed.memory_share), 0.0
     ranks_here = min(cluster.gpus, cluster.per_node)

@@ -1,112 +1,119 @@
-"""What a ZeRO JSON asks DeepSpeed for, with DeepSpeed's own defaults."""
+"""The ZeRO settings of a JSON that memory and communication depend on."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pydantic
-
 from irpe_ds.errors import ConfigError
+from irpe_ds.training.deepspeed_config import parse_zero, read_ds_config
 
 COMMUNICATION_BYTES = {"fp16": 2, "bf16": 2, "bfp16": 2, "fp32": 4}
 """Values of DeepSpeed's communication_data_type."""
 
+DEFAULTS: dict[str, Any] = {
+    "reduce_bucket_size": 500_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "overlap_comm": None,
+    "contiguous_gradients": True,
+    "offload_optimizer": None,
+    "offload_param": None,
+    "zero_quantized_weights": False,
+    "zero_quantized_gradients": False,
+    "zero_hpz_partition_size": 1,
+}
+"""Of DeepSpeedZeroConfig in 0.19.8, for a machine without DeepSpeed; a test compares them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Zero:
-    """The settings of `zero_optimization` that memory and communication depend on."""
+    """Settings of `zero_optimization`, under DeepSpeed's names; sizes are in elements."""
 
     stage: int
-    reduce_bucket: int
-    """Elements of a gradient bucket."""
-    prefetch_bucket: int
-    """Stage 3: elements that are gathered ahead."""
-    persistence_threshold: int
+    reduce_bucket_size: int
+    prefetch_bucket_size: int
+    """Stage 3: elements gathered ahead."""
+    param_persistence_threshold: int
     """Stage 3: smaller parameters stay whole on every rank."""
     max_reuse_distance: int
-    """Stage 3: a parameter that is used again within so many elements is not let go."""
-    overlap: bool
-    """Whether gradients are reduced while the backward pass goes on."""
-    contiguous: bool
-    """Whether gradients are copied into a bucket that is allocated whole."""
+    """Stage 3: a parameter that is used again within so many elements is not released."""
+    overlap_comm: bool
+    """Whether gradients are reduced during the backward pass."""
+    contiguous_gradients: bool
+    """Whether gradients are copied into a bucket that is allocated as one tensor."""
     offload_optimizer: bool
     offload_param: bool
     quantized_weights: bool
     """qwZ of ZeRO++: parameters are gathered as 8-bit integers."""
     quantized_gradients: bool
-    """qgZ of ZeRO++: gradients travel as 4-bit integers, in a node and then between nodes."""
+    """qgZ of ZeRO++: gradients are sent as 4-bit integers, in a node and then between nodes."""
+    hpz_partition_size: int
+    """hpZ of ZeRO++: ranks that share a second copy of the parameters; 1 turns it off."""
     communication_bytes: int | None
-    """Bytes of a number of a gradient on its way. None: as the model's precision has it."""
-    partition: int
-    """hpZ of ZeRO++: ranks that share a second copy of the parameters; 1: there is none."""
+    """Bytes per gradient element when sent. None: as in the model's precision."""
 
     @property
     def name(self) -> str:
-        """`stage 3 + offload`, as tables call it."""
-        parts = [f"stage {self.stage}"]
-        parts += ["offload"] if self.offload_optimizer or self.offload_param else []
-        extras = (
-            ("qwZ", self.quantized_weights),
-            ("hpZ", self.partition > 1),
-            ("qgZ", self.quantized_gradients),
-        )
-        return " + ".join([*parts, *(name for name, on in extras if on)])
+        """`stage 3 + offload`, as in tables."""
+        parts = {
+            f"stage {self.stage}": True,
+            "offload": self.offload_optimizer or self.offload_param,
+            "qwZ": self.quantized_weights,
+            "hpZ": self.hpz_partition_size > 1,
+            "qgZ": self.quantized_gradients,
+        }
+        return " + ".join(name for name, on in parts.items() if on)
 
 
 def read_zero(path: Path) -> Zero:
-    """The settings of a file of `ds_configs/`.
+    """The settings in a file of `ds_configs/`.
 
     Raises:
-        ConfigError: it cannot be read, or DeepSpeed does not know what it says.
+        ConfigError: the file cannot be read, or DeepSpeed rejects a key or a value.
     """
-    try:
-        settings = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(path, "a readable JSON file", error.strerror) from None
-    except ValueError as error:
-        raise ConfigError(path, "valid JSON", error) from None
-    section = settings.get("zero_optimization") if isinstance(settings, dict) else None
-    if not isinstance(section, dict) or section.get("stage") not in (0, 1, 2, 3):
-        raise ConfigError(path, "zero_optimization.stage of 0, 1, 2 or 3", section)
-    return zero_of(section, settings.get("communication_data_type"), str(path))
+    ds_config = read_ds_config(path)
+    communication = ds_config.get("communication_data_type")
+    return zero_of(ds_config["zero_optimization"], communication, str(path))
 
 
 def zero_of(
-    section: dict[str, Any], communication: str | None = None, where: str = "zero_optimization"
+    section: dict[str, Any], communication: str | None = None, where: str = "ds_config"
 ) -> Zero:
-    """The settings of a section `zero_optimization`, and of `communication_data_type`.
+    """The settings in a section `zero_optimization`, and in `communication_data_type`.
+
+    Without DeepSpeed, unknown keys pass and its defaults are those of 0.19.8.
 
     Raises:
-        ConfigError: DeepSpeed does not know what they say.
+        ConfigError: DeepSpeed rejects a key or a value.
     """
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
     try:
-        parsed = DeepSpeedZeroConfig(**section)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{where}: {key}", first["msg"], repr(first["input"])) from None
+        values = parse_zero(section, f"{where}: zero_optimization").model_dump(by_alias=True)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "deepspeed":
+            raise
+        values = DEFAULTS | section
     if communication is not None and communication not in COMMUNICATION_BYTES:
         expected = f"one of {', '.join(COMMUNICATION_BYTES)}"
         raise ConfigError(f"{where}: communication_data_type", expected, repr(communication))
+    overlap = values["overlap_comm"]
     return Zero(
+        stage=int(values["stage"]),
+        reduce_bucket_size=int(values["reduce_bucket_size"]),
+        prefetch_bucket_size=int(values["stage3_prefetch_bucket_size"]),
+        param_persistence_threshold=int(values["stage3_param_persistence_threshold"]),
+        max_reuse_distance=int(values["stage3_max_reuse_distance"]),
+        # DeepSpeedZeroConfig.overlap_comm_valid: on by default in stage 3 alone.
+        overlap_comm=values["stage"] == 3 if overlap is None else bool(overlap),
+        contiguous_gradients=bool(values["contiguous_gradients"]),
+        offload_optimizer=_on_host(values["offload_optimizer"]),
+        offload_param=_on_host(values["offload_param"]),
+        quantized_weights=bool(values["zero_quantized_weights"]),
+        quantized_gradients=bool(values["zero_quantized_gradients"]),
+        hpz_partition_size=int(values["zero_hpz_partition_size"]),
         communication_bytes=COMMUNICATION_BYTES.get(communication or ""),
-        stage=int(parsed.stage),
-        reduce_bucket=int(parsed.reduce_bucket_size),
-        prefetch_bucket=int(parsed.prefetch_bucket_size),
-        persistence_threshold=int(parsed.param_persistence_threshold),
-        max_reuse_distance=int(parsed.max_reuse_distance),
-        overlap=bool(parsed.overlap_comm),
-        contiguous=bool(parsed.contiguous_gradients),
-        offload_optimizer=_on_host(parsed.offload_optimizer),
-        offload_param=_on_host(parsed.offload_param),
-        quantized_weights=bool(parsed.zero_quantized_weights),
-        quantized_gradients=bool(parsed.zero_quantized_gradients),
-        partition=int(parsed.zero_hpz_partition_size),
     )
 
 
-def _on_host(offload: Any) -> bool:
-    return offload is not None and str(getattr(offload.device, "value", offload.device)) == "cpu"
+def _on_host(offload: dict[str, Any] | None) -> bool:
+    return offload is not None and offload.get("device") == "cpu"

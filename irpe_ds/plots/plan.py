@@ -4,11 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from irpe_ds.planner.assumptions import MEANINGS
 from irpe_ds.planner.memory import Memory
-from irpe_ds.planner.plan import SIZES, Row
+from irpe_ds.planner.plan import SIZES, PlanRow
+from irpe_ds.planner.report import Report
 from irpe_ds.plots.style import FAINT, INK, PALE, frame, titled
 
 COLOURS = ("#0072B2", "#D55E00")
+SHARES = ("flop_share", "memory_share", "link_share")
 PARTS = {
     "forward": "#56B4E9",
     "backward": "#0072B2",
@@ -41,39 +44,43 @@ _LEGEND: dict[str, Any] = {
 _TEXT: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5}
 
 
-def draw(
-    path: Path,
-    title: str,
-    note: str,
-    rows: tuple[Sequence[Row], Sequence[Row]],
-    plan: Row,
-    memory: Mapping[str, Memory],
-) -> None:
-    """Write the figure.
-
-    Args:
-        note: what of it is fitted and what assumed.
-        rows: plans with the recipe's global batch, and with one micro-batch.
-        plan: the one that the memory is of.
-        memory: by ZeRO settings.
-    """
-    figure = titled(title, note, (11.5, 8.2))
+def draw_plan(path: Path, report: Report) -> None:
+    """Write the figure of a plan."""
+    scenario, row = report.scenario, report.row
+    title = (
+        f"{scenario.config.model.name}, {scenario.config.train.precision}, "
+        f"{scenario.zero.name}, nodes of {row.cluster.per_node} {row.cluster.gpu.name}"
+    )
+    figure = titled(title, _note(report), (11.5, 8.2))
     grid = figure.subplots(2, 2)
-    strong, weak = rows
+    strong, weak = report.strong, report.weak
     names = {
         f"global batch {strong[0].global_batch:,}" if strong else "": strong,
         f"{weak[0].micro_batch} images per GPU" if weak else "": weak,
     }
-    curves = {name: found for name, found in names.items() if found}
+    curves = {name: rows for name, rows in names.items() if rows}
     _speed(grid[0][0], curves)
     _efficiency(grid[0][1], curves)
     _step(grid[1][0], strong or weak, next(iter(curves)))
-    _memory(grid[1][1], plan, memory)
+    _memory(grid[1][1], row, report.memory)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
-def _speed(axes: Any, curves: Mapping[str, Sequence[Row]]) -> None:
+def _note(report: Report) -> str:
+    """What is counted, and which of the main assumptions are fitted."""
+    shares = [
+        f"{getattr(report.scenario.assumed, name):.2g} {MEANINGS[name]} "
+        f"({report.origins[name].split()[0]})"
+        for name in SHARES
+    ]
+    return (
+        "Planned, not measured. Memory, FLOPs and bytes are counted; speed takes these "
+        f"shares:\n{'; '.join(shares)}."
+    )
+
+
+def _speed(axes: Any, curves: Mapping[str, Sequence[PlanRow]]) -> None:
     frame(axes, "Throughput", "images per second")
     _over_gpus(axes)
     every = [row for rows in curves.values() for row in rows]
@@ -86,14 +93,14 @@ def _speed(axes: Any, curves: Mapping[str, Sequence[Row]]) -> None:
     axes.legend(loc="lower right", frameon=False, fontsize=9.5, labelcolor=INK)
 
 
-def _efficiency(axes: Any, curves: Mapping[str, Sequence[Row]]) -> None:
+def _efficiency(axes: Any, curves: Mapping[str, Sequence[PlanRow]]) -> None:
     frame(axes, "Efficiency", "% of forward and backward alone")
     _over_gpus(axes)
     _lines(axes, curves, lambda row: 100 * row.efficiency)
     axes.set_ylim(0, 105)
 
 
-def _step(axes: Any, rows: Sequence[Row], name: str) -> None:
+def _step(axes: Any, rows: Sequence[PlanRow], name: str) -> None:
     frame(axes, f"Parts of an update, {name}", "% of its time")
     _over_gpus(axes)
     apart = [rows[0]]  # a bar is as wide as half its place
@@ -103,7 +110,7 @@ def _step(axes: Any, rows: Sequence[Row], name: str) -> None:
     below = [0.0] * len(apart)
     places = [row.cluster.gpus for row in apart]
     for part, colour in PARTS.items():
-        shares = [100 * row.step.split[part] / row.step.total for row in apart]
+        shares = [100 * row.step.parts[part] / row.step.total for row in apart]
         wide = [0.5 * place for place in places]
         label = "communication, exposed" if part == "communication" else part
         axes.bar(places, shares, bottom=below, width=wide, color=colour, label=label)
@@ -117,9 +124,9 @@ def _step(axes: Any, rows: Sequence[Row], name: str) -> None:
     axes.legend(loc="upper left", ncols=4, **_LEGEND)
 
 
-def _memory(axes: Any, plan: Row, memory: Mapping[str, Memory]) -> None:
-    cluster = plan.cluster
-    title = f"Memory per GPU, {plan.micro_batch} images on each of {cluster.gpus}"
+def _memory(axes: Any, row: PlanRow, memory: Mapping[str, Memory]) -> None:
+    cluster = row.cluster
+    title = f"Memory per GPU, {row.micro_batch} images on each of {cluster.gpus}"
     frame(axes, title, "")
     axes.set_xlabel(f"GiB of {cluster.gpu.memory_gib:g}", color=INK)
     axes.grid(axis="y", visible=False)
@@ -140,7 +147,9 @@ def _memory(axes: Any, plan: Row, memory: Mapping[str, Memory]) -> None:
     axes.legend(loc="upper left", ncols=4, **_LEGEND)
 
 
-def _lines(axes: Any, curves: Mapping[str, Sequence[Row]], value: Callable[[Row], float]) -> None:
+def _lines(
+    axes: Any, curves: Mapping[str, Sequence[PlanRow]], value: Callable[[PlanRow], float]
+) -> None:
     for colour, (name, rows) in zip(COLOURS, curves.items(), strict=False):
         x, y = [row.cluster.gpus for row in rows], [value(row) for row in rows]
         axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=4, label=name)

@@ -1,6 +1,7 @@
 """DeepSpeed's configuration: ZeRO and communication from a JSON file, the rest from the YAML."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -48,7 +49,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
             does not know, or does not fit the precision or the batch size.
     """
     train = config.train
-    ds_config = _read_json(config)
+    ds_config = read_ds_config(train.deepspeed)
+    _check_keys(train.deepspeed, ds_config)
     _check_zero(config, ds_config["zero_optimization"], world_size)
     _check_precision(config, ds_config["zero_optimization"]["stage"])
     ds_config |= {
@@ -99,19 +101,48 @@ def _check_precision(config: RunConfig, stage: int) -> None:
         raise ConfigError("train.precision", expected, precision)
 
 
-def _read_json(config: RunConfig) -> dict[str, Any]:
-    path = config.train.deepspeed
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """A file of `ds_configs/`, which has at least a ZeRO stage.
+
+    Raises:
+        ConfigError: the file cannot be read, is not JSON, or lacks the stage.
+    """
     try:
-        settings = json.loads(path.read_text())
+        ds_config = json.loads(path.read_text())
     except OSError as error:
         got = f"{path}: {error.strerror}"
         raise ConfigError("train.deepspeed", "a readable JSON file", got) from None
     except ValueError as error:
         raise ConfigError(path, "valid JSON", error) from None
-    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
+    zero = ds_config.get("zero_optimization") if isinstance(ds_config, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
         raise ConfigError(path, "zero_optimization.stage of 0, 1, 2 or 3", zero)
-    for key, value in settings.items():
+    return dict(ds_config)
+
+
+def parse_zero(section: dict[str, Any], where: str) -> Any:
+    """DeepSpeed's own `DeepSpeedZeroConfig` of a section `zero_optimization`.
+
+    Args:
+        where: the section's place in messages, such as `zero1.json: zero_optimization`.
+
+    Raises:
+        ConfigError: DeepSpeed rejects a key or a value.
+        ModuleNotFoundError: DeepSpeed is not installed.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        return DeepSpeedZeroConfig(**section)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, (where, *first["loc"])))
+        raise ConfigError(key, first["msg"], repr(first["input"])) from None
+
+
+def _check_keys(path: Path, ds_config: dict[str, Any]) -> None:
+    """Raise ConfigError for a key that belongs to the YAML, or has no place in the JSON."""
+    for key, value in ds_config.items():
         got = f"{key}: {json.dumps(value)}"
         if key in OWNED_BY_YAML:
             expected = f"no {key!r}: {OWNED_BY_YAML[key]} in the YAML sets it"
@@ -119,21 +150,14 @@ def _read_json(config: RunConfig) -> dict[str, Any]:
         if key not in ALLOWED:
             expected = f"only ZeRO and communication settings ({', '.join(sorted(ALLOWED))})"
             raise ConfigError(path, expected, got)
-    return settings
 
 
 def _check_zero(config: RunConfig, zero: dict[str, Any], world_size: int) -> None:
-    """Raise ConfigError for what DeepSpeed does not know, or could not do in this run."""
+    """Raise ConfigError for what DeepSpeed rejects, or could not do in this run."""
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     path, stage = config.train.deepspeed, zero["stage"]
-    try:
-        parsed = DeepSpeedZeroConfig(**zero)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, ("zero_optimization", *first["loc"])))
-        raise ConfigError(f"{path}: {where}", first["msg"], repr(first["input"])) from None
+    parsed = parse_zero(zero, f"{path}: zero_optimization")
     if not parsed.compute_grad_norm:
         expected = "true: by the norm an update is known whose gradients are not finite"
         raise ConfigError(f"{path}: zero_optimization.compute_grad_norm", expected, "false")

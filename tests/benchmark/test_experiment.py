@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from irpe_ds.benchmark.experiment import Experiment, load_experiment
-from irpe_ds.errors import ConfigError
+from irpe_ds.errors import ClusterError, ConfigError
 
 QUICKSTART = Path("launch/configs/quickstart.yaml").resolve()
 
@@ -95,11 +95,11 @@ def test_mistakes_are_named(
         (None, "expected a hostfile"),
     ],
 )
-def test_hosts_that_are_not_there(hosts: str | None, got: str, tmp_path: Path) -> None:
+def test_missing_hosts(hosts: str | None, got: str, tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     if hosts is not None:
         path.write_text(hosts)
-    with pytest.raises(ConfigError, match=got):
+    with pytest.raises(ClusterError, match=got):
         load(tmp_path, {"nodes": [1, 2], "ranks_per_node": 2}, hostfile=str(path))
 
 

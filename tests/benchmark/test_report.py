@@ -8,15 +8,12 @@ from typing import Any
 
 import pytest
 
-from irpe_ds.benchmark.cell import PHASES
-from irpe_ds.benchmark.report import facet, varied, write_report
-from irpe_ds.benchmark.runner import read_results_file
+from irpe_ds.benchmark.report import panel_title, varied, write_report
+from irpe_ds.benchmark.rows import PHASES, CellRow, read_results_file
 from irpe_ds.errors import ConfigError
 
-Row = dict[str, Any]
 
-
-def row(ranks: int, speed: float, zero: str = "zero1", **more: Any) -> Row:
+def row(ranks: int, speed: float, zero: str = "zero1", **more: Any) -> CellRow:
     axes = {"ranks_per_node": ranks, "train.deepspeed": zero, "micro_batch": 32}
     axes |= more.pop("axes", {})
     return {
@@ -34,7 +31,7 @@ def row(ranks: int, speed: float, zero: str = "zero1", **more: Any) -> Row:
     }
 
 
-def results(*rows: Row) -> dict[str, Any]:
+def results(*rows: CellRow) -> dict[str, Any]:
     return {"name": "x<y", "settings": {"seed": 0}, "rows": list(rows)}
 
 
@@ -81,11 +78,11 @@ def test_panels_are_told_apart_by_what_differs() -> None:
     rows = [row(1, 1), row(1, 1, precision="fp32"), row(1, 1, axes={"optim.lr": 3})]
     names = varied(rows)
     assert names == ["precision", "optim.lr"]
-    assert facet(rows[1], names) == "32 images per rank, fp32, lr None"
+    assert panel_title(rows[1], names) == "32 images per rank, fp32, lr None"
     gpu = row(2, 1, device="H100", axes={"seed": 1})
     assert varied([row(1, 1, axes={"seed": 0}), gpu]) == ["device", "seed"]
     strong = row(2, 1, scaling="strong")
-    assert facet(strong, []) == "64 in all"
+    assert panel_title(strong, []) == "64 in all"
 
 
 def test_only_failures_are_reported_too(tmp_path: Path) -> None:

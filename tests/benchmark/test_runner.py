@@ -1,6 +1,7 @@
 """An experiment that is stopped, fails in a cell, hangs, or is called again."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +12,8 @@ import pytest
 
 from irpe_ds.benchmark import runner
 from irpe_ds.benchmark.experiment import Cell, Experiment, load_experiment
-from irpe_ds.benchmark.runner import Results, read_results_file, run_experiment
+from irpe_ds.benchmark.rows import Results, read_results_file
+from irpe_ds.benchmark.runner import run_experiment
 from irpe_ds.errors import CheckpointError, ConfigError
 from irpe_ds.training.start import lock
 from tests.benchmark.test_experiment import write
@@ -176,7 +178,8 @@ def test_what_a_killed_one_has_started_is_not_disturbed(tmp_path: Path) -> None:
         "    waits = 'touch begun; while [ ! -e go ]; do sleep 0.1; done'\n"
         "    _launch(['sh', '-c', waits], Path('output'), 600, held)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
     end = time.monotonic() + 60
     while not (tmp_path / "begun").exists():
         assert time.monotonic() < end

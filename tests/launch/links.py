@@ -12,18 +12,19 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from irpe_ds.benchmark.experiment import load_experiment
-from irpe_ds.benchmark.runner import RESULTS
+from irpe_ds.benchmark.rows import RESULTS
 from irpe_ds.cli import run
 from irpe_ds.errors import ConfigError
-from irpe_ds.planner.calibrate import Result, calibrate, read_results, seconds
+from irpe_ds.planner.assumptions import Assumptions
+from irpe_ds.planner.calibrate import Result, calibrate, planned_seconds, read_results
 from irpe_ds.planner.hardware import build_cluster, find_gpu
 from irpe_ds.planner.plan import Scenario
 from irpe_ds.planner.profile import profile
-from irpe_ds.planner.step import Assumptions
 from irpe_ds.planner.zero import read_zero
 from tests.launch.hosts import Hosts, missing, python_environment
 
@@ -80,10 +81,11 @@ def compare(files: dict[str, Path]) -> list[dict[str, Any]]:
         return read_results(path, config.model.name, config.train.precision, "k")
 
     found = calibrate(scenario, cluster, results(files[first]), zeros)
+    fitted = replace(scenario, assumed=found.assumed)
     rows = []
     for rate, path in files.items():
         for result in results(path):
-            planned = seconds(scenario, cluster, result, zeros, found.assumed)
+            planned = planned_seconds(fitted, cluster, result, zeros)
             measured = result.seconds
             row = {"rate": rate, "hosts": result.nodes, "stage": result.stage}
             row |= {"measured_ms": 1e3 * measured, "planned_ms": 1e3 * planned}

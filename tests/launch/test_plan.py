@@ -38,7 +38,7 @@ def test_answers_and_draws(tmp_path: Path) -> None:
     assert done.stdout.startswith(f"{name}: 22.09 M parameters")
     for said in (
         "22.09 M parameters",
-        "16 images x 1 micro-steps x 64 GPUs = 1024 an update",
+        "16 images x 1 micro-steps x 64 GPUs = 1024 per update",
         "- bottleneck: ",
         "| all_reduce | gradients | 64 | 1 | 44.18 | 86.98 |",
         "| zero1 (the run's) |",
@@ -64,15 +64,71 @@ def test_says_what_it_leaves_out(tmp_path: Path) -> None:
     assert "- not counted: model.resolutions" in done.stdout
 
 
+def test_without_deepspeed() -> None:
+    """As if it were not installed: the plan is made, and says which version it is counted for."""
+    code = (
+        "import importlib.metadata, runpy, sys\n"
+        "find = importlib.metadata.Distribution.from_name\n"
+        "def find_others(name):\n"
+        "    if name == 'deepspeed':\n"
+        "        raise importlib.metadata.PackageNotFoundError(name)\n"
+        "    return find(name)\n"
+        "importlib.metadata.Distribution.from_name = find_others\n"
+        "sys.modules['deepspeed'] = None\n"
+        "runpy.run_path('launch/plan.py', run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", code, *ON_H100]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    caution = (
+        "- caution: memory and bytes are counted for DeepSpeed 0.19, but no DeepSpeed is installed"
+    )
+    assert caution in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("plan", ["--help"], ""),
+        ("curves", ["--help"], ""),
+        ("tables", ["--help"], ""),
+        ("scaling", ["--help"], ""),
+        ("zoo", ["--help"], ""),
+        ("plan", [*ON_H100, "train.epoch=3"], "error: train.epoch: "),
+        ("plan", [*ON_H100, "--per-node", "0"], "error: --per-node: "),
+        ("curves", ["runs/x", "--out", "x.pdf"], "error: --out: "),
+        ("tables", [*DEIT, "--weights", "x", "train.epoch=3"], "error: train.epoch: "),
+        (
+            "scaling",
+            ["--config", "launch/configs/scaling/cpu.yaml", "scaling.repeat=3"],
+            "error: scaling.repeat: ",
+        ),
+    ],
+)
+def test_help_and_mistakes_need_no_torch(script: str, arguments: list[str], message: str) -> None:
+    code = (
+        "import runpy, sys\n"
+        "sys.modules.update(dict.fromkeys(('torch', 'deepspeed', 'matplotlib', 'numpy')))\n"
+        f"runpy.run_path('launch/{script}.py', run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == (2 if message else 0), done.stderr
+    assert done.stderr.startswith(message)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([*DEIT, "--gpu", "H1000", "--gpus", "8"], "--gpu: expected one of H200, H100"),
         ([*ON_H100, "--out", "plan.pdf"], "--out: expected a name that ends in .png"),
         ([*ON_H100, "--link-share", "0"], "--link-share: expected a number above 0"),
-        ([*ON_H100, "--out", "/dev/null/plan.png"], "--out: expected a file that can be written"),
+        ([*ON_H100, "--out", "/dev/null/plan.png"], "cannot write --out: "),
         ([*ON_H100, "model.impl=flex"], "model.impl: expected one of auto, fused, gather"),
-        ([*ON_H100, "train.deepspeed=no.json"], "no.json: expected a readable JSON file"),
+        (
+            [*ON_H100, "train.deepspeed=no.json"],
+            "train.deepspeed: expected a readable JSON file, got no.json",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:

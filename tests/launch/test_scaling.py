@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from irpe_ds.benchmark.cell import PHASES
+from irpe_ds.benchmark.rows import PHASES
 from irpe_ds.config import load_config
-from irpe_ds.planner.communication import collectives
+from irpe_ds.planner.deepspeed import collectives
 from irpe_ds.planner.profile import profile
 from irpe_ds.planner.zero import read_zero
 from tests.launch.conftest import ROOT, Run

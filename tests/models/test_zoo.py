@@ -16,7 +16,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from irpe_ds.models.zoo import ZOO, cost
+from irpe_ds.models.flops import params_and_macs
+from irpe_ds.models.zoo import ZOO
 from irpe_ds.ops import reference
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "models.npz")
@@ -117,14 +118,14 @@ class TestCost:
     def test_published(self, name: str) -> None:
         """Ours is cheaper with RPE on values: N buckets instead of L keys for every query."""
         row = ZOO[name]
-        params, macs = cost(name)
+        params, macs = params_and_macs(name)
         assert round(params / 1e6, 2) == row.params_m
         depth, length, buckets = 12, 197, 50
         saved = depth * length * (length - buckets) * row.width if "v" in row.rpe.on else 0
         assert (macs + saved) / 1e6 == pytest.approx(row.macs_m, rel=0.01)
 
     def test_of_a_model_without_encoding(self) -> None:
-        params, macs = cost("deit_small_patch16_224")
+        params, macs = params_and_macs("deit_small_patch16_224")
         assert (round(params / 1e6, 2), round(macs / 1e9, 1)) == (22.05, 4.6)
 
     def test_the_published_figures(self) -> None:

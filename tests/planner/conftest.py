@@ -33,14 +33,14 @@ def tiny(precision: str = "bf16") -> Profile:
         precision=precision,
         impl="fused",
         flops=1_000_000,
-        kept=1000,
-        kept_once=0,
+        saved=1000,
+        saved_once=0,
         largest=100,
-        kept_of_block=500,
+        saved_by_block=500,
         traffic=(10_000, 20_000),
         traffic_once=(0, 0),
         kernels=(10, 20),
-        recompute=False,
+        checkpointing=False,
     )
 
 

@@ -9,10 +9,11 @@ import pytest
 from irpe_ds.benchmark.report import to_csv
 from irpe_ds.config import RunConfig
 from irpe_ds.errors import ConfigError
-from irpe_ds.planner.calibrate import Result, calibrate, read_results, seconds
+from irpe_ds.planner.assumptions import Assumptions
+from irpe_ds.planner.calibrate import Result, calibrate, planned_seconds, read_results
 from irpe_ds.planner.plan import Scenario
 from irpe_ds.planner.profile import Profile
-from irpe_ds.planner.step import Assumptions, step
+from irpe_ds.planner.step import step_time
 from irpe_ds.planner.zero import Zero, read_zero
 from tests.planner.conftest import cluster
 
@@ -29,7 +30,7 @@ def scenario(deit: RunConfig, deit_profile: Profile) -> Scenario:
 def result(scenario: Scenario, ranks: int, nodes: int, stage: int, noise: float = 0) -> Result:
     """What a run would give that reaches the true shares."""
     at = replace(cluster(16), gpus=ranks, per_node=ranks // nodes)
-    taken = step(scenario.profile, ZEROS[stage], at, scenario.config, 128, 2, TRUE)
+    taken = step_time(scenario.profile, ZEROS[stage], at, scenario.config, 128, 2, TRUE)
     speed = 256 * ranks / taken.total * (1 + noise)
     return Result(
         ranks=ranks, nodes=nodes, stage=stage, micro_batch=128, accumulation=2, images_per_s=speed
@@ -61,7 +62,7 @@ class TestCalibrate:
         found = calibrate(scenario, cluster(16), measured, ZEROS).assumed
         at = cluster(128)
         times = [
-            step(scenario.profile, ZEROS[3], at, scenario.config, 128, 1, assumed).total
+            step_time(scenario.profile, ZEROS[3], at, scenario.config, 128, 1, assumed).total
             for assumed in (found, TRUE)
         ]
         assert times[0] == pytest.approx(times[1], rel=0.02)
@@ -121,9 +122,9 @@ class TestRead:
         slow = replace(result(scenario, 16, 2, 1), network=1e9)
         machines = replace(cluster(16), per_node=8, nics=4)
         expected = replace(machines, inter=4e9)
-        settings = (scenario.config, 128, 2, TRUE)
-        taken = step(scenario.profile, ZEROS[1], expected, *settings).total
-        assert seconds(scenario, machines, slow, ZEROS, TRUE) == pytest.approx(taken)
+        reached = replace(scenario, assumed=TRUE)
+        taken = replace(reached, zero=ZEROS[1]).step_time(expected, 128, 2).total
+        assert planned_seconds(reached, machines, slow, ZEROS) == pytest.approx(taken)
 
     def test_json(self, tmp_path: Path) -> None:
         path = tmp_path / "results.json"

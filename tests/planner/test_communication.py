@@ -2,7 +2,8 @@
 
 import pytest
 
-from irpe_ds.planner.communication import Collective, collectives, released, seconds
+from irpe_ds.planner.communication import Collective, collective_seconds
+from irpe_ds.planner.deepspeed import collectives, gathered_again
 from tests.planner.conftest import cluster, tiny, zero
 
 MATRICES, VECTOR = 64 * 32 + 10 * 64, 64
@@ -16,7 +17,7 @@ def payloads(
     found: dict[tuple[str, str, str], int] = {}
     sends = collectives(tiny(precision), zero(stage, **settings), cluster(gpus), accumulation)
     for send in sends:
-        key = (send.kind, send.group, send.what)
+        key = (send.kind, send.group, send.content)
         found[key] = found.get(key, 0) + send.payload
     return found
 
@@ -69,7 +70,7 @@ class TestPayloads:
             "stage3_max_reuse_distance": 1000,
             "stage3_prefetch_bucket_size": 100,
         }
-        assert [p.name for p in released(tiny(), zero(3, **settings))] == ["0"]
+        assert [p.name for p in gathered_again(tiny(), zero(3, **settings))] == ["0"]
         assert payloads(3, **settings)[GATHERED] == 2 * (MATRICES + 64 * 32) + 2 * VECTOR
 
     def test_hpz_gathers_in_the_node_but_for_the_first_time(self) -> None:
@@ -96,23 +97,23 @@ class TestPayloads:
 class TestTime:
     def test_of_a_ring(self) -> None:
         # 4 GPUs at 100 GB/s, one call of 1 GB: Simple is fastest, 8.4 + 2 x 3 x 3.4 us late.
-        send = Collective(kind="all_reduce", payload=10**9, calls=1, what="gradients")
-        latency, transfer = seconds(send, cluster(4), 1, link_share=1.0)
+        send = Collective(kind="all_reduce", payload=10**9, calls=1, content="gradients")
+        latency, transfer = collective_seconds(send, cluster(4), 1, link_share=1.0)
         assert transfer == pytest.approx(2 * 3 / 4 / 100)
         assert latency == pytest.approx(28.8e-6)
 
     def test_between_nodes_the_network_is_what_counts(self) -> None:
         # 16 GPUs, 8 cards of 10 GB/s a node: 80 GB/s of one ring through all.
-        send = Collective(kind="all_gather", payload=10**9, calls=1, what="parameters")
-        latency, transfer = seconds(send, cluster(16), 1, link_share=0.5)
+        send = Collective(kind="all_gather", payload=10**9, calls=1, content="parameters")
+        latency, transfer = collective_seconds(send, cluster(16), 1, link_share=0.5)
         assert transfer == pytest.approx(15 / 16 / 40)
         assert latency == pytest.approx(1e-6 * (8.4 + 13 * 3.4 + 2 * 14))
 
     def test_a_tree_is_faster_for_little_on_many_nodes(self) -> None:
-        send = Collective(kind="all_reduce", payload=1000, calls=1, what="gradients")
-        latency, _ = seconds(send, cluster(4096), 1, link_share=1.0)
+        send = Collective(kind="all_reduce", payload=1000, calls=1, content="gradients")
+        latency, _ = collective_seconds(send, cluster(4096), 1, link_share=1.0)
         assert latency == pytest.approx(1e-6 * (6.8 + 2 * (7 * 0.6 + 9 * 5.0)))
 
     def test_one_gpu_waits_for_nobody(self) -> None:
-        send = Collective(kind="all_reduce", payload=1000, calls=1, what="gradients")
-        assert seconds(send, cluster(1), 1, link_share=1.0) == (0.0, 0.0)
+        send = Collective(kind="all_reduce", payload=1000, calls=1, content="gradients")
+        assert collective_seconds(send, cluster(1), 1, link_share=1.0) == (0.0, 0.0)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from irpe_ds.config import load_config
-from irpe_ds.planner.communication import Collective, collectives
+from irpe_ds.planner.communication import Collective
+from irpe_ds.planner.deepspeed import collectives
 from irpe_ds.planner.memory import memory
 from irpe_ds.planner.profile import profile
 from irpe_ds.planner.zero import zero_of

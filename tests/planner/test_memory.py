@@ -88,29 +88,29 @@ class TestProfile:
     """Counts on tensors without memory, against tensors with it."""
 
     @pytest.mark.parametrize("precision", ["fp32", "autocast"])
-    def test_what_is_kept_is_what_autograd_keeps(self, precision: str) -> None:
+    def test_what_is_saved_is_what_autograd_saves(self, precision: str) -> None:
         config = load_config(QUICKSTART, ["model.impl=reference", f"train.precision={precision}"])
         counted = profile(config)
         model = build_model(config.model).train()
-        kept: dict[int, int] = {}
+        saved: dict[int, int] = {}
 
-        def keep(x: torch.Tensor) -> torch.Tensor:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        def save(x: torch.Tensor) -> torch.Tensor:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
         sizes = []
         for images in (2, 4):
-            kept.clear()
+            saved.clear()
             enabled = precision == "autocast"
             with (
-                torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+                torch.autograd.graph.saved_tensors_hooks(save, lambda x: x),
                 torch.autocast("cpu", torch.bfloat16, enabled=enabled),
             ):
                 out = model(torch.randn(images, 3, 24, 24))
             own = {x.untyped_storage().data_ptr() for x in _tensors(model)}
-            sizes.append(sum(size for key, size in kept.items() if key not in own))
+            sizes.append(sum(size for key, size in saved.items() if key not in own))
             del out
-        assert counted.kept == (sizes[1] - sizes[0]) // 2
+        assert counted.saved == (sizes[1] - sizes[0]) // 2
 
     def test_fused_attention_keeps_no_scores(self) -> None:
         # A block of DeiT-S in bf16 keeps, in tensors of 197 x 384: inputs of two norms, their
@@ -119,15 +119,15 @@ class TestProfile:
         block = 16 * 197 * 384 * 2 + 6 * 197 * 4
         counted = profile(load_config(DEIT, ["model.impl=fused", "model.drop_path=0"]))
         rest = 3 * 224 * 224 * 2 + 2 * 197 * 384 * 2
-        assert counted.kept == pytest.approx(12 * block + rest, rel=0.001)
+        assert counted.saved == pytest.approx(12 * block + rest, rel=0.001)
         scores = 12 * 6 * 197 * 197 * 2
         gathered = profile(load_config(DEIT, ["model.impl=gather", "model.drop_path=0"]))
-        assert gathered.kept > counted.kept + scores
+        assert gathered.saved > counted.saved + scores
 
     def test_recomputation_keeps_one_tensor_a_block(self, deit_profile: Profile) -> None:
         counted = profile(load_config(DEIT, ["model.grad_checkpointing=true"]))
-        assert counted.kept < deit_profile.kept / 10
-        assert counted.kept_of_block == pytest.approx(deit_profile.kept / 12, rel=0.05)
+        assert counted.saved < deit_profile.saved / 10
+        assert counted.saved_by_block == pytest.approx(deit_profile.saved / 12, rel=0.05)
 
     def test_parameters_are_the_models(self, deit_profile: Profile) -> None:
         assert deit_profile.numel == 22_089_064

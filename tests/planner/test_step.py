@@ -10,10 +10,18 @@ import pytest
 from irpe_ds.config import RunConfig, load_config
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.flops import PEAK_TFLOPS
+from irpe_ds.planner.assumptions import Assumptions
 from irpe_ds.planner.hardware import GPUS, build_cluster, find_gpu, parse_rate
-from irpe_ds.planner.plan import Row, Scenario, plan, plan_micro_batch, strong, weak
+from irpe_ds.planner.plan import (
+    PlanRow,
+    Scenario,
+    plan_global_batch,
+    plan_micro_batch,
+    strong_scaling,
+    weak_scaling,
+)
 from irpe_ds.planner.profile import Profile, profile
-from irpe_ds.planner.step import Assumptions, Step, step
+from irpe_ds.planner.step import StepTime, step_time
 from irpe_ds.planner.zero import read_zero
 from tests.planner.conftest import DEIT, cluster, tiny, zero
 
@@ -25,9 +33,9 @@ def scenario(config: RunConfig, found: Profile, file: str = "zero1", **changes: 
     return Scenario(config=config, profile=found, zero=own, assumed=Assumptions(**changes))
 
 
-def taken(stage: int = 0, gpus: int = 1, accumulation: int = 1, **own: Any) -> Step:
+def taken(stage: int = 0, gpus: int = 1, accumulation: int = 1, **own: Any) -> StepTime:
     settings = (load_config(DEIT), 8, accumulation, EXACT)
-    return step(tiny(), zero(stage, **own), cluster(gpus), *settings)
+    return step_time(tiny(), zero(stage, **own), cluster(gpus), *settings)
 
 
 class TestByHand:
@@ -41,9 +49,9 @@ class TestByHand:
 
     def test_the_host_starts_no_more_than_so_many_operators(self) -> None:
         slow = replace(EXACT, launch_us=1000)
-        found = step(tiny(), zero(0), cluster(1), load_config(DEIT), 8, 1, slow)
+        found = step_time(tiny(), zero(0), cluster(1), load_config(DEIT), 8, 1, slow)
         assert (found.forward, found.backward) == pytest.approx((0.010, 0.020))
-        assert "starting operators" in found.bottleneck(cluster(1))
+        assert "launching operators" in found.bottleneck(cluster(1))
 
     def test_an_update_reads_and_writes_its_shard(self) -> None:
         # AdamW 24, gradient 4, weights 2 x 2, average 12 bytes for each of 2752 weights.
@@ -54,14 +62,14 @@ class TestByHand:
         found = taken(gpus=4)
         # NCCL's LL on a ring: 6.6 and 2 x 3 steps of 0.6 us, and half of 100 GB/s.
         assert found.communication == pytest.approx(10.2e-6 + 2 * 3 / 4 * 5504 / 50e9)
-        assert found.hidden == 0
+        assert found.overlapped == 0
 
     def test_overlap_hides_all_but_the_last_bucket(self) -> None:
         plain, beside = taken(2, 4), taken(2, 4, overlap_comm=True)
-        assert plain.hidden == 0
-        assert beside.communication + beside.hidden == pytest.approx(plain.communication)
+        assert plain.overlapped == 0
+        assert beside.communication + beside.overlapped == pytest.approx(plain.communication)
         # What is hidden is at most what the backward pass has room for.
-        assert beside.hidden <= beside.backward * (1 + 1e-9)
+        assert beside.overlapped <= beside.backward * (1 + 1e-9)
 
     def test_offloading_is_slower(self) -> None:
         assert taken(2, 4, offload_optimizer={"device": "cpu"}).optimizer > taken(2, 4).optimizer
@@ -69,7 +77,7 @@ class TestByHand:
 
 class TestPlan:
     def test_of_the_recipe(self, deit: RunConfig, deit_profile: Profile) -> None:
-        row = plan(scenario(deit, deit_profile), cluster(64))
+        row = plan_global_batch(scenario(deit, deit_profile), cluster(64))
         assert (row.micro_batch, row.accumulation, row.global_batch) == (16, 1, 1024)
         assert row.images_per_s == pytest.approx(1024 / row.step.total)
         assert row.hours == pytest.approx(300 * 1_281_167 / row.images_per_s / 3600)
@@ -78,7 +86,7 @@ class TestPlan:
 
     def test_accumulates_what_does_not_fit(self, deit: RunConfig, deit_profile: Profile) -> None:
         small = replace(find_gpu("H100"), memory_gib=10)
-        row = plan(scenario(deit, deit_profile), replace(cluster(1), gpu=small))
+        row = plan_global_batch(scenario(deit, deit_profile), replace(cluster(1), gpu=small))
         assert (row.micro_batch, row.accumulation) == (256, 4)
         assert row.memory.total <= 10 * 2**30
 
@@ -87,7 +95,7 @@ class TestPlan:
         with pytest.raises(
             ConfigError, match=r"memory: expected 2\.\d GiB or more for stage 1 on 1"
         ):
-            plan(scenario(deit, deit_profile), replace(cluster(1), gpu=small))
+            plan_global_batch(scenario(deit, deit_profile), replace(cluster(1), gpu=small))
 
     def test_stages_that_would_fit_are_named(self, deit: RunConfig, deit_profile: Profile) -> None:
         settings = {name: read_zero(Path(f"ds_configs/{name}.json")) for name in ("zero1", "zero3")}
@@ -100,23 +108,23 @@ class TestPlan:
             machines.gpu, memory_gib=(least["zero0"] + max(least["zero1"], least["zero3"])) / 2
         )
         with pytest.raises(ConfigError, match="of zero1, zero3, which fit"):
-            plan(own, replace(machines, gpu=between), settings)
+            plan_global_batch(own, replace(machines, gpu=between), settings)
         tiny_gpu = replace(machines.gpu, memory_gib=1)
         with pytest.raises(ConfigError, match="no other stage fits, the smallest needs"):
-            plan(own, replace(machines, gpu=tiny_gpu), settings)
+            plan_global_batch(own, replace(machines, gpu=tiny_gpu), settings)
 
     def test_a_model_that_does_not_fit_on_one(self, deit: RunConfig, deit_profile: Profile) -> None:
         own = scenario(deit, deit_profile, "zero3")
         machines = cluster(64)
         alone, all_of_them = (own.memory(c, 2).total / 2**30 for c in (cluster(1), machines))
         small = replace(machines.gpu, memory_gib=(alone + all_of_them) / 2)
-        row = plan(own, replace(machines, gpu=small))
+        row = plan_global_batch(own, replace(machines, gpu=small))
         assert own.largest(replace(cluster(1), gpu=small)) == 0
         assert 0 < row.efficiency <= 1
 
     def test_too_many_gpus_for_the_batch(self, deit: RunConfig, deit_profile: Profile) -> None:
         with pytest.raises(ConfigError, match=r"train\.global_batch: expected a multiple of 2048"):
-            plan(scenario(deit, deit_profile), cluster(1024))
+            plan_global_batch(scenario(deit, deit_profile), cluster(1024))
 
     def test_a_batch_that_does_not_fit(self, deit: RunConfig, deit_profile: Profile) -> None:
         with pytest.raises(ConfigError, match="--micro-batch: expected at most 2"):
@@ -130,7 +138,7 @@ class TestPlan:
             plan_micro_batch(scenario(deit, deit_profile), cluster(8), images)
 
     def test_nodes_of_six_gpus(self, deit: RunConfig, deit_profile: Profile) -> None:
-        rows = weak(scenario(deit, deit_profile), cluster(18, per_node=6), 64)
+        rows = weak_scaling(scenario(deit, deit_profile), cluster(18, per_node=6), 64)
         assert [row.cluster.gpus for row in rows][:7] == [1, 2, 4, 6, 12, 18, 24]
 
     @pytest.mark.parametrize("file", ["zero0", "zero1", "zero2", "zero3", "zeropp"])
@@ -138,7 +146,10 @@ class TestPlan:
         self, deit: RunConfig, deit_profile: Profile, file: str
     ) -> None:
         own = scenario(deit, deit_profile, file)
-        for rows in (list(strong(own, cluster(8))), list(weak(own, cluster(8), 128))):
+        for rows in (
+            list(strong_scaling(own, cluster(8))),
+            list(weak_scaling(own, cluster(8), 128)),
+        ):
             shares = [row.efficiency for row in rows]
             assert all(0 < share <= 1 for share in shares)
             assert shares == sorted(shares, reverse=True)
@@ -182,12 +193,12 @@ class TestPublishedNodes:
 
     GLOBAL_BATCH = 4096
 
-    def plan(self, gpu: str, nodes: int) -> Row:
+    def plan(self, gpu: str, nodes: int) -> PlanRow:
         changes = ["model.name=vit_giant_patch14_224", f"train.global_batch={self.GLOBAL_BATCH}"]
         changes += [f"train.accumulation={max(1, 8 // nodes)}", "train.ema_decay=null"]
         config = load_config("launch/configs/imagenet/deit_small.yaml", changes)
         machines = build_cluster(find_gpu(gpu), 8 * nodes, 8, "nvlink", "200Gb/s")
-        return plan(scenario(config, self.counted()), machines)
+        return plan_global_batch(scenario(config, self.counted()), machines)
 
     @staticmethod
     @cache

@@ -1,32 +1,21 @@
-"""launch/curves.py draws what is there and says what is not."""
+"""The curves of runs: what is drawn, and what is refused."""
 
-import importlib.util
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from matplotlib.image import imread
 
 from irpe_ds.config import WandbConfig
 from irpe_ds.errors import ConfigError
+from irpe_ds.plots.curves import _spread, draw_curves, read_runs
 from irpe_ds.runlog import RunLog
+from launch import curves
 
 SCRIPT = Path(__file__).parents[2] / "launch/curves.py"
-
-
-@pytest.fixture(scope="module")
-def curves() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("curves", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["curves"] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def make_run(folder: Path, *, evaluated: bool = True, last_loss: float = 2.0) -> Path:
@@ -40,26 +29,24 @@ def make_run(folder: Path, *, evaluated: bool = True, last_loss: float = 2.0) ->
     return folder
 
 
-def draw(curves: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+def draw(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["curves.py", *map(str, arguments)])
     curves.main()
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "b"]])
-def test_png_of_runs(
-    curves: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: list[str]
-) -> None:
+def test_png_of_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: list[str]) -> None:
     out = tmp_path / "deep/er/curves.png"
-    draw(curves, monkeypatch, *(make_run(tmp_path / name) for name in names), "--out", out)
+    draw(monkeypatch, *(make_run(tmp_path / name) for name in names), "--out", out)
     height, width, _ = imread(out).shape
     assert 1500 < width < 2500
     assert 500 < height < 900
     assert imread(out)[..., :3].std() > 0.05
 
 
-def test_panels_hold_the_curves_by_name(curves: ModuleType, tmp_path: Path) -> None:
+def test_panels_hold_the_curves_by_name(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", last_loss=1.234)]
-    figure = curves.draw(curves.read_runs(folders, "update"), "update")
+    figure = draw_curves(read_runs(folders, "update"), "update")
     loss, accuracy, rate = figure.axes
     assert [text.get_text() for text in figure.legends[0].texts] == ["a", "b"]
     assert {text.get_text() for text in loss.texts} == {"2.000", "1.234"}
@@ -69,42 +56,40 @@ def test_panels_hold_the_curves_by_name(curves: ModuleType, tmp_path: Path) -> N
     assert all(axes.get_xlabel() == "update" and axes.get_ylabel() for axes in figure.axes)
 
 
-def test_run_without_evaluation_and_with_a_lost_loss(curves: ModuleType, tmp_path: Path) -> None:
+def test_run_without_evaluation_and_with_a_lost_loss(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", evaluated=False, last_loss=math.nan)
-    figure = curves.draw(curves.read_runs([folder], "epoch"), "epoch")
+    figure = draw_curves(read_runs([folder], "epoch"), "epoch")
     loss, rate = figure.axes
     assert loss.get_title("left") == "Training loss"
     assert rate.get_title("left") == "Learning rate"
     assert [text.get_text() for text in loss.texts] == ["nan"]
 
 
-def test_runs_of_one_name_are_told_apart_by_path(curves: ModuleType, tmp_path: Path) -> None:
+def test_runs_of_one_name_are_told_apart_by_path(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "x/run"), make_run(tmp_path / "y/run")]
-    assert list(curves.read_runs(folders, "epoch")) == [str(folder) for folder in folders]
+    assert list(read_runs(folders, "epoch")) == [str(folder) for folder in folders]
 
 
-def test_values_written_at_the_side_do_not_overlap(curves: ModuleType) -> None:
-    assert curves._spread([0.9, 0.1], 0.1) == pytest.approx([0.9, 0.1])
-    assert curves._spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
-    assert curves._spread([0.52, 0.5, 0.0], 0.1) == pytest.approx([0.56, 0.46, 0.0])
+def test_values_written_at_the_side_do_not_overlap() -> None:
+    assert _spread([0.9, 0.1], 0.1) == pytest.approx([0.9, 0.1])
+    assert _spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+    assert _spread([0.52, 0.5, 0.0], 0.1) == pytest.approx([0.56, 0.46, 0.0])
 
 
-def test_missing_and_empty_metrics(
-    curves: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_missing_and_empty_metrics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none/metrics\.jsonl: expected a readable"):
-        draw(curves, monkeypatch, tmp_path / "none")
+        draw(monkeypatch, tmp_path / "none")
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(
         ConfigError, match="rows of training or evaluation by epoch, got none among 0"
     ):
-        draw(curves, monkeypatch, tmp_path)
+        draw(monkeypatch, tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "update": 1, "loss": 2.0}\n')
     with pytest.raises(ConfigError, match="by epoch, got none among 1"):
-        draw(curves, monkeypatch, tmp_path)
-    draw(curves, monkeypatch, tmp_path, "--x", "update", "--out", tmp_path / "a.png")
+        draw(monkeypatch, tmp_path)
+    draw(monkeypatch, tmp_path, "--x", "update", "--out", tmp_path / "a.png")
     with pytest.raises(ConfigError, match=r"\.png"):
-        draw(curves, monkeypatch, make_run(tmp_path / "a"), "--out", tmp_path / "a.pdf")
+        draw(monkeypatch, make_run(tmp_path / "a"), "--out", tmp_path / "a.pdf")
 
 
 def test_mistakes_end_with_code_2_and_no_traceback(tmp_path: Path) -> None:

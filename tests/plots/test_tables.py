@@ -1,4 +1,4 @@
-"""launch/tables.py draws the tables that a file holds, and says what it cannot draw."""
+"""Relative position tables of a checkpoint: what is drawn, and what is refused."""
 
 import os
 import subprocess
@@ -14,10 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from irpe_ds.config import load_config
-from irpe_ds.errors import CheckpointError, ConfigError
+from irpe_ds.errors import CheckpointError, ConfigError, DataError
 from irpe_ds.models.build import build_model
+from irpe_ds.plots import tables
 from irpe_ds.training import checkpoint
-from launch import tables
+from launch import tables as script
 
 ROOT = Path(__file__).parents[2]
 BIAS = "model.rpe={method: cross, mode: bias, on: k}"
@@ -59,12 +60,12 @@ def save(config: Path, *overrides: str) -> Path:
 
 def draw(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["tables.py", *map(str, arguments)])
-    tables.main()
+    script.main()
 
 
 def test_maps_stand_by_layer_and_head() -> None:
     maps = {n: np.random.default_rng(n).normal(size=(2, 5, 7)) for n in (0, 4)}
-    figure = tables.draw(maps, "k", "mine")
+    figure = tables.draw_tables(maps, "k", "mine")
     axes = [a for a in figure.axes if a.images]
     assert [a.get_title() for a in axes] == ["head 0", "head 1", "", ""]
     assert [a.get_ylabel() for a in axes] == ["layer 0", "", "layer 4", ""]
@@ -81,9 +82,9 @@ def test_known_bias(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
     """A table on columns alone: every row of the map is the same, and it grows to the right."""
     drawn = {}
     monkeypatch.setattr(tables, "validation_images", lambda *_: pytest.fail("needs no images"))
-    original = tables.draw
+    original = tables.draw_tables
     monkeypatch.setattr(
-        tables, "draw", lambda maps, *rest: drawn.update(maps) or original(maps, *rest)
+        tables, "draw_tables", lambda maps, *rest: drawn.update(maps) or original(maps, *rest)
     )
     out = config.with_name("deep") / "t.png"
     weights = save(config, BIAS)
@@ -129,7 +130,8 @@ def test_mistakes(
     monkeypatch: pytest.MonkeyPatch, config: Path, arguments: list[str], message: str
 ) -> None:
     weights = save(config)
-    with pytest.raises(ConfigError, match=message):
+    kind = DataError if message.startswith("data.") else ConfigError
+    with pytest.raises(kind, match=message):
         draw(monkeypatch, "--config", config, "--weights", weights, *arguments)
 
 
@@ -142,9 +144,7 @@ def test_mistakes_end_with_code_2_and_one_message(config: Path) -> None:
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr.endswith(
-        "error: --weights: expected a file, when --config names no run, got nothing\n"
-    )
+    assert done.stderr.endswith("error: --config needs --weights, as it names no run\n")
     assert "Traceback" not in done.stderr
 
 
