@@ -1,1 +1,1 @@
-"""Image relative position encoding: buckets and learned tables. Knows nothing of ViT."""
+"""Image relative position encoding: buckets and learned tables. Independent of ViT and of GPUs."""

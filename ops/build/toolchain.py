@@ -1,4 +1,4 @@
-"""Compilers for the operators: what is installed here, and what is missing, in one line.
+"""Find the compilers for the operators, or say in one line what is missing.
 
 The CUDA compiler may be the system's or the one of the nvidia wheels, extra `irpe-ds[cuda]`.
 """
@@ -21,15 +21,15 @@ CSRC = Path(__file__).parents[1] / "csrc"
 
 
 class Unavailable(Exception):
-    """The operators cannot be had here; the message says why and what would help, in one line."""
+    """The operators cannot be built or loaded here; one line says why, and what would help."""
 
 
 ARCHITECTURES = "8.0;9.0+PTX"
-"""TORCH_CUDA_ARCH_LIST unless it is set: every GPU from Ampere on, whatever machine compiles."""
+"""The default of TORCH_CUDA_ARCH_LIST: every GPU from Ampere on, whatever GPU the builder has."""
 
 
 def architectures() -> str:
-    """The GPU architectures that are compiled for, as TORCH_CUDA_ARCH_LIST writes them."""
+    """The GPU architectures to compile for, in the format of TORCH_CUDA_ARCH_LIST."""
     return os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
 
 
@@ -45,7 +45,7 @@ def gencode() -> list[str]:
 
 
 def runs_on(capability: tuple[int, int], compiled: str) -> bool:
-    """Whether a GPU of this compute capability runs what was compiled for `architectures`."""
+    """Whether kernels `compiled` for such architectures run on this compute capability."""
     for architecture in re.split(r"[;\s]+", compiled.strip()):
         number = re.match(r"(\d+)\.(\d+)", architecture)
         if number is None:
@@ -58,20 +58,20 @@ def runs_on(capability: tuple[int, int], compiled: str) -> bool:
 
 
 class CUDAToolkit(NamedTuple):
-    """A CUDA compiler that fits PyTorch."""
+    """A CUDA compiler of PyTorch's CUDA version."""
 
     home: Path
     """The folder with bin/nvcc."""
     version: str
-    """Of the compiler, such as 13.0."""
+    """The compiler's, such as 13.0."""
     include: Path
     """The folder of cuda_runtime_api.h."""
     runtime: Path
-    """The library libcudart.so, perhaps with a version in its name."""
+    """The library libcudart.so, possibly with a version suffix."""
 
 
 def sources() -> str:
-    """A hash of everything that is compiled and of the options."""
+    """A hash of all sources and compiler options."""
     key = hashlib.sha256()
     options = [Path(__file__).with_name("builder.py"), Path(__file__)]
     code = sorted(x for x in CSRC.rglob("*.*") if x.suffix != ".md")
@@ -81,8 +81,8 @@ def sources() -> str:
 
 
 def cache(toolkit: CUDAToolkit | None) -> Path:
-    """Where a just-in-time build lies: a folder for these sources, options and versions alone."""
-    from torch.utils.cpp_extension import get_default_build_root  # imports for seconds
+    """The folder of a just-in-time build, one for each set of sources, options and versions."""
+    from torch.utils.cpp_extension import get_default_build_root  # a slow import
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
     key = hashlib.sha256(sources().encode())
@@ -106,12 +106,12 @@ def cxx() -> str:
     """
     command = os.environ.get("CXX", "c++")
     if not shutil.which(command.split()[0] if command.split() else command):
-        raise Unavailable(f"there is no C++ compiler {command!r}: install g++, or set CXX")
+        raise Unavailable(f"no C++ compiler {command!r}: install g++, or set CXX")
     return command
 
 
 def ninja() -> str:
-    """The build tool that PyTorch's just-in-time builds use, also of an inactive environment.
+    """The build tool of PyTorch's just-in-time builds, also of an environment not activated.
 
     Raises:
         Unavailable: it is not installed.
@@ -123,7 +123,7 @@ def ninja() -> str:
 
 
 def path_with_scripts() -> str:
-    """PATH, and the folder of this Python's own scripts after it."""
+    """PATH, followed by the folder of this Python's scripts."""
     return os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
 
 
@@ -131,19 +131,19 @@ def cuda() -> CUDAToolkit:
     """The first CUDA compiler of PyTorch's major version: CUDA_HOME, PATH, system, wheels.
 
     Raises:
-        Unavailable: there is none; the message names those that do not fit.
+        Unavailable: none was found; the message says why others were rejected.
     """
     wanted = torch.version.cuda
     if wanted is None:
-        raise Unavailable("PyTorch is a build without CUDA")
-    refused = []
+        raise Unavailable("this PyTorch is built without CUDA")
+    rejected = []
     for home in dict.fromkeys(_homes(wanted.split(".")[0])):
         try:
             return _toolkit(home, wanted)
         except Unavailable as error:
-            refused.append(str(error))
+            rejected.append(str(error))
     hint = f"install CUDA {wanted}, or for CUDA 13.0 pip install 'irpe-ds[cuda]'"
-    raise Unavailable("; ".join([*(refused or ["there is no nvcc"]), hint]))
+    raise Unavailable("; ".join([*(rejected or ["nvcc not found"]), hint]))
 
 
 def _homes(major: str) -> Iterator[Path]:
@@ -159,7 +159,7 @@ def _homes(major: str) -> Iterator[Path]:
 
 
 def _wheels(major: str) -> list[Path]:
-    """Where pip puts the nvidia wheels of one major version; PyTorch depends on some of them."""
+    """Folders of the nvidia wheels of one major version; PyTorch depends on some of them."""
     spec = find_spec("nvidia")
     places = spec.submodule_search_locations if spec else None
     return [Path(place) / f"cu{major}" for place in places or ()]
@@ -170,7 +170,7 @@ def _toolkit(home: Path, wanted: str) -> CUDAToolkit:
     try:
         printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise Unavailable(f"{nvcc} does not run ({error})") from error
+        raise Unavailable(f"cannot run {nvcc} ({error})") from error
     release = re.search(r"release (\d+\.\d+)", printed.stdout)
     version = release[1] if release else "unknown"
     if version.split(".")[0] != major:

@@ -32,12 +32,12 @@ def test_a_lane_finds_the_ids_of_its_sums(grid: tuple[int, int]) -> None:
     packed = packed_ids.packed_ids(buckets)
     length = buckets.ids.shape[0]
     assert packed.shape == (2, -(-length // 16), -(-length // 32), 32, 16)
-    for turned, ids in zip(packed, (buckets.ids, buckets.ids.T), strict=True):
+    for tiles, ids in zip(packed, (buckets.ids, buckets.ids.T), strict=True):
         for i in range(0, length, 3):
             for j in range(0, length, 5):
                 (row, column), (r, c) = (i // 16, j // 32), (i % 16, j % 32)
                 lane, number = r % 8 * 4 + c % 8 // 2, c // 8 * 4 + r // 8 * 2 + c % 2
-                place = turned[row, column, lane, number]
+                place = tiles[row, column, lane, number]
                 assert buckets.used_ids[place.long()] == ids[i, j]
 
 
