@@ -22,15 +22,7 @@ DESCRIPTION = "Vision transformers with image relative position encoding, traine
 
 EXTRAS = {
     "cuda": ["cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]==13.0.*; sys_platform == 'linux'"],
-    "train": [
-        "deepspeed>=0.16",
-        "psutil",
-        "pydantic>=2.7",
-        "pyyaml",
-        "safetensors",
-        "scipy",
-        "tqdm",
-    ],
+    "train": ["deepspeed>=0.16", "psutil", "pydantic>=2.7", "pyyaml", "safetensors", "tqdm"],
     # Pillow 13 refuses to keep 0 bits, which RandAugment of timm 1.0.31 asks for.
     "data": [
         "ffcv>=1.0.2",

@@ -45,8 +45,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration for this run on so many ranks.
 
     Raises:
-        ConfigError: the JSON cannot be read, sets one of the YAML's numbers or what DeepSpeed does
-            not know, or the precision or the batch do not go with it.
+        ConfigError: the JSON cannot be read, has a key that belongs to the YAML or that DeepSpeed
+            rejects, or does not fit the precision, the batch or the ranks.
     """
     train = config.train
     ds_config = read_ds_config(train.deepspeed)
@@ -90,7 +90,8 @@ def _check_precision(config: RunConfig, stage: int) -> None:
 
     precision, accelerator = config.train.precision, get_accelerator()
     if precision == "fp16" and stage == 0:
-        # DeepSpeed 0.19 unscales the gradients there, but does not scale the loss.
+        # DeepSpeed 0.19.8 divides gradients there by a loss scale that the loss did not get.
+        # Can go when the losses of fp16 at stage 0 equal those of stage 1.
         expected = "bf16 or fp32 without ZeRO, or fp16 with stage 1 or more"
         raise ConfigError("train.precision", expected, "fp16 with stage 0")
     bf16, fp16 = accelerator.is_bf16_supported, accelerator.is_fp16_supported
@@ -158,7 +159,7 @@ def _check_zero(config: RunConfig, zero: dict[str, Any], world_size: int) -> Non
     path, stage = config.train.deepspeed, zero["stage"]
     parsed = parse_zero(zero, f"{path}: zero_optimization")
     if not parsed.compute_grad_norm:
-        expected = "true: by the norm an update is known whose gradients are not finite"
+        expected = "true: non-finite gradients are detected by their norm"
         raise ConfigError(f"{path}: zero_optimization.compute_grad_norm", expected, "false")
     for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         offload = zero.get(key)
@@ -170,12 +171,12 @@ def _check_zero(config: RunConfig, zero: dict[str, Any], world_size: int) -> Non
         if offload.get("device") != "cpu" or not offload.keys() <= OFFLOAD:
             expected = "device cpu, beside it at most pin_memory"
             raise ConfigError(where, f"{expected} ({OFFLOAD_REASON})", json.dumps(offload))
-    quantised = [key for key in zero if key.startswith("zero_quantized") and zero[key]]
+    quantized = [key for key in zero if key.startswith("zero_quantized") and zero[key]]
     device = get_accelerator().device_name()
-    if quantised and device != "cuda":
-        expected = "no quantised communication without NVIDIA GPUs: it is done by CUDA kernels"
+    if quantized and device != "cuda":
+        expected = "no quantized communication without NVIDIA GPUs: it needs CUDA kernels"
         raise ConfigError(
-            f"{path}: zero_optimization.{quantised[0]}", expected, f"true on {device}"
+            f"{path}: zero_optimization.{quantized[0]}", expected, f"true on {device}"
         )
     if world_size % parsed.zero_hpz_partition_size:
         where = f"{path}: zero_optimization.zero_hpz_partition_size"
