@@ -1,1 +1,1 @@
-"""Scaling experiments: runs of a matrix of settings, measured and reported."""
+"""Scaling experiments: a matrix of short runs, measured and reported."""

@@ -120,12 +120,12 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         where = f"{SECTION}.matrix, {number}"
         for key, value in matrix.items():
             if value == []:
-                raise ConfigError(f"{where}: {key}", "a value or more", "none")
+                raise ConfigError(f"{where}: {key}", "at least one value", "none")
         for axes in _combinations(matrix):
             cell = _cell(config, axes, where)
             cells[cell.key] = cell
     if not cells:
-        raise ConfigError(f"{SECTION}.matrix", "a cell or more", "none")
+        raise ConfigError(f"{SECTION}.matrix", "at least one cell", "none")
     for cell in cells.values():
         _check_hosts(scaling.hostfile, cell)
     return Experiment(config=config, scaling=scaling, cells=list(cells.values()))

@@ -31,7 +31,7 @@ def write_report(results: Mapping[str, Any], folder: Path) -> list[Path]:
     """
     rows = [dict(row) for row in results["rows"]]
     if not rows:
-        raise ConfigError(folder, "the results of a cell or more", "none")
+        raise ConfigError(folder, "the results of at least one cell", "none")
     good = [row for row in rows if "error" not in row]
     _add_derived(good)
     table = folder / "results.csv"

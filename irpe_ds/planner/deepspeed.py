@@ -72,7 +72,7 @@ def split(profile: Profile, zero: Zero) -> tuple[list[Parameter], list[Parameter
 
     zero/parameter_offload.py, mark_persistent_parameters.
     """
-    limit = zero.param_persistence_threshold
+    limit = zero.stage3_param_persistence_threshold
     persistent = [p for p in profile.parameters if p.numel < limit]
     return [p for p in profile.parameters if p.numel >= limit], persistent
 
@@ -103,7 +103,7 @@ def gathered(call: Call, parameters: Sequence[Parameter], zero: Zero) -> list[st
         parameters: all of the model.
     """
     numel = {p.name: p.numel for p in parameters}
-    partitioned = {n for n in numel if numel[n] >= zero.param_persistence_threshold}
+    partitioned = {n for n in numel if numel[n] >= zero.stage3_param_persistence_threshold}
     events = [*_events(call, 1), *_events(call, -1)]
     modules = [names for begins, names in events if begins]
     trace = deque((name, number) for number, names in enumerate(modules) for name in names)
@@ -136,13 +136,13 @@ def gathered(call: Call, parameters: Sequence[Parameter], zero: Zero) -> list[st
             while trace and wanted:
                 wanted.discard(take())
             prefetched = 0
-            while trace and prefetched < zero.prefetch_bucket_size:
+            while trace and prefetched < zero.stage3_prefetch_bucket_size:
                 prefetched += gather([take()])
             current += 1
             continue
         for name in names:
             later = uses[name][bisect(uses[name], current - 1) :]
-            near = later and passed[later[0]] - passed[current] < zero.max_reuse_distance
+            near = later and passed[later[0]] - passed[current] < zero.stage3_max_reuse_distance
             if fetched_for.get(name, -1) <= current and not near:
                 available.discard(name)
     return order
@@ -196,7 +196,7 @@ def _stage_3(
     partitioned, persistent = split(profile, zero)
     # hpZ: the first gather of an update is from all ranks, as invalidate_secondary_tensor in
     # stage3.py drops the copy after every update; the others are in the node.
-    near: Group = "node" if zero.hpz_partition_size > 1 else "all"
+    near: Group = "node" if zero.zero_hpz_partition_size > 1 else "all"
     from_all = accumulation if near == "all" else 1
     yield from _gather(profile, zero, cluster, partitioned, from_all, "forward", "all")
     rest = accumulation - from_all
@@ -204,7 +204,7 @@ def _stage_3(
     again = gathered_again(profile, zero)
     yield from _gather(profile, zero, cluster, again, accumulation, "backward", near)
     reduced = list(profile.parameters)
-    if zero.quantized_gradients and cluster.nodes > 1:
+    if zero.zero_quantized_gradients and cluster.nodes > 1:
         # comm/coalesced_collectives.py, all_to_all_quant_reduce: others are reduce-scattered.
         unit = 2 * cluster.gpus
         quantized = [p for p in reduced if len(p.shape) > 1 and p.numel % unit == 0]
@@ -227,7 +227,7 @@ def _gather(
     group: Group,
 ) -> Iterator[Collective]:
     """Stage 3's gathers of these parameters in so many micro-steps."""
-    ranks = cluster.gpus if group == "all" else min(zero.hpz_partition_size, cluster.gpus)
+    ranks = cluster.gpus if group == "all" else min(zero.zero_hpz_partition_size, cluster.gpus)
     elements = padded(parameters, ranks)
     if not elements or not times:
         return
@@ -237,8 +237,8 @@ def _gather(
     payload = sum(
         _padded(p, ranks) * (2 if halved and p.half_gradient else profile.bytes) for p in parameters
     )
-    calls = math.ceil(elements / max(zero.prefetch_bucket_size, elements / len(parameters)))
-    if zero.quantized_weights:  # int8 and, in a second call, the scales
+    calls = math.ceil(elements / max(zero.stage3_prefetch_bucket_size, elements / len(parameters)))
+    if zero.zero_quantized_weights:  # int8 and, in a second call, the scales
         payload = elements + 4 * math.ceil(elements / QUANTIZED_GROUP)
         calls *= 2
     yield Collective(
@@ -248,7 +248,7 @@ def _gather(
         content="parameters",
         group=group,
         overlaps=during if zero.overlap_comm else None,
-        exposed=min(1.0, zero.prefetch_bucket_size / elements),
+        exposed=min(1.0, zero.stage3_prefetch_bucket_size / elements),
     )
 
 
@@ -317,9 +317,9 @@ def weight_memory(profile: Profile, zero: Zero, ranks: int) -> tuple[int, int]:
     own = shard_size(profile, zero, ranks) * profile.bytes
     again = gathered_again(profile, zero)
     stays = padded((p for p in partitioned if p not in again), ranks)
-    passing = min(padded(again, ranks), zero.prefetch_bucket_size)
+    passing = min(padded(again, ranks), zero.stage3_prefetch_bucket_size)
     whole = (stays + passing + sum(p.numel for p in persistent)) * profile.bytes
-    hpz = zero.hpz_partition_size
+    hpz = zero.zero_hpz_partition_size
     second = profile.numel * profile.bytes // min(hpz, ranks) if hpz > 1 else 0
     on_host = own if zero.offload_param else 0
     return own - on_host + second + whole, on_host

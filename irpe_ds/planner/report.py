@@ -109,8 +109,10 @@ def _calibrated(
     scenario: Scenario, cluster: Cluster, path: Path, zero_configs: Mapping[str, Zero]
 ) -> tuple[Scenario, dict[str, str]]:
     """The scenario with fitted assumptions, and the origin of each of these."""
-    from irpe_ds.planner.calibrate import calibrate, read_results
-
+    try:
+        from irpe_ds.planner.calibrate import calibrate, read_results
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--calibrate needs {error.name}: pip install irpe-ds[data]") from None
     config = scenario.config
     rpe = "" if config.model.rpe is None else config.model.rpe.on
     model = config.model.model_dump(mode="json")
@@ -196,7 +198,7 @@ def _sent(report: Report) -> Iterator[str]:
     yield "\n## What a GPU sends in an update\n"
     yield from _table("collective", "of", "ranks", "calls", "vector (MB)", "sent (MB)")
     for send in collectives(report.scenario.profile, zero, row.cluster, row.accumulation):
-        ranks = send.ranks(row.cluster, zero.hpz_partition_size)
+        ranks = send.ranks(row.cluster, zero.zero_hpz_partition_size)
         sent = send.sent(ranks, row.cluster.backend) / 1e6
         sizes = f"{send.payload / 1e6:.2f}", f"{sent:.2f}"
         yield _line(send.kind, send.content, ranks, send.calls, *sizes)

@@ -113,7 +113,7 @@ def _communication(
     beside = {"forward": 0.0, "backward": 0.0}
     for send in sends:
         late, transfer = collective_seconds(
-            send, cluster, zero.hpz_partition_size, assumed.link_share
+            send, cluster, zero.zero_hpz_partition_size, assumed.link_share
         )
         late *= assumed.latency
         latency += late

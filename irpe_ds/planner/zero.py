@@ -1,6 +1,6 @@
 """The ZeRO settings of a JSON that memory and communication depend on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,48 +10,36 @@ from irpe_ds.training.deepspeed_config import parse_zero, read_ds_config
 COMMUNICATION_BYTES = {"fp16": 2, "bf16": 2, "bfp16": 2, "fp32": 4}
 """Values of DeepSpeed's communication_data_type."""
 
-DEFAULTS: dict[str, Any] = {
-    "reduce_bucket_size": 500_000_000,
-    "stage3_prefetch_bucket_size": 50_000_000,
-    "stage3_param_persistence_threshold": 100_000,
-    "stage3_max_reuse_distance": 1_000_000_000,
-    "overlap_comm": None,
-    "contiguous_gradients": True,
-    "offload_optimizer": None,
-    "offload_param": None,
-    "zero_quantized_weights": False,
-    "zero_quantized_gradients": False,
-    "zero_hpz_partition_size": 1,
-}
-"""Of DeepSpeedZeroConfig in 0.19.8, for a machine without DeepSpeed; a test compares them."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Zero:
-    """Settings of `zero_optimization`, under DeepSpeed's names; sizes are in elements."""
+    """Keys of `zero_optimization` with the defaults of DeepSpeed 0.19.8; sizes are in elements.
+
+    The defaults are for a machine without DeepSpeed; tests/planner/test_zero.py compares them.
+    """
 
     stage: int
-    reduce_bucket_size: int
-    prefetch_bucket_size: int
-    """Stage 3: elements gathered ahead."""
-    param_persistence_threshold: int
-    """Stage 3: smaller parameters stay whole on every rank."""
-    max_reuse_distance: int
-    """Stage 3: a parameter that is used again within so many elements is not released."""
-    overlap_comm: bool
-    """Whether gradients are reduced during the backward pass."""
-    contiguous_gradients: bool
-    """Whether gradients are copied into a bucket that is allocated as one tensor."""
-    offload_optimizer: bool
-    offload_param: bool
-    quantized_weights: bool
-    """qwZ of ZeRO++: parameters are gathered as 8-bit integers."""
-    quantized_gradients: bool
-    """qgZ of ZeRO++: gradients are sent as 4-bit integers, in a node and then between nodes."""
-    hpz_partition_size: int
-    """hpZ of ZeRO++: ranks that share a second copy of the parameters; 1 turns it off."""
-    communication_bytes: int | None
+    communication_bytes: int | None = None
     """Bytes per gradient element when sent. None: as in the model's precision."""
+    reduce_bucket_size: int = 500_000_000
+    stage3_prefetch_bucket_size: int = 50_000_000
+    """Elements gathered ahead."""
+    stage3_param_persistence_threshold: int = 100_000
+    """Smaller parameters stay whole on every rank."""
+    stage3_max_reuse_distance: int = 1_000_000_000
+    """A parameter that is used again within so many elements is not released."""
+    overlap_comm: bool = False
+    """Whether gradients are reduced during the backward pass; on by default in stage 3."""
+    contiguous_gradients: bool = True
+    """Whether gradients are copied into a bucket that is allocated as one tensor."""
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    zero_quantized_weights: bool = False
+    """qwZ of ZeRO++: parameters are gathered as 8-bit integers."""
+    zero_quantized_gradients: bool = False
+    """qgZ of ZeRO++: gradients are sent as 4-bit integers, in a node and then between nodes."""
+    zero_hpz_partition_size: int = 1
+    """hpZ of ZeRO++: ranks that share a second copy of the parameters; 1 turns it off."""
 
     @property
     def name(self) -> str:
@@ -59,11 +47,14 @@ class Zero:
         parts = {
             f"stage {self.stage}": True,
             "offload": self.offload_optimizer or self.offload_param,
-            "qwZ": self.quantized_weights,
-            "hpZ": self.hpz_partition_size > 1,
-            "qgZ": self.quantized_gradients,
+            "qwZ": self.zero_quantized_weights,
+            "hpZ": self.zero_hpz_partition_size > 1,
+            "qgZ": self.zero_quantized_gradients,
         }
         return " + ".join(name for name, on in parts.items() if on)
+
+
+OPTIONS = {field.name for field in fields(Zero)} - {"stage", "communication_bytes"}
 
 
 def read_zero(path: Path) -> Zero:
@@ -92,27 +83,17 @@ def zero_of(
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "deepspeed":
             raise
-        values = DEFAULTS | section
+        values = section
     if communication is not None and communication not in COMMUNICATION_BYTES:
         expected = f"one of {', '.join(COMMUNICATION_BYTES)}"
         raise ConfigError(f"{where}: communication_data_type", expected, repr(communication))
-    overlap = values["overlap_comm"]
-    return Zero(
-        stage=int(values["stage"]),
-        reduce_bucket_size=int(values["reduce_bucket_size"]),
-        prefetch_bucket_size=int(values["stage3_prefetch_bucket_size"]),
-        param_persistence_threshold=int(values["stage3_param_persistence_threshold"]),
-        max_reuse_distance=int(values["stage3_max_reuse_distance"]),
-        # DeepSpeedZeroConfig.overlap_comm_valid: on by default in stage 3 alone.
-        overlap_comm=values["stage"] == 3 if overlap is None else bool(overlap),
-        contiguous_gradients=bool(values["contiguous_gradients"]),
-        offload_optimizer=_on_host(values["offload_optimizer"]),
-        offload_param=_on_host(values["offload_param"]),
-        quantized_weights=bool(values["zero_quantized_weights"]),
-        quantized_gradients=bool(values["zero_quantized_gradients"]),
-        hpz_partition_size=int(values["zero_hpz_partition_size"]),
-        communication_bytes=COMMUNICATION_BYTES.get(communication or ""),
-    )
+    zero = Zero(stage=int(section["stage"]), overlap_comm=section["stage"] == 3)
+    given = {
+        key: _on_host(value) if key.startswith("offload_") else type(getattr(zero, key))(value)
+        for key, value in values.items()
+        if key in OPTIONS and (value is not None or key != "overlap_comm")
+    }
+    return replace(zero, communication_bytes=COMMUNICATION_BYTES.get(communication or ""), **given)
 
 
 def _on_host(offload: dict[str, Any] | None) -> bool:

@@ -1,4 +1,4 @@
-"""A plan as one figure: throughput, efficiency, memory and the step, from 1 to 4096 GPUs."""
+"""A plan as one figure: throughput, efficiency, memory and the step, on 1 to 4096 GPUs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ PARTS = {
     "optimizer": "#E69F00",
     "communication": "#D55E00",
 }
-"""Parts of a step and their colours."""
+"""Parts of an update and their colours."""
 
 KINDS = {
     "weights": "#0072B2",
@@ -29,7 +29,7 @@ KINDS = {
     "buckets": "#CC79A7",
     "context": "#c9d1d9",
 }
-"""What lies in memory, and its colours."""
+"""Kinds of memory and their colours."""
 
 _LEGEND: dict[str, Any] = {
     "fontsize": 9,
@@ -103,19 +103,19 @@ def _efficiency(axes: Any, curves: Mapping[str, Sequence[PlanRow]]) -> None:
 def _step(axes: Any, rows: Sequence[PlanRow], name: str) -> None:
     frame(axes, f"Parts of an update, {name}", "% of its time")
     _over_gpus(axes)
-    apart = [rows[0]]  # a bar is as wide as half its place
+    shown = [rows[0]]  # bars of neighbours would overlap
     for row in rows:
-        if row.cluster.gpus >= 2 * apart[-1].cluster.gpus:
-            apart.append(row)
-    below = [0.0] * len(apart)
-    places = [row.cluster.gpus for row in apart]
+        if row.cluster.gpus >= 2 * shown[-1].cluster.gpus:
+            shown.append(row)
+    below = [0.0] * len(shown)
+    places = [row.cluster.gpus for row in shown]
     for part, colour in PARTS.items():
-        shares = [100 * row.step.parts[part] / row.step.total for row in apart]
+        shares = [100 * row.step.parts[part] / row.step.total for row in shown]
         wide = [0.5 * place for place in places]
         label = "communication, exposed" if part == "communication" else part
         axes.bar(places, shares, bottom=below, width=wide, color=colour, label=label)
         below = [a + b for a, b in zip(below, shares, strict=True)]
-    for place, row in zip(places, apart, strict=True):
+    for place, row in zip(places, shown, strict=True):
         text = f"{1e3 * row.step.total:.3g}"
         axes.annotate(text, (place, 100), (0, 3), ha="center", color=INK, **_TEXT)
     axes.annotate("ms", (places[-1], 100), (16, 3), color=INK, **_TEXT)

@@ -1,4 +1,4 @@
-"""How figures of this package look."""
+"""The look of all figures."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ INK, PALE, FAINT = "#24292f", "#6e7781", "#d8dee4"
 
 
 def titled(title: str, note: str, size: tuple[float, float], above: float = 0) -> Any:
-    """An empty figure of so many inches, with a title above and a note of two lines below.
+    """An empty figure of this size in inches, with a title above and a note of two lines below.
 
     `above` inches below the title stay free.
     """
@@ -33,7 +33,7 @@ def titled(title: str, note: str, size: tuple[float, float], above: float = 0) -
 
 
 def frame(axes: Any, title: str, unit: str, size: float = 12) -> None:
-    """Title, unit of the y axis, and lines across."""
+    """Set the title, the unit of the y axis, and horizontal grid lines."""
     axes.set_title(title, loc="left", fontsize=size, fontweight="bold", color=INK)
     axes.set_ylabel(unit, color=INK)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)

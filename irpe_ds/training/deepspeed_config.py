@@ -159,7 +159,7 @@ def _check_zero(config: RunConfig, zero: dict[str, Any], world_size: int) -> Non
     path, stage = config.train.deepspeed, zero["stage"]
     parsed = parse_zero(zero, f"{path}: zero_optimization")
     if not parsed.compute_grad_norm:
-        expected = "true: by the norm an update is known whose gradients are not finite"
+        expected = "true: non-finite gradients are detected by their norm"
         raise ConfigError(f"{path}: zero_optimization.compute_grad_norm", expected, "false")
     for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         offload = zero.get(key)
@@ -171,12 +171,12 @@ def _check_zero(config: RunConfig, zero: dict[str, Any], world_size: int) -> Non
         if offload.get("device") != "cpu" or not offload.keys() <= OFFLOAD:
             expected = "device cpu, beside it at most pin_memory"
             raise ConfigError(where, f"{expected} ({OFFLOAD_REASON})", json.dumps(offload))
-    quantised = [key for key in zero if key.startswith("zero_quantized") and zero[key]]
+    quantized = [key for key in zero if key.startswith("zero_quantized") and zero[key]]
     device = get_accelerator().device_name()
-    if quantised and device != "cuda":
-        expected = "no quantised communication without NVIDIA GPUs: it is done by CUDA kernels"
+    if quantized and device != "cuda":
+        expected = "no quantized communication without NVIDIA GPUs: it needs CUDA kernels"
         raise ConfigError(
-            f"{path}: zero_optimization.{quantised[0]}", expected, f"true on {device}"
+            f"{path}: zero_optimization.{quantized[0]}", expected, f"true on {device}"
         )
     if world_size % parsed.zero_hpz_partition_size:
         where = f"{path}: zero_optimization.zero_hpz_partition_size"

@@ -92,5 +92,5 @@ def test_only_failures_are_reported_too(tmp_path: Path) -> None:
 
 
 def test_nothing_is_no_report(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a cell or more"):
+    with pytest.raises(ConfigError, match="at least one cell"):
         write_report(results(), tmp_path)

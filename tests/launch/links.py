@@ -54,11 +54,11 @@ def main() -> None:
 def measure(rate: str, folder: Path) -> Path:
     """Run the experiment over links of this rate; its results."""
     name = rate.replace("/", "-")
-    settings = [f"output={folder}", f"name={name}", f"scaling.network={rate}"]
+    overrides = [f"output={folder}", f"name={name}", f"scaling.network={rate}"]
     with Hosts(folder / f"hosts-{name}", 2, python_environment()) as hosts:
         hosts.shape(rate.removesuffix("/s"))
-        settings.append(f"scaling.hostfile={hosts.hostfile(hosts.names)}")
-        command = [sys.executable, "launch/scaling.py", "--config", EXPERIMENT, *settings]
+        overrides.append(f"scaling.hostfile={hosts.hostfile(hosts.names)}")
+        command = [sys.executable, "launch/scaling.py", "--config", EXPERIMENT, *overrides]
         log = folder / f"{name}.log"
         if hosts.start(command, log).wait():
             raise RuntimeError(log.read_text())

@@ -56,9 +56,9 @@ def test_says_what_it_leaves_out(tmp_path: Path) -> None:
     distill = ["--config", "launch/configs/imagenet/distill_hard.yaml"]
     shutil.copy("ds_configs/zero1.json", tmp_path)
     (tmp_path / "package.json").write_text("{}")  # of something else
-    settings = f"train.deepspeed={tmp_path}/zero1.json"
+    deepspeed = f"train.deepspeed={tmp_path}/zero1.json"
     resolutions = "model.resolutions=[[0, 160], [150, 224]]"
-    done = call(*distill, "--gpu", "H100", "--gpus", "8", settings, resolutions)
+    done = call(*distill, "--gpu", "H100", "--gpus", "8", deepspeed, resolutions)
     assert done.returncode == 0, done.stderr
     assert "- not counted: the teacher" in done.stdout
     assert "- not counted: model.resolutions" in done.stdout

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.hosts import SUBNET, Hosts, missing, python_environment
-from tests.planner.test_deepspeed import Case, counted, results_of, settings
+from tests.planner.test_deepspeed import Case, counted, instructions, results_of
 
 REASON = missing()
 pytestmark = [
@@ -28,7 +28,7 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 
 def test_every_stage_sends_what_was_counted(hosts: Hosts, tmp_path: Path) -> None:
-    cases = json.dumps([settings(case, *WIDE) for case in CASES])
+    cases = json.dumps([instructions(case, *WIDE) for case in CASES])
     script = ["python", "-m", "tests.planner.deepspeed_ranks"]
     ranks = [
         hosts.start([*script, rank, 2, f"{SUBNET}.1", 29500, tmp_path, cases], output, host)

@@ -17,8 +17,8 @@ def cluster(gpus: int, per_node: int = 8, gpu: str = "H100") -> Cluster:
     return build_cluster(find_gpu(gpu), gpus, per_node, "100GB/s", "80Gb/s")
 
 
-def zero(stage: int, **settings: Any) -> Zero:
-    return zero_of({"stage": stage, "reduce_bucket_size": 1000, **settings})
+def zero(stage: int, **section: Any) -> Zero:
+    return zero_of({"stage": stage, "reduce_bucket_size": 1000, **section})
 
 
 def tiny(precision: str = "bf16") -> Profile:

@@ -97,11 +97,11 @@ def measure(case: dict[str, Any], folder: Path, counter: Counter) -> dict[str, A
     )
     before = live_bytes()
     model = build_model(config.model)
-    settings = deepspeed_config(config, world_size=torch.distributed.get_world_size())
+    ds_config = deepspeed_config(config, world_size=torch.distributed.get_world_size())
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     average = copy.deepcopy(model).to(dtype) if config.train.ema_decay else None
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(model, config, settings), config=settings
+        model=model, optimizer=build_optimizer(model, config, ds_config), config=ds_config
     )
     state = EngineState(engine, ema=average is not None)
     state.initialize(dict(build_model(config.model).named_parameters()))

@@ -11,11 +11,11 @@ N = MATRICES + VECTOR
 
 
 def payloads(
-    stage: int, gpus: int = 4, precision: str = "bf16", accumulation: int = 1, **settings: object
+    stage: int, gpus: int = 4, precision: str = "bf16", accumulation: int = 1, **section: object
 ) -> dict[tuple[str, str, str], int]:
     """Bytes by collective, group and content."""
     found: dict[tuple[str, str, str], int] = {}
-    sends = collectives(tiny(precision), zero(stage, **settings), cluster(gpus), accumulation)
+    sends = collectives(tiny(precision), zero(stage, **section), cluster(gpus), accumulation)
     for send in sends:
         key = (send.kind, send.group, send.content)
         found[key] = found.get(key, 0) + send.payload
@@ -65,23 +65,23 @@ class TestPayloads:
         }
 
     def test_stage_3_gathers_again_what_it_let_go(self) -> None:
-        settings = {
+        section = {
             "stage3_param_persistence_threshold": 100,
             "stage3_max_reuse_distance": 1000,
             "stage3_prefetch_bucket_size": 100,
         }
-        assert [p.name for p in gathered_again(tiny(), zero(3, **settings))] == ["0"]
-        assert payloads(3, **settings)[GATHERED] == 2 * (MATRICES + 64 * 32) + 2 * VECTOR
+        assert [p.name for p in gathered_again(tiny(), zero(3, **section))] == ["0"]
+        assert payloads(3, **section)[GATHERED] == 2 * (MATRICES + 64 * 32) + 2 * VECTOR
 
     def test_hpz_gathers_in_the_node_but_for_the_first_time(self) -> None:
-        settings = {"stage3_param_persistence_threshold": 100, "zero_hpz_partition_size": 8}
-        found = payloads(3, gpus=16, accumulation=3, **settings)
+        section = {"stage3_param_persistence_threshold": 100, "zero_hpz_partition_size": 8}
+        found = payloads(3, gpus=16, accumulation=3, **section)
         assert found[GATHERED] == 2 * MATRICES + 2 * VECTOR
         assert found["all_gather", "node", "parameters"] == 2 * 2 * MATRICES
 
     def test_qwz_gathers_one_byte_a_number_and_a_scale(self) -> None:
-        settings = {"stage3_param_persistence_threshold": 100, "zero_quantized_weights": True}
-        assert payloads(3, **settings)[GATHERED] == MATRICES + 4 + 2 * VECTOR
+        section = {"stage3_param_persistence_threshold": 100, "zero_quantized_weights": True}
+        assert payloads(3, **section)[GATHERED] == MATRICES + 4 + 2 * VECTOR
 
     def test_qgz_sends_half_a_byte_in_the_node_and_an_eighth_of_it_between(self) -> None:
         found = payloads(3, gpus=16, zero_quantized_gradients=True)

@@ -53,7 +53,7 @@ def overrides(precision: str, accumulation: int) -> list[str]:
     ]
 
 
-def settings(case: Case, *changes: str) -> dict[str, Any]:
+def instructions(case: Case, *changes: str) -> dict[str, Any]:
     """What the ranks are told of a case, with further overrides."""
     name, precision, accumulation = case
     return {"zero": ZERO[name], "overrides": [*overrides(precision, accumulation), *changes]}
@@ -62,14 +62,14 @@ def settings(case: Case, *changes: str) -> dict[str, Any]:
 def counted(case: Case, *changes: str) -> list[Collective]:
     """What the planner says that they send."""
     name, _, accumulation = case
-    config = load_config(QUICKSTART, settings(case, *changes)["overrides"])
+    config = load_config(QUICKSTART, instructions(case, *changes)["overrides"])
     return collectives(profile(config), zero_of(ZERO[name]), cluster(RANKS), accumulation)
 
 
 @cache
 def measured() -> dict[Case, dict[str, Any]]:
     """What two ranks do in all cases, one after the other."""
-    cases = json.dumps([settings(case) for case in CASES])
+    cases = json.dumps([instructions(case) for case in CASES])
     port = str(free_port())
     script = [sys.executable, "-m", "tests.planner.deepspeed_ranks"]
     with TemporaryDirectory() as folder:

@@ -19,9 +19,9 @@ ALL = sorted(Path("ds_configs").glob("*.json"))
 N = 2752
 
 
-def of(stage: int, gpus: int = 4, images: int = 1, config: str = DEIT, **settings: Any) -> Any:
+def of(stage: int, gpus: int = 4, images: int = 1, config: str = DEIT, **section: Any) -> Any:
     run = load_config(config, ["train.ema_decay=0.9"])
-    return memory(tiny(), zero(stage, **settings), cluster(gpus), run, images, context_gib=0)
+    return memory(tiny(), zero(stage, **section), cluster(gpus), run, images, context_gib=0)
 
 
 class TestByHand:

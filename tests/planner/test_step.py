@@ -34,8 +34,8 @@ def scenario(config: RunConfig, found: Profile, file: str = "zero1", **changes: 
 
 
 def taken(stage: int = 0, gpus: int = 1, accumulation: int = 1, **own: Any) -> StepTime:
-    settings = (load_config(DEIT), 8, accumulation, EXACT)
-    return step_time(tiny(), zero(stage, **own), cluster(gpus), *settings)
+    shape = (load_config(DEIT), 8, accumulation, EXACT)
+    return step_time(tiny(), zero(stage, **own), cluster(gpus), *shape)
 
 
 class TestByHand:
@@ -98,20 +98,22 @@ class TestPlan:
             plan_global_batch(scenario(deit, deit_profile), replace(cluster(1), gpu=small))
 
     def test_stages_that_would_fit_are_named(self, deit: RunConfig, deit_profile: Profile) -> None:
-        settings = {name: read_zero(Path(f"ds_configs/{name}.json")) for name in ("zero1", "zero3")}
+        zero_configs = {
+            name: read_zero(Path(f"ds_configs/{name}.json")) for name in ("zero1", "zero3")
+        }
         own, machines = scenario(deit, deit_profile, "zero0"), cluster(8)
         least = {
             name: replace(own, zero=zero).memory(machines, own.multiple).total / 2**30
-            for name, zero in {"zero0": own.zero, **settings}.items()
+            for name, zero in {"zero0": own.zero, **zero_configs}.items()
         }
         between = replace(
             machines.gpu, memory_gib=(least["zero0"] + max(least["zero1"], least["zero3"])) / 2
         )
         with pytest.raises(ConfigError, match="of zero1, zero3, which fit"):
-            plan_global_batch(own, replace(machines, gpu=between), settings)
+            plan_global_batch(own, replace(machines, gpu=between), zero_configs)
         tiny_gpu = replace(machines.gpu, memory_gib=1)
         with pytest.raises(ConfigError, match="no other stage fits, the smallest needs"):
-            plan_global_batch(own, replace(machines, gpu=tiny_gpu), settings)
+            plan_global_batch(own, replace(machines, gpu=tiny_gpu), zero_configs)
 
     def test_a_model_that_does_not_fit_on_one(self, deit: RunConfig, deit_profile: Profile) -> None:
         own = scenario(deit, deit_profile, "zero3")

@@ -10,7 +10,7 @@ import pytest
 from irpe_ds.errors import ConfigError
 from irpe_ds.planner import deepspeed
 from irpe_ds.planner.deepspeed import version_note
-from irpe_ds.planner.zero import DEFAULTS, read_zero, zero_of
+from irpe_ds.planner.zero import OPTIONS, Zero, read_zero, zero_of
 from irpe_ds.training.deepspeed_config import parse_zero
 
 FILES = sorted(Path("ds_configs").glob("*.json"))
@@ -25,7 +25,10 @@ def no_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_defaults_are_deepspeeds() -> None:
     values = parse_zero({"stage": 0}, "").model_dump(by_alias=True)
-    assert {key: values[key] for key in DEFAULTS} == DEFAULTS | {"overlap_comm": False}
+    values |= {key: values[key] is not None for key in ("offload_optimizer", "offload_param")}
+    assert {key: values[key] for key in OPTIONS} == {
+        key: vars(Zero(stage=0))[key] for key in OPTIONS
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

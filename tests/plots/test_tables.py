@@ -105,12 +105,12 @@ def test_png_of_contextual_tables(monkeypatch: pytest.MonkeyPatch, config: Path,
 
 
 def test_images_come_from_all_over_the_set(config: Path) -> None:
-    settings = load_config(config, ["data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"])
-    images = tables.validation_images(settings, 3)
+    unscaled = load_config(config, ["data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"])
+    images = tables.validation_images(unscaled, 3)
     assert images.shape == (3, 3, 12, 16)
     # Sorted by class: a has images 0, 2 and 4, b has 1, 3 and 5.
     assert (255 * images[:, 0, 0, 0]).round().tolist() == [0, 160, 200]
-    assert len(tables.validation_images(settings, 100)) == 6
+    assert len(tables.validation_images(unscaled, 100)) == 6
 
 
 @pytest.mark.parametrize(
