@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.outcomes import BATCH, UPDATES
+
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -43,3 +45,20 @@ def digits(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = run(sys.executable, *convert, folder / f"{part}.beton")
         assert made.returncode == 0, made.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def common(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides of every run here; the output folder is the first."""
+    return [
+        f"output={tmp_path_factory.mktemp('survival')}",
+        *(f"data.train={digits}/train.beton", f"data.val={digits}/val.beton"),
+        *("train.epochs=3", f"train.global_batch={BATCH}", "train.log_every=1"),
+        *("train.ema_decay=0.9", f"train.max_updates={UPDATES}", "data.workers=1"),
+        *("model.options.depth=2", "optim.warmup_epochs=1", "optim.lr=1e-3"),
+    ]
+
+
+@pytest.fixture
+def output(common: list[str]) -> Path:
+    return Path(common[0].removeprefix("output="))

@@ -14,7 +14,7 @@ from data_prep.offsets import OFFSETS
 from irpe_ds.config import load_config
 from irpe_ds.models.build import build_model
 from irpe_ds.models.offset_maps import offset_maps
-from launch.tables import validation_images
+from irpe_ds.plots.tables import validation_images
 from tests.launch.ranks import free_port, rows
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]

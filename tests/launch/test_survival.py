@@ -3,15 +3,12 @@
 IRPE_KILLS=20 kills every stage and precision twenty times; the default is what CI has time for.
 """
 
-import functools
 import json
 import os
 import random
 import signal
 import socket
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,172 +16,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from irpe_ds.data.order import train_order
-from irpe_ds.data.rng import image_keys
+from tests.launch.outcomes import FILES, PER_EPOCH, UPDATES, losses, same_bits, slow, tensors, zero
 from tests.launch.ranks import Ranks, rows
 
 pytestmark = pytest.mark.dist
 
 KILLS = int(os.environ.get("IRPE_KILLS", "0"))
-
-
-def slow(*values: Any) -> Any:
-    """A case that `make test-slow` runs."""
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
-FILES = ("weights", "ema", "optimizer")
-UPDATES, PER_EPOCH, BATCH = 30, 14, 96
-
-
-@pytest.fixture(scope="module")
-def common(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides of every run here; the output folder is the first."""
-    return [
-        f"output={tmp_path_factory.mktemp('survival')}",
-        *(f"data.train={digits}/train.beton", f"data.val={digits}/val.beton"),
-        *("train.epochs=3", f"train.global_batch={BATCH}", "train.log_every=1"),
-        *("train.ema_decay=0.9", f"train.max_updates={UPDATES}", "data.workers=1"),
-        *("model.options.depth=2", "optim.warmup_epochs=1", "optim.lr=1e-3"),
-    ]
-
-
-@pytest.fixture
-def output(common: list[str]) -> Path:
-    return Path(common[0].removeprefix("output="))
-
-
-def zero(stage: int, precision: str = "fp32", accumulation: int = 1) -> list[str]:
-    return [
-        f"train.deepspeed=ds_configs/zero{stage}.json",
-        *(f"train.precision={precision}", f"train.accumulation={accumulation}"),
-    ]
-
-
-EPS = "optim.eps=1e-4"
-"""Of AdamW where sums in another order are compared: it would make 1e-3 of a gradient that is zero
-but for rounding, such as that of the keys' bias, which softmax does not see."""
-
-
-def tensors(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / f"checkpoints/update-{UPDATES:08d}/{kind}.safetensors")
-
-
-def losses(folder: Path) -> torch.Tensor:
-    found = [row["loss"] for row in rows(folder, "train")]
-    assert len(found) == UPDATES
-    return torch.tensor(found, dtype=torch.float64)
-
-
-def same_bits(one: Path, other: Path) -> None:
-    """Compare all that two runs have left."""
-    for kind in ("train", "eval"):
-        assert rows(one, kind) == rows(other, kind)
-    for kind in FILES:
-        expected, got = tensors(one, kind), tensors(other, kind)
-        assert expected.keys() == got.keys()
-        assert all(torch.equal(expected[name], got[name]) for name in expected), kind
-
-
-@pytest.fixture(scope="module")
-def parity(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The folder of runs STAGE-ACCUMULATION-RANKS of the same global batch, made when asked for."""
-    logs = tmp_path_factory.mktemp("parity")
-
-    @functools.cache
-    def made(ranks: int) -> Path:
-        runs = [
-            (
-                [*common, EPS, *zero(stage, accumulation=steps), f"name={stage}-{steps}-{ranks}"],
-                "never",
-            )
-            for stage in range(4)
-            for steps in (1, 4)
-        ]
-        Ranks(logs, ranks, runs).succeed(1800)
-        return Path(common[0].removeprefix("output="))
-
-    return made
-
-
-@pytest.mark.parametrize("ranks", [1, 2, slow(4)])
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("stage", range(4))
-def test_stages_ranks_and_accumulation_agree(
-    parity: Callable[[int], Path], stage: int, accumulation: int, ranks: int
-) -> None:
-    reference, run = parity(1) / "0-1-1", parity(ranks) / f"{stage}-{accumulation}-{ranks}"
-    torch.testing.assert_close(losses(run), losses(reference), rtol=0, atol=1e-4)
-    expected = tensors(reference, "ema")
-    for name, average in tensors(run, "ema").items():
-        torch.testing.assert_close(average, expected[name], rtol=0, atol=1e-6, msg=name)
-
-
-def test_the_average_is_one(parity: Callable[[int], Path]) -> None:
-    """It lies between the first weights and the last, and is neither."""
-    run = parity(2) / "3-1-2"
-    weights, average = tensors(run, "weights"), tensors(run, "ema")
-    assert average.keys() == weights.keys()
-    assert not torch.equal(weights["head.weight"], average["head.weight"])
-    scores = rows(run, "eval")[-1]
-    assert scores["ema_loss"] != scores["loss"]
-
-
-def note_keys(folder: Path) -> None:
-    """Write down which images every rank trains on, by their keys."""
-    from irpe_ds.training.trainer import Trainer
-
-    step = Trainer.step
-
-    def noting(self: Any, batch: Any, micro_step: int) -> Any:
-        with (folder / f"{os.getpid()}.keys").open("a") as file:
-            file.write(json.dumps([self.update, batch.keys.tolist()]) + "\n")
-        return step(self, batch, micro_step)
-
-    Trainer.step = noting  # type: ignore[method-assign]
-
-
-def test_ranks_and_stages_change_on_the_way(
-    common: list[str], output: Path, parity: Callable[[int], Path], tmp_path: Path
-) -> None:
-    for ranks, stage, updates in ((2, 1, 9), (1, 3, 20), (4, 0, UPDATES)):
-        run = [*common, EPS, *zero(stage), "name=changing", f"train.max_updates={updates}"]
-        resume = "never" if ranks == 2 else "auto"
-        Ranks(tmp_path, ranks, [(run, resume)], partial(note_keys, tmp_path)).succeed()
-    assert "with ranks: 2 -> 1; ZeRO stage: 1 -> 3" in (output / "changing/log.txt").read_text()
-    torch.testing.assert_close(
-        losses(output / "changing"), losses(parity(2) / "1-1-2"), rtol=0, atol=1e-3
-    )
-    lines = "".join(path.read_text() for path in tmp_path.glob("*.keys")).splitlines()
-    seen = sorted((update, key) for update, keys in map(json.loads, lines) for key in keys)
-    expected = []
-    for update in range(UPDATES):
-        epoch, done = divmod(update, PER_EPOCH)
-        order = {"batch_size": BATCH, "accumulation": 1, "rank": 0, "world_size": 1}
-        samples, repeats = train_order(1438, **order, seed=0, epoch=epoch)
-        keys = image_keys(samples, seed=0, epoch=epoch, repeats=repeats)
-        assert len(np.unique(samples)) == PER_EPOCH * BATCH
-        expected += [(update, int(key)) for key in keys[done * BATCH : (done + 1) * BATCH]]
-    assert seen == sorted(expected)
-
-
-def test_precision_changes_on_the_way(
-    common: list[str], output: Path, parity: Callable[[int], Path], tmp_path: Path
-) -> None:
-    precisions = ("fp32", "bf16", "autocast", "fp32")
-    runs = [
-        ([*common, EPS, *zero(2, precision), "name=mixed", f"train.max_updates={updates}"], resume)
-        for precision, updates, resume in zip(
-            precisions, (8, 16, 23, UPDATES), ("never", "auto", "auto", "auto"), strict=True
-        )
-    ]
-    Ranks(tmp_path, 2, runs).succeed()
-    torch.testing.assert_close(
-        losses(output / "mixed"), losses(parity(2) / "2-1-2"), rtol=0, atol=0.02
-    )
 
 
 @pytest.fixture(scope="module")
@@ -467,63 +306,3 @@ def test_a_rank_with_another_version_is_named(common: list[str], tmp_path: Path)
     assert ranks.output().count(f"error: rank 1 on {socket.gethostname()}: expected timm ") == 3
     assert ", got 0.3.2" in ranks.output()
     assert "Traceback" not in ranks.output()
-
-
-def poison(updates: range) -> None:
-    """What the second rank sees in some updates is not finite."""
-    from irpe_ds.training.trainer import Trainer
-
-    step = Trainer.step
-
-    def poisoned(self: Any, batch: Any, micro_step: int) -> Any:
-        normalize = self.normalize
-        if self.update + 1 in updates and self.ranks.rank == 1:
-            self.normalize = lambda images: normalize(images) * float("nan")
-        try:
-            return step(self, batch, micro_step)
-        finally:
-            self.normalize = normalize
-
-    Trainer.step = poisoned  # type: ignore[method-assign]
-
-
-@pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), slow(0, "bf16"), slow(1, "fp32"), (3, "bf16")]
-)
-def test_updates_that_are_not_finite_are_left_out(
-    stage: int, precision: str, common: list[str], output: Path, tmp_path: Path
-) -> None:
-    name = f"skips-{stage}-{precision}"
-    run = [*common, *zero(stage, precision), f"name={name}", "train.max_skips=3"]
-    Ranks(tmp_path, 2, [(run, "never")], partial(poison, range(3, 6))).succeed()
-    lines = (output / name / "skipped.jsonl").read_text().splitlines()
-    skipped = {row["update"]: row["samples"] for row in map(json.loads, lines)}
-    permutation = np.random.default_rng([0, 0]).permutation(1438)
-    assert skipped == {u: permutation[(u - 1) * BATCH : u * BATCH].tolist() for u in (3, 4, 5)}
-    for kind in FILES:
-        assert all(tensor.isfinite().all() for tensor in tensors(output / name, kind).values())
-    assert torch.isfinite(losses(output / name)).all()
-    manifest = output / name / f"checkpoints/update-{UPDATES:08d}/checkpoint.json"
-    assert json.loads(manifest.read_text())["steps"] == UPDATES - 3
-
-
-def test_too_many_of_them_end_the_run(common: list[str], output: Path, tmp_path: Path) -> None:
-    run = [*common, *zero(1, "bf16"), "name=hopeless", "train.max_skips=4"]
-    ranks = Ranks(tmp_path, 2, [(run, "never")], partial(poison, range(18, 100)))
-    assert ranks.wait() == [1, 1]
-    assert "error: 5 updates in a row, up to 22, had gradients" in ranks.output()
-    assert "Traceback" not in ranks.output()
-    assert len((output / "hopeless/skipped.jsonl").read_text().splitlines()) == 5
-    (checkpoint,) = (output / "hopeless/checkpoints").iterdir()
-    assert checkpoint.name == f"update-{PER_EPOCH:08d}"
-
-
-def test_an_overflow_in_fp16_is_the_loss_scales(
-    common: list[str], output: Path, tmp_path: Path
-) -> None:
-    run = [*common, *zero(1, "fp16"), "name=fp16"]
-    Ranks(tmp_path, 2, [(run, "never")], partial(poison, range(3, 6))).succeed()
-    assert not (output / "fp16/skipped.jsonl").exists()
-    scales = [row["loss_scale"] for row in rows(output / "fp16", "train")]
-    assert scales[1] / scales[5] == 4  # hysteresis lets the first pass
-    assert torch.isfinite(losses(output / "fp16")).all()

@@ -231,11 +231,13 @@ print(list(out))
         assert "an id is out of range" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(SANITIZED, reason="this is that run")
 @pytest.mark.parametrize(
     ("file", "leave_out"),
     [
         ("test_kernels_on_host.py", "nothing"),
+        ("test_fused_operator.py", "nothing"),
         ("test_fused.py", "577 or 1025 or dtype1 or per_head-32"),  # minutes
     ],
 )
@@ -250,7 +252,13 @@ def test_under_address_sanitizer(file: str, leave_out: str) -> None:
         "LD_PRELOAD": f"{of_gcc('libasan.so')}:{of_gcc('libubsan.so')}",
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
     }
-    selected = ["-m", "not gpu", "-k", f"not ({leave_out})", str(Path(__file__).with_name(file))]
+    selected = [
+        "-m",
+        "not (gpu or slow)",
+        "-k",
+        f"not ({leave_out})",
+        str(Path(__file__).with_name(file)),
+    ]
     pytest_again = [sys.executable, "-m", "pytest", "-q", *selected]
     done = subprocess.run(pytest_again, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

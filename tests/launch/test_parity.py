@@ -1,0 +1,118 @@
+"""ZeRO stages, ranks, accumulation and precisions train the same model."""
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from irpe_ds.data.order import train_order
+from irpe_ds.data.rng import image_keys
+from tests.launch.outcomes import BATCH, EPS, PER_EPOCH, UPDATES, losses, slow, tensors, zero
+from tests.launch.ranks import Ranks, rows
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def parity(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The folder of runs STAGE-ACCUMULATION-RANKS of the same global batch, made when asked for."""
+    logs = tmp_path_factory.mktemp("parity")
+
+    @functools.cache
+    def made(ranks: int) -> Path:
+        runs = [
+            (
+                [*common, EPS, *zero(stage, accumulation=steps), f"name={stage}-{steps}-{ranks}"],
+                "never",
+            )
+            for stage in range(4)
+            for steps in (1, 4)
+        ]
+        Ranks(logs, ranks, runs).succeed(1800)
+        return Path(common[0].removeprefix("output="))
+
+    return made
+
+
+@pytest.mark.parametrize("ranks", [1, 2, slow(4)])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("stage", range(4))
+def test_stages_ranks_and_accumulation_agree(
+    parity: Callable[[int], Path], stage: int, accumulation: int, ranks: int
+) -> None:
+    reference, run = parity(1) / "0-1-1", parity(ranks) / f"{stage}-{accumulation}-{ranks}"
+    torch.testing.assert_close(losses(run), losses(reference), rtol=0, atol=1e-4)
+    expected = tensors(reference, "ema")
+    for name, average in tensors(run, "ema").items():
+        torch.testing.assert_close(average, expected[name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_the_average_is_one(parity: Callable[[int], Path]) -> None:
+    """It lies between the first weights and the last, and is neither."""
+    run = parity(2) / "3-1-2"
+    weights, average = tensors(run, "weights"), tensors(run, "ema")
+    assert average.keys() == weights.keys()
+    assert not torch.equal(weights["head.weight"], average["head.weight"])
+    scores = rows(run, "eval")[-1]
+    assert scores["ema_loss"] != scores["loss"]
+
+
+def note_keys(folder: Path) -> None:
+    """Write down which images every rank trains on, by their keys."""
+    from irpe_ds.training.trainer import Trainer
+
+    step = Trainer.step
+
+    def noting(self: Any, batch: Any, micro_step: int) -> Any:
+        with (folder / f"{os.getpid()}.keys").open("a") as file:
+            file.write(json.dumps([self.update, batch.keys.tolist()]) + "\n")
+        return step(self, batch, micro_step)
+
+    Trainer.step = noting  # type: ignore[method-assign]
+
+
+def test_ranks_and_stages_change_on_the_way(
+    common: list[str], output: Path, parity: Callable[[int], Path], tmp_path: Path
+) -> None:
+    for ranks, stage, updates in ((2, 1, 9), (1, 3, 20), (4, 0, UPDATES)):
+        run = [*common, EPS, *zero(stage), "name=changing", f"train.max_updates={updates}"]
+        resume = "never" if ranks == 2 else "auto"
+        Ranks(tmp_path, ranks, [(run, resume)], partial(note_keys, tmp_path)).succeed()
+    assert "with ranks: 2 -> 1; ZeRO stage: 1 -> 3" in (output / "changing/log.txt").read_text()
+    torch.testing.assert_close(
+        losses(output / "changing"), losses(parity(2) / "1-1-2"), rtol=0, atol=1e-3
+    )
+    lines = "".join(path.read_text() for path in tmp_path.glob("*.keys")).splitlines()
+    seen = sorted((update, key) for update, keys in map(json.loads, lines) for key in keys)
+    expected = []
+    for update in range(UPDATES):
+        epoch, done = divmod(update, PER_EPOCH)
+        order = {"batch_size": BATCH, "accumulation": 1, "rank": 0, "world_size": 1}
+        samples, repeats = train_order(1438, **order, seed=0, epoch=epoch)
+        keys = image_keys(samples, seed=0, epoch=epoch, repeats=repeats)
+        assert len(np.unique(samples)) == PER_EPOCH * BATCH
+        expected += [(update, int(key)) for key in keys[done * BATCH : (done + 1) * BATCH]]
+    assert seen == sorted(expected)
+
+
+def test_precision_changes_on_the_way(
+    common: list[str], output: Path, parity: Callable[[int], Path], tmp_path: Path
+) -> None:
+    precisions = ("fp32", "bf16", "autocast", "fp32")
+    runs = [
+        ([*common, EPS, *zero(2, precision), "name=mixed", f"train.max_updates={updates}"], resume)
+        for precision, updates, resume in zip(
+            precisions, (8, 16, 23, UPDATES), ("never", "auto", "auto", "auto"), strict=True
+        )
+    ]
+    Ranks(tmp_path, 2, runs).succeed()
+    torch.testing.assert_close(
+        losses(output / "mixed"), losses(parity(2) / "2-1-2"), rtol=0, atol=0.02
+    )
