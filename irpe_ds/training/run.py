@@ -106,8 +106,7 @@ def train(
             saved.update == length.last_update and saved.scores
         ):
             if ranks.is_main:
-                done = f"{config.folder}: already trained ({saved.update} updates)"
-                print(f"{done}; start another run with name=...")
+                print(f"{config.folder}: already trained; name=... starts another run")
             return True
         check_folder(config)
         with FolderLock(config.folder, ranks):
