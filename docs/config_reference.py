@@ -41,14 +41,20 @@ def reference() -> str:
             if _section_of(annotation, classes) and default != "`null`":
                 continue  # a section of its own, always there
             full = f"{path}.{key}".lstrip(".")
-            cells = (f"`{full}`", _type(annotation, aliases), default, text)
+            value = _type(annotation, aliases)
+            if value == "text":
+                value = aliases.get(f"{key.upper()}S", value)
+            cells = (f"`{full}`", value, default, text)
             parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts[-1] += "\n"
     return "\n".join(parts).rstrip() + "\n"
 
 
 def _read() -> tuple[dict[str, ast.ClassDef], dict[str, str]]:
-    """The classes of the sources, and the aliases of types with the words under them."""
+    """The classes of the sources, and the aliases of types with the words under them.
+
+    The strings of METHODS are the values of a field `method`, and so on.
+    """
     classes, aliases = {}, {}
     for path in SOURCES:
         body = ast.parse(path.read_text(encoding="utf-8")).body
@@ -57,6 +63,9 @@ def _read() -> tuple[dict[str, ast.ClassDef], dict[str, str]]:
                 classes[node.name] = node
             elif isinstance(node, ast.Assign) and (text := _string(following)):
                 aliases[ast.unparse(node.targets[0])] = text
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+                values = ast.literal_eval(node.value)
+                aliases[ast.unparse(node.targets[0])] = " or ".join(f"`{x}`" for x in values)
     return classes, aliases
 
 
