@@ -72,7 +72,7 @@ def _arguments(config: ModelConfig) -> dict[str, Any]:
     """Keyword arguments of timm.create_model."""
     twice = OWN_FIELDS & config.options.keys()
     if twice:
-        expected = "only arguments that have no key of their own in `model`"
+        expected = "no argument with a key of its own in `model`"
         raise ConfigError("options", expected, ", ".join(sorted(twice)))
     arguments = {"num_classes": config.num_classes, **config.options}
     name, _, _ = config.name.partition(".")  # the rest is timm's tag of the weights
