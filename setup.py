@@ -19,7 +19,7 @@ INIT = (ROOT / "irpe_ds" / "__init__.py").read_text()
 
 EXTRAS = {
     "cuda": ["cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]==13.0.*; sys_platform == 'linux'"],
-    "train": ["deepspeed>=0.16", "psutil", "pydantic>=2.7", "pyyaml", "safetensors", "tqdm"],
+    "train": ["deepspeed>=0.16.4", "psutil", "pydantic>=2.7", "pyyaml", "safetensors", "tqdm"],
     # timm 1.0.31: RandAugment posterizes to 0 bits, an error in Pillow 13. Lift it with a timm that
     # keeps at least 1 bit.
     "data": ["ffcv>=1.0.2", "numpy", "opencv-python", "pillow<13", "scikit-learn", "scipy", "tqdm"],
@@ -79,7 +79,7 @@ with environment:
             "irpe_ds.ops.bench": ["*.cu"],
         },
         include_package_data=False,
-        install_requires=["torch>=2.6", "timm>=1.0.19"],
+        install_requires=["torch>=2.6", "timm>=1.0.22"],
         extras_require=EXTRAS,
         **arguments,
     )

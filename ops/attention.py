@@ -9,6 +9,7 @@ from torch import Tensor
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops.dispatch import attention_function
 from irpe_ds.ops.inputs import DispatchKey, Inputs
+from irpe_ds.ops.tracing import traced_as_constant
 from irpe_ds.rpe.buckets import BucketMap
 from irpe_ds.rpe.tables import Term
 
@@ -50,7 +51,7 @@ def irpe_attention(
     """
     _check_inputs(q, k, v, dropout_p, key_padding_mask)
     device = q.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = _has_autocast(device) and torch.is_autocast_enabled(device)
     if autocast and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     x = Inputs(
@@ -68,6 +69,11 @@ def irpe_attention(
     attend = attention_function(impl, key)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         return attend(x)
+
+
+@traced_as_constant  # torch 2.6 cannot trace it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def _check_inputs(

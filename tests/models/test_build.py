@@ -195,7 +195,9 @@ class TestLoad:
 
     def test_another_number_of_classes_is_told_what_to_do(self, save: Callable) -> None:
         path = save(build_model(config(num_classes=7)).state_dict())
-        with pytest.raises(ConfigError, match=r"not \(10, 48\) \(model\.new_head=true starts"):
+        with pytest.raises(
+            ConfigError, match=r"not \(10, 48\) \(model\.new_head=true reinitialises"
+        ):
             build_model(config(weights=path))
 
     @pytest.mark.parametrize(
