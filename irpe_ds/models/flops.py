@@ -32,8 +32,7 @@ def forward_flops(config: ModelConfig) -> int:
     plain = config.model_copy(update={"weights": None, "impl": "auto"})
     with torch.device("meta"):
         model = build_model(plain).eval()
-    size = config.img_size
-    return _count(model, *((size, size) if isinstance(size, int) else size))
+    return _count(model, *config.img_size)
 
 
 def params_and_macs(name: str) -> tuple[int, int]:

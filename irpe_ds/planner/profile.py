@@ -166,8 +166,7 @@ def _call(model: nn.Module, config: RunConfig) -> Call:
 
 
 def _images(config: RunConfig, number: int, device: str) -> Tensor:
-    size = config.model.img_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = config.model.img_size
     dtype = MODEL[config.train.precision]
     return torch.empty(number, 3, height, width, dtype=dtype, device=device)
 
