@@ -1,19 +1,31 @@
-"""What every test gets: a fixed seed, and GPU tests skipped where there is no GPU."""
+"""What every test gets: a fixed seed, and marks that follow from where it is."""
 
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+THOROUGH = (
+    *("benchmark", "launch", "models", "planner", "plots", "test_docs", "test_runlog_wandb"),
+    *("data/augment", "data/beton/test_convert", "data/beton/test_damage"),
+    *("data/beton/test_sources", "data/pipelines", "data/test_crops", "data/test_digits"),
+    *("data/test_loaders", "data/test_offsets", "data/test_synthetic"),
+    *("ops/build", "ops/test_bench", "ops/test_flex", "ops/test_fused", "ops/test_gather"),
+    *("ops/test_implementations", "ops/test_kernels_on_host", "ops/test_low_rank"),
+    *("ops/test_package", "ops/test_packed_ids"),
+)
+"""Tests of more than seconds, by the beginning of their path: `make check` leaves them out."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(THOROUGH):
+            item.add_marker(pytest.mark.thorough)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
 
 

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
-pytestmark = pytest.mark.thorough
 LOSS = (
     *(2.310807, 2.36793, 2.31414, 2.361977),
     *(2.416882, 2.333548, 2.369787, 2.293955),
