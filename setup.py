@@ -79,7 +79,7 @@ with environment:
             "irpe_ds.ops.bench": ["*.cu"],
         },
         include_package_data=False,
-        install_requires=["torch>=2.6", "timm>=1.0.22"],
+        install_requires=["torch>=2.8", "timm>=1.0.24"],
         extras_require=EXTRAS,
         **arguments,
     )

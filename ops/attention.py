@@ -71,7 +71,7 @@ def irpe_attention(
         return attend(x)
 
 
-@traced_as_constant  # torch 2.6 cannot trace it
+@traced_as_constant  # torch 2.8 cannot trace it
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
@@ -100,14 +100,14 @@ def _checked_terms(name: str, terms: Sequence[Term], q: Tensor) -> tuple[Term, .
     """The terms with tables cast to q's dtype, for autocast and mixed precision."""
     for number, term in enumerate(terms):
         where = f"{name}[{number}]"
-        match term:
-            case (Tensor() as table, BucketMap() as buckets):
-                _check_table(where, table, buckets, q, on_values=name == "rpe_v")
-            case (table, buckets):
-                got = f"({type(table).__name__}, {type(buckets).__name__})"
-                raise ConfigError(where, "a pair (table, BucketMap)", got)
-            case _:
-                raise ConfigError(where, "a pair (table, BucketMap)", type(term).__name__)
+        # No match statement: torch.compile of torch 2.8 cannot trace one.
+        if not isinstance(term, (tuple, list)) or len(term) != 2:
+            raise ConfigError(where, "a pair (table, BucketMap)", type(term).__name__)
+        table, buckets = term
+        if not isinstance(table, Tensor) or not isinstance(buckets, BucketMap):
+            got = f"({type(table).__name__}, {type(buckets).__name__})"
+            raise ConfigError(where, "a pair (table, BucketMap)", got)
+        _check_table(where, table, buckets, q, on_values=name == "rpe_v")
     return tuple((table.to(q.dtype), buckets) for table, buckets in terms)
 
 

@@ -117,7 +117,7 @@ def load_weights(
     """
     expected = model.state_dict()
     try:
-        # Not timm's defaults in 1.0.22: pickles run no code, and released files, with a Namespace,
+        # Not timm's defaults in 1.0.24: pickles run no code, and released files, with a Namespace,
         # load. Drop both when the lower bound of setup.py has them (test_code_in_a_pickle...).
         with torch.serialization.safe_globals([Namespace]):
             state = load_state_dict(str(path), weights_only=True)

@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -315,7 +316,7 @@ class TestAttention:
             qkv_bias=True,
             qk_norm=True,
             scale_norm=True,
-            gated=True,
+            **({"gated": True} if "gated" in signature(Attention).parameters else {}),  # newer timm
             norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
         )
         for parameter in attention.parameters():
