@@ -157,7 +157,7 @@ def init_process_group(seconds: float) -> Ranks:
             world_size=world_size,
             device_id=device if gpu else None,
         )
-    cpu_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    cpu_group: Any = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     hostnames: list[Any] = [None] * world_size
     dist.all_gather_object(hostnames, socket.gethostname(), group=cpu_group)
     return Ranks(

@@ -102,6 +102,7 @@ def test_ranks_and_stages_change_on_the_way(
     assert seen == sorted(expected)
 
 
+@pytest.mark.slow
 def test_precision_changes_on_the_way(
     common: list[str], output: Path, parity: Callable[[int], Path], tmp_path: Path
 ) -> None:

@@ -43,17 +43,28 @@ def undisturbed(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     return make
 
 
-@pytest.mark.parametrize(("stage", "precision"), CASES if KILLS else [(1, "bf16"), slow(3, "fp32")])
+@pytest.mark.parametrize(
+    ("stage", "precision", "times"),
+    [(*case, KILLS) for case in CASES]
+    if KILLS
+    else [(1, "bf16", 2), slow(1, "bf16", 4), slow(3, "fp32", 4)],
+)
 def test_killed_again_and_again(
-    stage: int, precision: str, common: list[str], output: Path, undisturbed: Any, tmp_path: Path
+    stage: int,
+    precision: str,
+    times: int,
+    common: list[str],
+    output: Path,
+    undisturbed: Any,
+    tmp_path: Path,
 ) -> None:
-    whole = undisturbed(stage, precision)
-    run = [*common, *zero(stage, precision), f"name=killed-{stage}-{precision}"]
+    whole, name = undisturbed(stage, precision), f"killed-{stage}-{precision}-{times}"
+    run = [*common, *zero(stage, precision), f"name={name}"]
     run.append("train.save_every=1")  # a good part of the time goes into saving
-    last = output / f"killed-{stage}-{precision}/checkpoints/update-{UPDATES:08d}"
-    moments = random.Random(f"{stage} {precision}")
+    last = output / f"{name}/checkpoints/update-{UPDATES:08d}"
+    moments = random.Random(f"{stage} {precision} {times}")
     kills = 0
-    while kills < (KILLS or 4) and not last.exists():
+    while kills < times and not last.exists():
         ranks = Ranks(tmp_path, 2, [(run, "auto")], slow_steps)
         if moments.random() < 0.6:
             ranks.wait_for("ranks on CPU, attention op")  # it begins to train
@@ -62,9 +73,9 @@ def test_killed_again_and_again(
             time.sleep(moments.uniform(0, 4))
         ranks.kill()
         kills += 1
-    assert kills > (KILLS or 4) // 2
+    assert kills > times // 2
     Ranks(tmp_path, 2, [(run, "auto")]).succeed()
-    same_bits(whole, output / f"killed-{stage}-{precision}")
+    same_bits(whole, output / name)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGUSR1), slow(signal.SIGINT)])
@@ -110,6 +121,7 @@ def linger() -> None:
     trainer.evaluate = slow
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_last_evaluation(
     common: list[str], output: Path, undisturbed: Any, tmp_path: Path
 ) -> None:

@@ -1,7 +1,9 @@
 """Training through the `deepspeed` command with two processes: stages, precisions, resuming."""
 
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from irpe_ds.config import load_config
 from irpe_ds.models.build import build_model
 from irpe_ds.ops.build.builder import IRPEBuilder
+from tests.launch.outcomes import slow
 from tests.launch.ranks import free_port
 from tests.ops.kernels.host import build_attention
 
@@ -19,42 +22,62 @@ pytestmark = pytest.mark.dist
 UPDATES = 20
 STOP = 8  # in the middle of the first epoch
 # Stage 3 last: it patches torch.nn.functional.linear for the rest of the process.
-CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+CASES = {precision: [(stage, precision) for stage in range(4)] for precision in ("bf16", "fp32")}
 RECIPE = (  # DeiT's, and progressive resolution
     *("augment.auto=rand-m9-mstd0.5-inc1", "augment.erase=0.25", "augment.repeats=3"),
     *("augment.mixup=0.8", "augment.cutmix=1.0", "augment.label_smoothing=0.1"),
     *("augment.hflip=0.5", "model.resolutions=[[0, 16], [1, 24]]"),
 )
 PIPELINES = ("ffcv", "timm")
-every_case = pytest.mark.parametrize(("stage", "precision"), CASES)
+Launch = Callable[[str, list[tuple[tuple[str, ...], str]]], None]
+every_case = pytest.mark.parametrize(
+    ("stage", "precision"), [*CASES["bf16"], *(slow(*case) for case in CASES["fp32"])]
+)
+
+
+def overrides(kind: str, stage: int, precision: str, updates: int) -> tuple[str, ...]:
+    return (
+        *("train.log_every=1", "train.epochs=2", "train.global_batch=96", "optim.warmup_epochs=0"),
+        *("model.options.depth=2", "model.drop_path=0.1", "optim.lr=1e-3"),
+        f"name={kind}-{stage}-{precision}",
+        f"train.deepspeed=ds_configs/zero{stage}.json",
+        f"train.precision={precision}",
+        f"train.max_updates={updates}",
+    )
 
 
 @pytest.fixture(scope="module")
-def runs(run: Any, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folders `whole-STAGE-PRECISION`, and `resumed-...` stopped and gone on with."""
-    output = tmp_path_factory.mktemp("runs")
-    common = (
-        *(f"output={output}", "train.log_every=1", "train.epochs=2", "train.global_batch=96"),
-        *(f"data.train={digits}/train.beton", f"data.val={digits}/val.beton"),
-        *("model.options.depth=2", "model.drop_path=0.1", "optim.warmup_epochs=0", "optim.lr=1e-3"),
-    )
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
 
-    def overrides(kind: str, stage: int, precision: str, updates: int) -> tuple[str, ...]:
-        return (
-            *common,
-            f"name={kind}-{stage}-{precision}",
-            f"train.deepspeed=ds_configs/zero{stage}.json",
-            f"train.precision={precision}",
-            f"train.max_updates={updates}",
-        )
+
+@pytest.fixture(scope="module")
+def launch(run: Any, digits: Path, output: Path) -> Launch:
+    """Train with these overrides, one after the other in the same two processes."""
+    data = (f"output={output}", f"data.train={digits}/train.beton", f"data.val={digits}/val.beton")
 
     def launch(name: str, trainings: list[tuple[tuple[str, ...], str]]) -> None:
         plan = output / f"{name}.json"
-        plan.write_text(json.dumps(trainings))
+        plan.write_text(json.dumps([((*data, *given), resume) for given, resume in trainings]))
         launcher = ("deepspeed", "--num_accelerators", 2, "--master_port", free_port())
         done = run(*launcher, "tests/launch/train_several.py", plan, timeout=1800)
         assert done.returncode == 0, done.stdout + done.stderr
 
+    return launch
+
+
+def train_and_resume(launch: Launch, precision: str) -> None:
+    """Run folders `whole-STAGE-PRECISION`, and `resumed-...`, stopped and then resumed."""
+    kinds, cases = {"whole": UPDATES, "resumed": STOP}, CASES[precision]
+    first = [(overrides(kind, *case, kinds[kind]), "never") for case in cases for kind in kinds]
+    launch(f"first-{precision}", first)
+    second = [(overrides("resumed", *case, UPDATES), "auto") for case in cases]
+    launch(f"second-{precision}", second)
+
+
+@pytest.fixture(scope="module")
+def runs(launch: Launch, output: Path) -> Path:
+    """Run folders in bf16; `whole-0-fp32` beside them, and variations of an fp32 run."""
     plain = overrides("plain", 1, "fp32", UPDATES)
     others = {
         "plain": "model.drop_path=0",  # whose draws depend on how an update is cut up
@@ -68,17 +91,30 @@ def runs(run: Any, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
             for name, text in others.items()
         ],
     )
-    kinds = {"whole": UPDATES, "resumed": STOP}
     steps = [("whole", UPDATES, "never"), ("resumed", STOP, "never"), ("resumed", UPDATES, "auto")]
     recipe = [
         ((*overrides(k, 1, "bf16", u), *RECIPE, f"name={k}-{p}", f"data.pipeline={p}"), resume)
         for p in PIPELINES
         for k, u, resume in steps
     ]
-    launch("recipe", recipe)
-    launch("first", [(overrides(k, *c, kinds[k]), "never") for c in CASES for k in kinds])
-    launch("second", [(overrides("resumed", *case, UPDATES), "auto") for case in CASES])
+    launch("recipe", [*recipe, (overrides("whole", 0, "fp32", UPDATES), "never")])
+    train_and_resume(launch, "bf16")
     return output
+
+
+@pytest.fixture(scope="module")
+def fp32_runs(launch: Launch, runs: Path) -> Path:
+    """The same in fp32, instead of the one that is there."""
+    shutil.rmtree(runs / "whole-0-fp32")
+    train_and_resume(launch, "fp32")
+    return runs
+
+
+@pytest.fixture
+def runs_of(request: pytest.FixtureRequest, precision: str) -> Path:
+    """The runs of a precision, made when asked for."""
+    found: Path = request.getfixturevalue("runs" if precision == "bf16" else "fp32_runs")
+    return found
 
 
 def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -96,7 +132,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / f"checkpoints/update-{UPDATES:08d}/weights.safetensors")
 
 
-def test_fp32_losses_agree_across_stages(runs: Path) -> None:
+@pytest.mark.slow
+def test_fp32_losses_agree_across_stages(fp32_runs: Path) -> None:
+    runs = fp32_runs
     reference = losses(runs / "whole-0-fp32")
     assert reference[-5:].mean() < reference[:5].mean() - 0.02
     for stage in (1, 2, 3):
@@ -134,8 +172,10 @@ def check_resumed(runs: Path, case: str) -> None:
 
 
 @every_case
-def test_resuming_is_bitwise_the_uninterrupted_run(runs: Path, stage: int, precision: str) -> None:
-    check_resumed(runs, f"{stage}-{precision}")
+def test_resuming_is_bitwise_the_uninterrupted_run(
+    runs_of: Path, stage: int, precision: str
+) -> None:
+    check_resumed(runs_of, f"{stage}-{precision}")
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
@@ -145,8 +185,8 @@ def test_so_it_is_with_deits_recipe(runs: Path, pipeline: str) -> None:
 
 
 @every_case
-def test_weights_are_whole_and_in_fp32(runs: Path, stage: int, precision: str) -> None:
-    folder = runs / f"whole-{stage}-{precision}"
+def test_weights_are_whole_and_in_fp32(runs_of: Path, stage: int, precision: str) -> None:
+    folder = runs_of / f"whole-{stage}-{precision}"
     found = weights(folder)
     state = build_model(load_config(folder / "config.yaml").model).state_dict()
     assert {key: value.shape for key, value in found.items()} == {
