@@ -165,8 +165,8 @@ class AugmentConfig(Section):
     erase: Probability = 0.0
     """Probability of random erasing: a random box of the image becomes noise. timm: reprob."""
     repeats: Count = 1
-    """Repeated augmentation: so many augmented copies of an image in an epoch, which then has fewer
-    different images. timm: aug-repeats; DeiT: 3 with repeated-aug."""
+    """Repeated augmentation: augmented copies of an image per epoch, which then has fewer different
+    images. timm: aug-repeats; DeiT: 3 with repeated-aug."""
     mixup: NonNegative = 0.0
     """Alpha of mixup; 0 turns it off."""
     cutmix: NonNegative = 0.0
@@ -231,7 +231,7 @@ class TrainConfig(Section):
     deepspeed: Path = Path("ds_configs/zero1.json")
     """DeepSpeed JSON with ZeRO and communication settings only."""
     max_updates: Count | None = None
-    """Stop after so many updates, for short experiments; the schedule is not shortened. HF:
+    """Stop after this many updates, for short experiments; the schedule is not shortened. HF:
     max_steps."""
     log_every: Count = 50
     """Updates between two rows of the training log. timm: log-interval; HF: logging_steps."""

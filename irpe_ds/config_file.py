@@ -1,7 +1,7 @@
 """The values of a configuration, before they are checked: YAML files in layers, and overrides.
 
-A file may stand on others: `base: deit.yaml`, or a list of paths of which a later one wins,
-relative to the file. What the file says wins over its bases, and the command line over both.
+A file may build on others: `base: deit.yaml`, or a list of paths relative to the file, of which
+later ones win. The file overrides its bases, and the command line overrides both.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ Values = dict[str, Any]
 
 
 def read_values(path: Path, overrides: Sequence[str] = ()) -> Values:
-    """What a YAML says on top of its bases, with overrides such as `train.epochs=3` on top of it.
+    """The values of a YAML merged over its bases, then overrides such as `train.epochs=3`.
 
-    Mappings of a file are merged with those below key by key, everything else replaces what is
-    below, as an override replaces what it names.
+    Mappings are merged key by key; any other value replaces the one below it, and an override
+    replaces the value that it names.
 
     Raises:
-        ConfigError: a file cannot be read, bases lead in a circle, or an override is none.
+        ConfigError: a file cannot be read, bases form a cycle, or an override is malformed.
     """
     values = _read(path, above=())
     for override in overrides:
@@ -42,7 +42,7 @@ def apply(values: Values, key: str, value: Any) -> None:
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> Values:
-    """A file on its bases; `above` are the files that led to it."""
+    """A file merged over its bases; `above` are the files that include it, outermost first."""
     where = f"{above[-1]}: base" if above else path
     if path.resolve() in (other.resolve() for other in above):
         circle = " -> ".join(str(file) for file in (*above, path))

@@ -44,6 +44,6 @@ def load(text: str) -> Any:
     """The value of one document.
 
     Raises:
-        yaml.YAMLError: the text is no YAML, or has a key twice.
+        yaml.YAMLError: invalid YAML, or a duplicate key.
     """
     return yaml.load(text, Loader=Loader)

@@ -88,7 +88,7 @@ class Updates:
             self.run(self._warmup, log)
 
     def run(self, updates: int, log: RunLog) -> None:
-        """Train so many updates; a signal stops them as it stops training."""
+        """Train a number of updates; a signal stops them as it stops training."""
         for _ in range(updates):
             if not self._left:
                 self._start_epoch()

@@ -44,7 +44,7 @@ def params_and_macs(name: str) -> tuple[int, int]:
 
 
 def _count(model: nn.Module, height: int, width: int) -> int:
-    """FLOPs of a model on the meta device for one image of so many pixels."""
+    """FLOPs of a model on the meta device for one image of this size."""
     for module in model.modules():
         if isinstance(module, RPEAttention):
             # FlopCounterMode (torch 2.12) knows PyTorch's own operators alone and would count a

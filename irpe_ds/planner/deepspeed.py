@@ -226,7 +226,7 @@ def _gather(
     during: Literal["forward", "backward"],
     group: Group,
 ) -> Iterator[Collective]:
-    """Stage 3's gathers of these parameters in so many micro-steps."""
+    """Stage 3's gathers of these parameters in a number of micro-steps."""
     ranks = cluster.gpus if group == "all" else min(zero.zero_hpz_partition_size, cluster.gpus)
     elements = padded(parameters, ranks)
     if not elements or not times:
@@ -260,7 +260,7 @@ def _reduce(
     ranks: int,
     times: int,
 ) -> Iterator[Collective]:
-    """Gradients in buckets, padded for so many ranks; exposed is the bucket that is filled last.
+    """Gradients in buckets, padded to the number of ranks; exposed is the bucket that is filled last.
 
     torch_autocast.py, get_comm_dtype: under autocast there are buckets of two types.
     """

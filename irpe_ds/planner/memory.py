@@ -62,7 +62,7 @@ def memory(
     micro_batch: int,
     context_gib: float,
 ) -> Memory:
-    """The memory of a training run with so many images in a forward pass of one GPU."""
+    """The memory of a training run with this many images in a forward pass of one GPU."""
     ranks, has_ema = cluster.gpus, config.train.ema_decay is not None
     shard = shard_size(profile, zero, ranks)
     half = config.train.precision in ("bf16", "fp16")

@@ -219,7 +219,7 @@ class _Traffic(TorchDispatchMode):
 
 
 def _count(model: nn.Module, config: RunConfig, images: int) -> _Counts:
-    """Count one forward and backward pass of so many images on fake tensors."""
+    """Count one forward and backward pass of a batch of fake tensors."""
     saved: dict[int, Tensor] = {}
 
     def save(x: Tensor) -> Tensor:

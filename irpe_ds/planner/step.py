@@ -69,7 +69,7 @@ def step_time(
     accumulation: int,
     assumed: Assumptions,
 ) -> StepTime:
-    """The time of one update of so many micro-steps."""
+    """The time of one update of this many micro-steps."""
     gpu = cluster.gpu
     peak = gpu.peak_flops(profile.precision, config.train.tf32) * assumed.flop_share
     bandwidth = 1e9 * gpu.memory_gb_s * assumed.memory_share

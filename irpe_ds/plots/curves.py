@@ -21,7 +21,7 @@ Rows = Sequence[Mapping[str, Any]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444")
 DASHES: tuple[Literal["-", "--"], ...] = ("-", "--")
 FEW = 12
-"""Curves with at most so many points have markers."""
+"""Curves with at most this many points have markers."""
 
 
 @dataclass(frozen=True, kw_only=True)

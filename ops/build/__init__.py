@@ -1,1 +1,1 @@
-"""How the compiled operators come to be: DeepSpeed's builder, compilers, caches."""
+"""Building and loading the compiled operators: DeepSpeed's builder, compilers, caches."""
