@@ -260,7 +260,7 @@ def _reduce(
     ranks: int,
     times: int,
 ) -> Iterator[Collective]:
-    """Gradients in buckets, padded to the number of ranks; exposed is the bucket that is filled last.
+    """Gradients in buckets, padded to the number of ranks; the last bucket is exposed.
 
     torch_autocast.py, get_comm_dtype: under autocast there are buckets of two types.
     """
