@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -149,6 +150,9 @@ def init_process_group(seconds: float) -> Ranks:
         store.set_timeout(COLLECTIVE_TIMEOUT)
         if gpu:
             torch.cuda.set_device(device)
+        # DeepSpeed 0.19.8 calls collectives that torch 2.14 has renamed, and every rank would warn.
+        # Can go when `make quickstart` prints no FutureWarning without it.
+        warnings.filterwarnings("ignore", ".*torch.distributed.*deprecated", FutureWarning)
         dist.init_process_group(
             "nccl" if gpu else "gloo",
             timeout=COLLECTIVE_TIMEOUT,

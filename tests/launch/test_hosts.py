@@ -132,6 +132,7 @@ def test_a_link_that_is_cut_for_half_a_minute_costs_only_the_time(
     assert (folder / "checkpoints/update-00000400").exists()
 
 
+@slow
 def test_a_signal_to_the_command_saves(hosts: Hosts, common: list[str]) -> None:
     """Over pdsh it tells the hosts, and does not wait for them."""
     folder = Path(common[0].removeprefix("output=")) / "asked"
@@ -152,6 +153,7 @@ def test_a_host_that_does_not_answer_is_named(hosts: Hosts, common: list[str]) -
     assert "error: rank 1 on absent did not join within 45 s" in log.read_text()
 
 
+@slow
 def test_a_host_with_another_commit_is_named(hosts: Hosts, common: list[str]) -> None:
     process, log = launch(hosts, ["node1", "node5"], [*common, "name=commits"])
     assert process.wait(600) != 0
@@ -164,6 +166,7 @@ def test_a_host_with_another_commit_is_named(hosts: Hosts, common: list[str]) ->
     assert found[2] != found[4]
 
 
+@slow
 def test_the_check_before_a_run_names_every_fault(hosts: Hosts, common: list[str]) -> None:
     config = ("--config", "launch/configs/quickstart.yaml", *common)
     log = hosts.folder / "check"
