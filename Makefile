@@ -26,7 +26,7 @@ quickstart: $(DIGITS)/train.beton $(DIGITS)/val.beton ## Install, convert a smal
 	train="launch/train.py --config launch/configs/quickstart.yaml --resume auto"
 	if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 	then deepspeed --num_gpus 1 $$train
-	else # without bf16 instructions PyTorch emulates them, ten times slower than fp32
+	else # without bf16 instructions bf16 is emulated, several times slower than fp32
 	    bf16="import sys, torch; sys.exit(not torch.cpu._is_avx512_bf16_supported())"
 	    DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 $$train \
 	        $$(python -c "$$bf16" || echo train.precision=fp32)

@@ -1,5 +1,6 @@
 """The wheel: what is in it, and that it works where nothing else of the repository is."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -48,6 +49,8 @@ def test_it_builds_its_operators_in_an_empty_environment(
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.delenv("PYTHONPATH", raising=False)
+    ours, folders = str(Path(sys.executable).parent), os.environ["PATH"].split(os.pathsep)
+    monkeypatch.setenv("PATH", os.pathsep.join(x for x in folders if x != ours))  # its own ninja
     python = tmp_path / "venv/bin/python"
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     pip = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt"]
@@ -56,4 +59,5 @@ def test_it_builds_its_operators_in_an_empty_environment(
     done = subprocess.run(
         [python, "-c", GATHER], cwd=tmp_path, check=True, capture_output=True, text=True
     )
-    assert done.stdout.startswith(str(tmp_path / "extensions"))
+    # DeepSpeed warns on standard output too.
+    assert done.stdout.splitlines()[-1].startswith(str(tmp_path / "extensions"))
