@@ -35,13 +35,14 @@ quickstart: $(DIGITS)/train.beton $(DIGITS)/val.beton ## Install, convert a smal
 	python launch/evaluate.py --run runs/quickstart
 	python launch/summary.py runs/quickstart
 
-# Tests that start several processes use the cores themselves; the others run side by side.
+# Tests that start several processes use the cores themselves: two files of them at a time, for
+# they also wait. The others run side by side.
 check: lint ## The inner loop: style, types and the tests that take seconds
 	@OMP_NUM_THREADS=1 pytest -q -n logical --maxprocesses 8 -m "not (gpu or dist or slow or thorough)"
 
 test: $(READY) ## Everything that proves what README promises, without a GPU
 	@OMP_NUM_THREADS=1 pytest -q -n logical --maxprocesses 8 --durations=10 -m "not (gpu or dist or slow)"
-	pytest -q --durations=10 -m "dist and not (gpu or slow)"
+	pytest -q -n 2 --dist loadfile --durations=10 -m "dist and not (gpu or slow)"
 
 test-slow: $(READY) ## The rest: whole matrices, benchmarks, sanitizers, the wheel
 	@pytest -q --durations=10 -m "slow and not gpu"

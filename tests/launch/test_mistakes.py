@@ -122,10 +122,10 @@ def test_every_rank_says_it_once(run: Any, digits: Path, tmp_path: Path) -> None
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_an_existing_run_is_not_written_over(run: Any, digits: Path, tmp_path: Path) -> None:
+def test_an_existing_run_is_not_written_over(train: Any, digits: Path, tmp_path: Path) -> None:
     (tmp_path / "quickstart").mkdir()
     (tmp_path / "quickstart/metrics.jsonl").write_text("")
     data = (f"data.train={digits}/train.beton", f"data.val={digits}/val.beton")
-    done = run(sys.executable, "launch/train.py", "--config", CONFIG, *data, f"output={tmp_path}")
-    assert done.returncode == 2
-    check(done.stderr, "quickstart", "--resume auto")
+    code, stderr = train("--config", CONFIG, *data, f"output={tmp_path}")
+    assert code == 2
+    check(stderr, "quickstart", "--resume auto")

@@ -20,43 +20,50 @@ from tests.launch.ranks import Ranks, rows
 pytestmark = pytest.mark.dist
 
 
+CASES = [(stage, steps, ranks) for ranks in (1, 2, 4) for stage in range(4) for steps in (1, 4)]
+FAST = [(0, 1, 1), (0, 1, 2), (1, 1, 2), (2, 1, 2), (3, 1, 2), (1, 4, 2), (3, 4, 2)]
+Parity = Callable[[int, int, int], Path]
+
+
 @pytest.fixture(scope="module")
-def parity(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The folder of runs STAGE-ACCUMULATION-RANKS of the same global batch, made when asked for."""
-    logs = tmp_path_factory.mktemp("parity")
+def parity(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Parity:
+    """The run of a stage, accumulation and number of ranks; the global batch is always the same."""
+    logs, output = tmp_path_factory.mktemp("parity"), Path(common[0].removeprefix("output="))
 
     @functools.cache
-    def made(ranks: int) -> Path:
+    def make(cases: tuple[tuple[int, int, int], ...]) -> None:
+        """In the same processes one after the other, to start them only once."""
         runs = [
-            (
-                [*common, EPS, *zero(stage, accumulation=steps), f"name={stage}-{steps}-{ranks}"],
-                "never",
-            )
-            for stage in range(4)
-            for steps in (1, 4)
+            ([*common, EPS, *zero(stage, accumulation=steps), f"name={stage}-{steps}-{n}"], "never")
+            for stage, steps, n in cases
         ]
-        Ranks(logs, ranks, runs).succeed(1800)
-        return Path(common[0].removeprefix("output="))
+        Ranks(logs, cases[0][2], runs).succeed(1800)
 
-    return made
+    def run(*case: int) -> Path:
+        ranks, is_fast = case[2], case in FAST
+        make(tuple(other for other in CASES if other[2] == ranks and (other in FAST) == is_fast))
+        return output / "-".join(map(str, case))
+
+    return run
 
 
-@pytest.mark.parametrize("ranks", [1, 2, slow(4)])
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize(
+    ("stage", "accumulation", "ranks"),
+    [case if case in FAST else slow(*case) for case in CASES],
+)
 def test_stages_ranks_and_accumulation_agree(
-    parity: Callable[[int], Path], stage: int, accumulation: int, ranks: int
+    parity: Parity, stage: int, accumulation: int, ranks: int
 ) -> None:
-    reference, run = parity(1) / "0-1-1", parity(ranks) / f"{stage}-{accumulation}-{ranks}"
+    reference, run = parity(0, 1, 1), parity(stage, accumulation, ranks)
     torch.testing.assert_close(losses(run), losses(reference), rtol=0, atol=1e-4)
     expected = tensors(reference, "ema")
     for name, average in tensors(run, "ema").items():
         torch.testing.assert_close(average, expected[name], rtol=0, atol=1e-6, msg=name)
 
 
-def test_the_average_is_one(parity: Callable[[int], Path]) -> None:
+def test_the_average_is_one(parity: Parity) -> None:
     """It lies between the first weights and the last, and is neither."""
-    run = parity(2) / "3-1-2"
+    run = parity(3, 1, 2)
     weights, average = tensors(run, "weights"), tensors(run, "ema")
     assert average.keys() == weights.keys()
     assert not torch.equal(weights["head.weight"], average["head.weight"])
@@ -78,17 +85,17 @@ def note_keys(folder: Path) -> None:
     Trainer.step = noting  # type: ignore[method-assign]
 
 
+@pytest.mark.parametrize("last", [2, slow(4)])
 def test_ranks_and_stages_change_on_the_way(
-    common: list[str], output: Path, parity: Callable[[int], Path], tmp_path: Path
+    last: int, common: list[str], output: Path, parity: Parity, tmp_path: Path
 ) -> None:
-    for ranks, stage, updates in ((2, 1, 9), (1, 3, 20), (4, 0, UPDATES)):
-        run = [*common, EPS, *zero(stage), "name=changing", f"train.max_updates={updates}"]
-        resume = "never" if ranks == 2 else "auto"
+    folder = output / f"changing-{last}"
+    for ranks, stage, updates in ((2, 1, 9), (1, 3, 20), (last, 0, UPDATES)):
+        run = [*common, EPS, *zero(stage), f"name={folder.name}", f"train.max_updates={updates}"]
+        resume = "never" if updates == 9 else "auto"
         Ranks(tmp_path, ranks, [(run, resume)], partial(note_keys, tmp_path)).succeed()
-    assert "with ranks: 2 -> 1; ZeRO stage: 1 -> 3" in (output / "changing/log.txt").read_text()
-    torch.testing.assert_close(
-        losses(output / "changing"), losses(parity(2) / "1-1-2"), rtol=0, atol=1e-3
-    )
+    assert "with ranks: 2 -> 1; ZeRO stage: 1 -> 3" in (folder / "log.txt").read_text()
+    torch.testing.assert_close(losses(folder), losses(parity(1, 1, 2)), rtol=0, atol=1e-3)
     lines = "".join(path.read_text() for path in tmp_path.glob("*.keys")).splitlines()
     seen = sorted((update, key) for update, keys in map(json.loads, lines) for key in keys)
     expected = []
@@ -104,7 +111,7 @@ def test_ranks_and_stages_change_on_the_way(
 
 @pytest.mark.slow
 def test_precision_changes_on_the_way(
-    common: list[str], output: Path, parity: Callable[[int], Path], tmp_path: Path
+    common: list[str], output: Path, parity: Parity, tmp_path: Path
 ) -> None:
     precisions = ("fp32", "bf16", "autocast", "fp32")
     runs = [
@@ -114,6 +121,4 @@ def test_precision_changes_on_the_way(
         )
     ]
     Ranks(tmp_path, 2, runs).succeed()
-    torch.testing.assert_close(
-        losses(output / "mixed"), losses(parity(2) / "2-1-2"), rtol=0, atol=0.02
-    )
+    torch.testing.assert_close(losses(output / "mixed"), losses(parity(2, 1, 2)), rtol=0, atol=0.02)

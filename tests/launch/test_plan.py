@@ -1,28 +1,38 @@
 """launch/plan.py as its user calls it."""
 
+import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+Call = Callable[..., tuple[object, str, str]]
+
 DEIT = ["--config", "launch/configs/imagenet/deit_small_k.yaml"]
 ON_H100 = [*DEIT, "--gpu", "H100", "--gpus", "64"]
 
 
-def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "launch/plan.py", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run launch/plan.py in this process, which has paid for the imports: code, stdout, stderr."""
+
+    def call(*arguments: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["launch/plan.py", *arguments])
+        code: object = 0
+        try:
+            runpy.run_path("launch/plan.py", run_name="__main__")
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
+
+    return call
 
 
-def test_answers_and_draws(tmp_path: Path) -> None:
+def test_answers_and_draws(call: Call, tmp_path: Path) -> None:
     results = tmp_path / "results.csv"
     name = "deit_small_patch16_224_ctx_product_50_shared_k"
     results.write_text(
@@ -31,11 +41,11 @@ def test_answers_and_draws(tmp_path: Path) -> None:
     )
     figure = tmp_path / "plans" / "plan.png"
     fitted = (*ON_H100, "--calibrate", str(results))
-    done = call(*fitted, "--flop-share", "0.5")
-    assert "error: --flop-share: expected no value: it is fitted, got 0.5" in done.stderr
-    done = call(*fitted, "--out", str(figure))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{name}: 22.09 M parameters")
+    _, _, stderr = call(*fitted, "--flop-share", "0.5")
+    assert "error: --flop-share: expected no value: it is fitted, got 0.5" in stderr
+    code, stdout, stderr = call(*fitted, "--out", str(figure))
+    assert code == 0, stderr
+    assert stdout.startswith(f"{name}: 22.09 M parameters")
     for said in (
         "22.09 M parameters",
         "16 images x 1 micro-steps x 64 GPUs = 1024 per update",
@@ -47,21 +57,21 @@ def test_answers_and_draws(tmp_path: Path) -> None:
         "No figure above is measured.",
         "| assumed | no |",
     ):
-        assert said in done.stdout
+        assert said in stdout
     with Image.open(figure) as picture:
         assert picture.width > 1000
 
 
-def test_says_what_it_leaves_out(tmp_path: Path) -> None:
+def test_says_what_it_leaves_out(call: Call, tmp_path: Path) -> None:
     distill = ["--config", "launch/configs/imagenet/distill_hard.yaml"]
     shutil.copy("ds_configs/zero1.json", tmp_path)
     (tmp_path / "package.json").write_text("{}")  # of something else
     deepspeed = f"train.deepspeed={tmp_path}/zero1.json"
     resolutions = "model.resolutions=[[0, 160], [150, 224]]"
-    done = call(*distill, "--gpu", "H100", "--gpus", "8", deepspeed, resolutions)
-    assert done.returncode == 0, done.stderr
-    assert "- not counted: the teacher" in done.stdout
-    assert "- not counted: model.resolutions" in done.stdout
+    code, stdout, stderr = call(*distill, "--gpu", "H100", "--gpus", "8", deepspeed, resolutions)
+    assert code == 0, stderr
+    assert "- not counted: the teacher" in stdout
+    assert "- not counted: model.resolutions" in stdout
 
 
 def test_without_deepspeed() -> None:
@@ -131,8 +141,8 @@ def test_help_and_mistakes_need_no_torch(script: str, arguments: list[str], mess
         ),
     ],
 )
-def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
-    done = call(*arguments)
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"error: {message}"), done.stderr
+def test_a_mistake_is_one_line(call: Call, arguments: list[str], message: str) -> None:
+    code, _, stderr = call(*arguments)
+    assert code == 2
+    last = stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: {message}"), stderr

@@ -250,7 +250,7 @@ def hang() -> None:
 
 
 def test_the_others_end_with_a_rank_that_dies(common: list[str], tmp_path: Path) -> None:
-    run = [*common, *zero(1, "bf16"), "name=dead"]
+    run = [*common, *zero(1), "name=dead"]
     ranks = Ranks(tmp_path, 2, [(run, "never")], slow_steps)
     ranks.wait_for(", loss ")  # it trains
     ranks.signal(signal.SIGKILL, [1])

@@ -1,5 +1,7 @@
 """Small random inputs of the attention op."""
 
+import fcntl
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,7 +27,14 @@ def irpe_attention(request: pytest.FixtureRequest) -> Callable[..., torch.Tensor
 def fused_kernels(tmp_path_factory: pytest.TempPathFactory) -> Host:
     """The fused attention compiled for the host, its operators registered for CPU tensors."""
     assert library.load().cpu is None  # whose schemas they are
-    built = build_attention(tmp_path_factory.mktemp("attention"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one worker builds for all, the others wait
+        folder = folder.parent
+    with (folder / "attention.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        built = folder / "attention.so"
+        if not built.exists():
+            build_attention(folder)
     torch.ops.load_library(str(built))
     return Host(built)
 
