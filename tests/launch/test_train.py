@@ -1,6 +1,7 @@
-"""Training through the `deepspeed` command with two processes: stages, precisions, resuming."""
+"""Training with two processes: stages, precisions, resuming, and the `deepspeed` command."""
 
 import json
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from irpe_ds.config import load_config
 from irpe_ds.models.build import build_model
 from irpe_ds.ops.build.builder import IRPEBuilder
 from tests.launch.outcomes import slow
-from tests.launch.ranks import free_port
+from tests.launch.ranks import Ranks, free_port
 from tests.ops.kernels.host import build_attention
 
 pytestmark = pytest.mark.dist
@@ -29,10 +30,11 @@ RECIPE = (  # DeiT's, and progressive resolution
 )
 PIPELINES = ("ffcv", "timm")
 Training = tuple[tuple[str, ...], str]
-Launch = Callable[[str, list[Training]], None]
+Launch = Callable[[list[Training]], None]
 every_case = pytest.mark.parametrize(
     ("stage", "precision"), [*CASES["fp32"], *(slow(*case) for case in CASES["bf16"])]
 )
+Evaluate = Callable[..., str]
 
 
 def overrides(kind: str, stage: int, precision: str, updates: int) -> tuple[str, ...]:
@@ -52,16 +54,13 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def launch(run: Any, digits: Path, output: Path) -> Launch:
+def launch(digits: Path, output: Path) -> Launch:
     """Train with these overrides, one after the other in the same two processes."""
     data = (f"output={output}", f"data.train={digits}/train.beton", f"data.val={digits}/val.beton")
 
-    def launch(name: str, trainings: list[Training]) -> None:
-        plan = output / f"{name}.json"
-        plan.write_text(json.dumps([((*data, *given), resume) for given, resume in trainings]))
-        launcher = ("deepspeed", "--num_accelerators", 2, "--master_port", free_port())
-        done = run(*launcher, "tests/launch/train_several.py", plan, timeout=1800)
-        assert done.returncode == 0, done.stdout + done.stderr
+    def launch(trainings: list[Training]) -> None:
+        runs = [((*data, *overrides), resume) for overrides, resume in trainings]
+        Ranks(output, 2, runs).succeed(1800)
 
     return launch
 
@@ -104,16 +103,16 @@ def runs(launch: Launch, output: Path) -> Path:
             ("resumed", UPDATES, "auto"),
         )
     ]
-    launch("first", [*variations, *recipe[0], *recipe[1], *first_of("fp32")])
-    launch("second", [*recipe[2], *second_of("fp32")])
+    launch([*variations, *recipe[0], *recipe[1], *first_of("fp32")])
+    launch([*recipe[2], *second_of("fp32")])
     return output
 
 
 @pytest.fixture(scope="module")
 def bf16_runs(launch: Launch, runs: Path) -> Path:
     """The same stages in bf16."""
-    launch("first-bf16", first_of("bf16"))
-    launch("second-bf16", second_of("bf16"))
+    launch(first_of("bf16"))
+    launch(second_of("bf16"))
     return runs
 
 
@@ -219,22 +218,34 @@ def test_run_folder_keeps_what_is_needed_to_repeat_it(runs: Path) -> None:
     assert rows(folder, "eval")[-1]["images"] == 359
 
 
-def test_evaluate_scores_the_checkpoint_on_disk(runs: Path, run: Any) -> None:
-    folder = runs / "whole-0-fp32"
-    done = run(sys.executable, "launch/evaluate.py", "--run", folder, "--pipeline", "ffcv")
-    assert done.returncode == 0, done.stderr
-    assert f"top-1 {rows(folder, 'eval')[-1]['top1']:.2f} %" in done.stdout
-    assert "on 359 images" in done.stdout
+@pytest.fixture
+def evaluate(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Evaluate:
+    """Run launch/evaluate.py in this process, which has paid for the imports; its output."""
+
+    def evaluate(*arguments: str) -> str:
+        folder = str(runs / "whole-0-fp32")
+        monkeypatch.setattr(sys, "argv", ["launch/evaluate.py", "--run", folder, *arguments])
+        runpy.run_path("launch/evaluate.py", run_name="__main__")
+        return capsys.readouterr().out
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    return evaluate
 
 
-def test_evaluate_reads_the_folder_itself(runs: Path, run: Any, digits: Path) -> None:
+def test_evaluate_scores_the_checkpoint_on_disk(runs: Path, evaluate: Evaluate) -> None:
+    said = evaluate("--pipeline", "ffcv")
+    assert f"top-1 {rows(runs / 'whole-0-fp32', 'eval')[-1]['top1']:.2f} %" in said
+    assert "on 359 images" in said
+
+
+def test_evaluate_reads_the_folder_itself(evaluate: Evaluate, digits: Path) -> None:
     scores = []
     for source in (f"{digits}/val.beton", f"{digits}/val"):
-        folder = runs / "whole-0-fp32"
-        done = run(sys.executable, "launch/evaluate.py", "--run", folder, f"data.val={source}")
-        assert done.returncode == 0, done.stderr
-        assert "(pipeline timm)" in done.stdout
-        scores.append(done.stdout.split(" images of ")[0])
+        said = evaluate(f"data.val={source}")
+        assert "(pipeline timm)" in said
+        scores.append(said.split(" images of ")[0])
     assert scores[0] == scores[1]
 
 
