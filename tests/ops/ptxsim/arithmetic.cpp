@@ -94,6 +94,8 @@ static T operate(Op op, T x, T y, T z) {
     case RSQRT: return static_cast<T>(1 / std::sqrt(static_cast<double>(x)));
     case EX2: return static_cast<T>(std::exp2(static_cast<double>(x)));
     case LG2: return static_cast<T>(std::log2(static_cast<double>(x)));
+    case TANH: return std::tanh(x);
+    case COPYSIGN: return std::copysign(y, x);
     default: throw unknown();
   }
 }

@@ -20,7 +20,8 @@ const std::map<std::string, Op> kSimple = {  // one result, then the sources
     {"xor", XOR}, {"not", NOT}, {"neg", NEG}, {"abs", ABS}, {"shl", SHL}, {"shr", SHR},
     {"min", MIN}, {"max", MAX}, {"selp", SELP}, {"bfi", BFI}, {"bfe", BFE}, {"prmt", PRMT},
     {"popc", POPC}, {"clz", CLZ}, {"rcp", RCP}, {"sqrt", SQRT}, {"rsqrt", RSQRT}, {"ex2", EX2},
-    {"lg2", LG2}, {"lop3", LOP3}, {"activemask", ACTIVEMASK}};
+    {"lg2", LG2}, {"tanh", TANH}, {"copysign", COPYSIGN},
+    {"lop3", LOP3}, {"activemask", ACTIVEMASK}};
 const char* const kIgnored[] = {"membar", "fence", "setmaxnreg", "nanosleep", "prefetch",
                                 "griddepcontrol"};
 const std::map<std::string, Reduce> kReductions = {
