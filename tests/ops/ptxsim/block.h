@@ -118,6 +118,7 @@ class Block {
   void run_lanes(Warp& w, uint32_t pc, uint32_t next, uint32_t mask);
   bool branch(Warp& w, const Instruction& i, uint32_t active, uint32_t& mask, uint32_t& pc);
   bool execute(Warp& w, const Instruction& i, uint32_t active, uint32_t mask, int pc);
+  bool goes_on(Warp& w, uint32_t mask);
   void end_lanes(Warp& w, uint32_t mask, int pc);
   void together(Warp& w, int pc);
   uint32_t guarded(const Warp& w, const Instruction& i, uint32_t mask) const;

@@ -235,6 +235,13 @@ void Block::end_lanes(Warp& w, uint32_t mask, int pc) {
   if (mask) ++events_;
 }
 
+// After an arrival others may have their turn: then a ring of slots is full or empty at times.
+bool Block::goes_on(Warp& w, uint32_t mask) {
+  const bool yields = options_.order == kLast || (options_.order == kRandom && random_() % 2);
+  if (yields) w.spun |= mask;
+  return !yields;
+}
+
 // False if the warp's threads have to wait.
 bool Block::execute(Warp& w, const Instruction& i, uint32_t active, uint32_t mask, int pc) {
   switch (i.op) {
@@ -253,10 +260,12 @@ bool Block::execute(Warp& w, const Instruction& i, uint32_t active, uint32_t mas
       }
       return true;
     case CP_WAIT: copies_wait(w, active, i); return true;
-    case CP_ARRIVE: copies_arrive(w, i, active, pc); return true;
+    case CP_ARRIVE: copies_arrive(w, i, active, pc); return goes_on(w, mask);
     case CP_BULK: bulk_start(w, i, active, pc); return true;
     case MBAR_INIT: case MBAR_INVAL: mbarrier_init(w, i, active, pc); return true;
-    case MBAR_ARRIVE: case MBAR_EXPECT: mbarrier_arrive(w, i, active, pc); return true;
+    case MBAR_ARRIVE: case MBAR_EXPECT:
+      mbarrier_arrive(w, i, active, pc);
+      return goes_on(w, mask);
     case MBAR_WAIT:
       if (mbarrier_wait(w, i, active, pc)) return true;
       w.spun |= mask, w.waiting_pc = pc;

@@ -18,8 +18,9 @@ DEVICE u32 at(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 DEVICE void init(u64* b, u32 n) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(at(b)), "r"(n) : "memory");
 }
-DEVICE void arrive(u64* b) {
-  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" :: "r"(at(b)) : "memory");
+DEVICE void arrive(u64* b, u32 count = 1) {
+  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0], %1; }"
+               :: "r"(at(b)), "r"(count) : "memory");
 }
 DEVICE bool over(u64* b, u32 parity) {
   u32 done;
