@@ -216,7 +216,7 @@ def test_a_finding_names_the_places_in_the_source(simulator: Simulator) -> None:
     inputs = torch.zeros(64), torch.empty(128), 64
     assert launch(simulator, source, *inputs, threads=64) != 0
     (line,) = simulator.findings()
-    assert "64 x race, shared, read after write at test.cu:6 and test.cu:5" in line
+    assert "128 x race, shared, read after write at test.cu:6 and test.cu:5" in line
     with simulator.options(strict=False):
         assert launch(simulator, source, *inputs, threads=64) == 0
 

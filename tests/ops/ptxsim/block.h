@@ -142,10 +142,10 @@ class Block {
   bool in_shared(Warp& w, int lane, uint32_t address, uint32_t bytes, int pc, bool write);
   uint32_t access_of(Warp& w, int pc);
   void usable(Warp& w, int lane, uint32_t cell, int pc, bool write);
-  void read_cell(Warp& w, int lane, uint32_t cell, uint32_t access, int pc);
+  void read_cell(Warp& w, int lane, uint32_t cell, int pc);
   void note_read(Warp& w, uint32_t lanes, uint32_t cell, uint32_t access);
   void write_cell(Warp& w, int lane, uint32_t cell, uint32_t access, int pc);
-  void read_row(Warp& w, uint32_t cell, const uint32_t* lanes, int pc);
+  void read_row(Warp& w, uint32_t cell, const uint32_t* lanes, uint32_t access);
   bool global_access(Warp& w, int lane, uint64_t address, uint32_t bytes, int pc, bool write);
   void global_bounds(uint64_t address, uint32_t bytes, int pc, int thread, bool write);
   void touch(Touch& t, Warp& w, int lane, int pc, bool write, uint64_t offset);

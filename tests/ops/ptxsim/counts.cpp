@@ -5,6 +5,19 @@
 
 namespace ptxsim {
 
+// Do all lanes of the group use banks of their own? (The usual case, in few instructions.)
+static bool no_conflict(const Lanes& addresses, uint32_t mask, uint32_t bytes, size_t first,
+                        size_t lanes) {
+  if (bytes < 4 || mask != kAllLanes) return false;
+  uint32_t places = 0;
+  const uint64_t count = 128 / bytes;
+  for (size_t l = first; l < first + lanes; ++l) {
+    if (addresses[l] % bytes) return false;
+    places |= 1u << (addresses[l] / bytes % count);
+  }
+  return static_cast<size_t>(__builtin_popcount(places)) == lanes;
+}
+
 // For every group of lanes that moves at most 128 bytes, the most different words of 4 bytes that
 // any of the 32 banks has to give.
 uint64_t wavefronts(const Lanes& addresses, uint32_t mask, uint32_t bytes, uint64_t& ideal) {
@@ -12,6 +25,10 @@ uint64_t wavefronts(const Lanes& addresses, uint32_t mask, uint32_t bytes, uint6
   uint64_t total = 0;
   ideal = 0;
   for (size_t first = 0; first < kWarp; first += lanes) {
+    if (no_conflict(addresses, mask, bytes, first, lanes)) {
+      ++total, ++ideal;
+      continue;
+    }
     uint32_t words[32][32];  // by bank
     uint32_t counts[32] = {}, most = 0;
     for (size_t l = first; l < first + lanes; ++l) {

@@ -1,5 +1,6 @@
 // Shared memory: bounds, alignment, initialisation, races; all by cells of two bytes.
 #include <cstdio>
+#include <cstring>
 
 #include "block.h"
 
@@ -61,7 +62,7 @@ bool Block::shared_access(Warp& w, int lane, uint32_t address, uint32_t bytes, i
   for (uint32_t cell = first; cell < end; ++cell) {
     usable(w, lane, cell, pc, write);
     if (!write) {
-      read_cell(w, lane, cell, access, pc);
+      read_cell(w, lane, cell, pc);
       note_read(w, 1u << lane, cell, access);
     } else if (bytes > 1) {
       write_cell(w, lane, cell, access, pc);
@@ -94,7 +95,7 @@ static bool both_atomic(const Kernel& kernel, int a, int b) {
 }
 
 // The last write has to be before this read.
-void Block::read_cell(Warp& w, int lane, uint32_t cell, uint32_t, int pc) {
+void Block::read_cell(Warp& w, int lane, uint32_t cell, int pc) {
   const uint32_t write = shadow_.write[cell];
   if (write == 0) return;
   const Access& a = shadow_.accesses[write];
@@ -141,26 +142,33 @@ void Block::write_cell(Warp& w, int lane, uint32_t cell, uint32_t access, int pc
   s.state[cell] = kWritten, s.readers[cell] = 0;
 }
 
-// The cells of a row of ldmatrix, each for the lane that gets it.
-void Block::read_row(Warp& w, uint32_t cell, const uint32_t* lanes, int pc) {
+static uint64_t eight(const uint8_t* bytes) {
+  uint64_t word;
+  std::memcpy(&word, bytes, 8);
+  return word;
+}
+
+// The cells of a row of ldmatrix, each for the lane that gets it. Most rows are of one write, which
+// is checked once.
+void Block::read_row(Warp& w, uint32_t cell, const uint32_t* lanes, uint32_t access) {
+  constexpr uint64_t kEach = 0x0101010101010101;
   SharedShadow& s = shadow_;
-  const uint32_t access = access_of(w, pc);
   const uint32_t* write = s.write.data() + cell;
-  uint32_t differ = 0, states = 0, writers = 0;
-  for (uint32_t n = 0; n < kRow; ++n) {
-    differ |= write[n] ^ write[0];
-    states |= s.state[cell + n] ^ kWritten;
-    writers |= static_cast<uint32_t>(s.writer[cell + n] ^ s.writer[cell]);
-  }
+  uint32_t differ = 0;
+  for (uint32_t n = 0; n < kRow; ++n) differ |= write[n] ^ write[0];
+  const uint8_t writer = s.writer[cell];
   const Access& a = s.accesses[write[0]];
-  const uint32_t agents = a.agents / kWarp;  // of a warp, if not of asynchronous copies
-  const bool early = (agents < warp_count() && a.time < w.floor[agents]) ||
-                     (!writers && a.time < w.clock.of(a.agents + s.writer[cell]));
-  if (differ | states | !early) {
+  const uint32_t warp = a.agents / kWarp;  // if the write is no asynchronous copy
+  const bool fine = !differ && eight(&s.state[cell]) == kWritten * kEach &&
+                    ((warp < warp_count() && a.time < w.floor[warp]) ||
+                     (eight(&s.writer[cell]) == writer * kEach &&
+                      a.time < w.clock.of(a.agents + writer)));
+  if (!fine) {
+    const int pc = s.accesses[access].pc;
     for (uint32_t n = 0; n < kRow; ++n) {
       const int lane = __builtin_ctz(lanes[n]);
       usable(w, lane, cell + n, pc, false);
-      read_cell(w, lane, cell + n, access, pc);
+      read_cell(w, lane, cell + n, pc);
     }
   }
   const auto v = static_cast<size_t>(w.number);
@@ -169,8 +177,8 @@ void Block::read_row(Warp& w, uint32_t cell, const uint32_t* lanes, int pc) {
   uint32_t* by = s.readers.data() + cell;
   const uint32_t bit = 1u << v, synced = w.synced;
   for (uint32_t n = 0; n < kRow; ++n) {
-    const uint32_t kept = (by[n] & bit) && read[n] >= synced ? readers[n] : 0;
-    readers[n] = kept | lanes[n];
+    const bool joins = (by[n] & bit) != 0 && read[n] >= synced;
+    readers[n] = (joins ? readers[n] : 0) | lanes[n];
     read[n] = access;
     by[n] |= bit;
   }

@@ -8,15 +8,22 @@
 
 namespace ptxsim {
 
-using Matrix = float[8][8];
+constexpr size_t kNumbers = 64;  // of a register
+using Numbers = double[kNumbers];
+typedef double Four __attribute__((vector_size(32)));
 
-static void expand(const Words& from, bool bf16, Matrix& to) {
-  for (size_t l = 0; l < kWarp; ++l) {
-    const auto low = static_cast<uint16_t>(from[l]), high = static_cast<uint16_t>(from[l] >> 16);
-    float* pair = &to[l / 4][l % 4 * 2];
-    pair[0] = bf16 ? from_bf16(low) : from_f16(low);
-    pair[1] = bf16 ? from_bf16(high) : from_f16(high);
+static void expand(const Words& from, bool bf16, Numbers& to) {
+  uint16_t halves[kNumbers];
+  float singles[kNumbers];
+  std::memcpy(halves, from.data(), sizeof halves);
+  if (bf16) {
+    uint32_t words[kNumbers];
+    for (size_t n = 0; n < kNumbers; ++n) words[n] = uint32_t{halves[n]} << 16;
+    std::memcpy(singles, words, sizeof singles);
+  } else {
+    for (size_t n = 0; n < kNumbers; ++n) singles[n] = from_f16(halves[n]);
   }
+  for (size_t n = 0; n < kNumbers; ++n) to[n] = static_cast<double>(singles[n]);
 }
 
 static double toward_zero(double x) {  // to a float
@@ -25,38 +32,56 @@ static double toward_zero(double x) {  // to a float
   return std::nextafter(near, 0.0f);
 }
 
+// Two rows of eight sums: c + a b, with two rows of A and all of B (k by n). Two, so that the
+// processor has sums that do not wait for each other.
+static void multiply_rows(const Numbers* a, size_t row, size_t steps, const Four (*b)[2],
+                          bool truncate, Four (&sums)[4]) {
+  Four first_low = sums[0], first_high = sums[1], second_low = sums[2], second_high = sums[3];
+  for (size_t step = 0; step < steps; ++step) {
+    const double *first = a[step] + row * 8, *second = first + 8;
+    for (size_t k = 0; k < 8; ++k) {
+      const Four low = b[step * 8 + k][0], high = b[step * 8 + k][1];
+      first_low += first[k] * low, first_high += first[k] * high;
+      second_low += second[k] * low, second_high += second[k] * high;
+    }
+    if (!truncate) continue;
+    for (Four* each : {&first_low, &first_high, &second_low, &second_high}) {
+      for (size_t n = 0; n < 4; ++n) (*each)[n] = toward_zero((*each)[n]);
+    }
+  }
+  sums[0] = first_low, sums[1] = first_high, sums[2] = second_low, sums[3] = second_high;
+}
+
 // D = A B + C with sums in double, where the products are exact.
 void Block::multiply_add(Warp& w, const Instruction& i) {
   const size_t steps = i.depth / 8;  // 8 x 8 matrices along k
-  double b[16][8], sums[8];
+  Four b[16][2];
   Words result[4];  // written at the end: registers may be those of A
   for (size_t step = 0; step < steps; ++step) {
-    Matrix columns;
+    Numbers columns;
     expand(w.regs32[i.in[2 * steps + step].index], i.bf16, columns);
     for (size_t k = 0; k < 8; ++k) {
-      for (size_t n = 0; n < 8; ++n) b[step * 8 + k][n] = static_cast<double>(columns[n][k]);
+      for (size_t n = 0; n < 8; ++n) b[step * 8 + k][n / 4][n % 4] = columns[n * 8 + k];
     }
   }
   for (size_t half = 0; half < 2; ++half) {
-    Matrix a[2];
+    Numbers a[2];
     for (size_t step = 0; step < steps; ++step) {
       expand(w.regs32[i.in[step * 2 + half].index], i.bf16, a[step]);
     }
     Words scratch[2];
-    const uint32_t* c[2];
-    for (size_t n = 0; n < 2; ++n) c[n] = view32(w, i.in[3 * steps + half * 2 + n], scratch[n]);
-    for (size_t row = 0; row < 8; ++row) {
-      for (size_t n = 0; n < 8; ++n) sums[n] = bits<float>(c[n % 2][row * 4 + n / 2]);
-      for (size_t step = 0; step < steps; ++step) {
-        for (size_t k = 0; k < 8; ++k) {
-          const auto x = static_cast<double>(a[step][row][k]);
-          for (size_t n = 0; n < 8; ++n) sums[n] += x * b[step * 8 + k][n];
-        }
-        if (!options_.truncate) continue;
-        for (double& sum : sums) sum = toward_zero(sum);
-      }
+    const uint32_t* even = view32(w, i.in[3 * steps + half * 2], scratch[0]);
+    const uint32_t* odd = view32(w, i.in[3 * steps + half * 2 + 1], scratch[1]);
+    for (size_t row = 0; row < 8; row += 2) {
+      Four sums[4];  // lane 4 row + n holds columns 2 n and 2 n + 1
       for (size_t n = 0; n < 8; ++n) {
-        result[half * 2 + n % 2][row * 4 + n / 2] = f32(static_cast<float>(sums[n]));
+        sums[n / 2][n % 2 * 2] = bits<float>(even[row * 4 + n]);
+        sums[n / 2][n % 2 * 2 + 1] = bits<float>(odd[row * 4 + n]);
+      }
+      multiply_rows(a, row, steps, b, options_.truncate, sums);
+      for (size_t n = 0; n < 8; ++n) {
+        result[half * 2][row * 4 + n] = f32(static_cast<float>(sums[n / 2][n % 2 * 2]));
+        result[half * 2 + 1][row * 4 + n] = f32(static_cast<float>(sums[n / 2][n % 2 * 2 + 1]));
       }
     }
   }
@@ -85,6 +110,7 @@ void Block::load_matrices(Warp& w, const Instruction& i, int pc) {
   const uint32_t readers = i.vector == 4 ? kAllLanes : (1u << i.vector * 8) - 1;
   count.wavefronts += wavefronts(address, readers, 16, ideal);
   count.ideal += ideal;
+  const uint32_t access = access_of(w, pc);
   uint16_t matrices[4][8][8];
   for (uint32_t m = 0; m < i.vector; ++m) {
     for (uint32_t row = 0; row < 8; ++row) {
@@ -94,20 +120,21 @@ void Block::load_matrices(Warp& w, const Instruction& i, int pc) {
       if (!in_shared(w, lane, at, 16, pc, false)) continue;
       std::memcpy(matrices[m][row], shared_.data() + (at - kSharedBase), 16);
       if (options_.check) {
-        read_row(w, (at - kSharedBase) / 2, kReaders[i.transposed][row].data(), pc);
+        read_row(w, (at - kSharedBase) / 2, kReaders[i.transposed][row].data(), access);
       }
     }
   }
   for (size_t m = 0; m < i.vector; ++m) {
-    Lanes value;
-    for (size_t l = 0; l < kWarp; ++l) {
-      const size_t major = l / 4, minor = l % 4 * 2;
-      const uint16_t low = i.transposed ? matrices[m][minor][major] : matrices[m][major][minor];
-      const uint16_t high = i.transposed ? matrices[m][minor + 1][major]
-                                         : matrices[m][major][minor + 1];
-      value[l] = uint32_t{low} | uint32_t{high} << 16;
+    Words value;
+    if (!i.transposed) {
+      std::memcpy(value.data(), matrices[m], sizeof value);
+    } else {
+      for (size_t l = 0; l < kWarp; ++l) {
+        const size_t column = l / 4, row = l % 4 * 2;
+        value[l] = uint32_t{matrices[m][row][column]} | uint32_t{matrices[m][row + 1][column]} << 16;
+      }
     }
-    store(w, i.to[m], value, kAllLanes);
+    if (i.to[m].kind == Operand::kReg32) w.regs32[i.to[m].index] = value;
   }
 }
 
