@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tests.ops.ptxsim import Simulator
 from tests.ops.ptxsim.cuda import launch
-from tests.ops.ptxsim.fixtures import ptx_simulator, simulator  # noqa: F401
 
+pytest_plugins = ["tests.ops.ptxsim.fixtures"]
 pytestmark = pytest.mark.thorough
 
 
@@ -213,9 +213,7 @@ def test_a_ring_over_mbarriers(run: Run, kind: str) -> None:
 def test_a_ring_of_bulk_copies(simulator: Simulator, order: str) -> None:
     rows, out = torch.randn(8, 32, 4), torch.empty(8, 32, 4)
     with simulator.options(order=order):
-        error = launch(
-            simulator, ring("bulk"), rows, out, 8, arch="90", threads=128, shared=1536
-        )
+        error = launch(simulator, ring("bulk"), rows, out, 8, arch="90", threads=128, shared=1536)
     assert error == 0, simulator.error()
     assert torch.equal(out, rows.flip(1))
 
@@ -244,9 +242,7 @@ def test_a_named_barrier_joins_those_who_arrive_and_those_who_wait(run: Run) -> 
 def test_counts_by_line(simulator: Simulator) -> None:
     rows, out = torch.randn(5, 64, 4), torch.empty(5, 64, 4)
     assert launch(simulator, GROUPS, rows, out, 5, threads=64, shared=2048) == 0
-    line = 1 + GROUPS.splitlines().index(
-        "    to[s * 64 + t] = slots[s % 2 * 64 + 63 - t];"
-    )
+    line = 1 + GROUPS.splitlines().index("    to[s * 64 + t] = slots[s % 2 * 64 + 63 - t];")
     count = simulator.counts()[f"test.cu:{line}"]
     assert count.bytes == 5 * 64 * 16
     assert count.sectors == count.bytes / 32

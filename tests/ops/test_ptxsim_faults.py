@@ -7,24 +7,26 @@ import torch
 
 from tests.ops.ptxsim import Simulator
 from tests.ops.ptxsim.cuda import launch
-from tests.ops.ptxsim.fixtures import ptx_simulator, simulator  # noqa: F401
 from tests.ops.test_ptxsim import GROUPS, ring
 
+pytest_plugins = ["tests.ops.ptxsim.fixtures"]
 pytestmark = pytest.mark.thorough
 
-HEAD = 'extern "C" __global__ void k(float* in, float* out, int n) {\n  const int t = threadIdx.x;\n'
 
-COPY = HEAD + "  if (t < n) out[t] = in[t];\n}"
-HALVES = HEAD + "  if (t < 32) ((float2*)out)[t] = *(const float2*)(in + t * 2);\n}"
-UNROLLED = HEAD + "  out[t] = in[t] + in[t + 32];\n}"
-SHARED = HEAD + """
+def kernel(body: str) -> str:
+    head = 'extern "C" __global__ void k(float* in, float* out, int n) {'
+    return f"{head}\n  const int t = threadIdx.x;\n{body}\n}}"
+
+
+COPY = kernel("  if (t < n) out[t] = in[t];")
+HALVES = kernel("  if (t < 32) ((float2*)out)[t] = *(const float2*)(in + t * 2);")
+SHARED = kernel("""
   __shared__ float x[64];
   x[t] = in[t];
   __syncthreads();
   out[t] = x[63 - t];
-}
-"""
-WITHIN_WARP = HEAD + """
+""")
+WITHIN_WARP = kernel("""
   __shared__ float x[64];
   x[t] = in[t];
   __syncwarp();
@@ -32,9 +34,8 @@ WITHIN_WARP = HEAD + """
   __syncwarp();
   x[t] += 1;
   out[64 + t] = x[t];
-}
-"""
-TWICE = HEAD + """
+""")
+TWICE = kernel("""
   __shared__ float x[64];
   for (int s = 0; s < 3; ++s) {
     x[t] = in[t] + s;
@@ -42,19 +43,25 @@ TWICE = HEAD + """
     out[t] = x[63 - t];
     __syncthreads();
   }
-}
-"""
-BLOCKS = HEAD + "  out[blockIdx.x * 64 + t] = in[t];\n}"
-REDUCTION = HEAD + "  atomicAdd(out, in[t]);\n}"
-DIVERGENT = HEAD + """
+""")
+BLOCKS = kernel("  out[blockIdx.x * 64 + t] = in[t];")
+REDUCTION = kernel("  atomicAdd(out, in[t]);")
+SUM_IN_SHARED = kernel("""
+  __shared__ float sum;
+  if (t == 32) sum = 0;
+  __syncthreads();  // zero
+  atomicAdd(&sum, in[t]);
+  __syncthreads();
+  if (t == 0) *out = sum;
+""")
+DIVERGENT = kernel("""
   float x = in[t];
   if (n > 0) x += __shfl_xor_sync(0xFFFFFFFF, x, 1);
   __syncwarp();
   out[t] = x;
-}
-"""
-DYNAMIC = HEAD + "  float* x = (float*)dynamic;\n  x[t] = in[t];\n  out[t] = x[t];\n}"
-ONE_WAITS = HEAD + """
+""")
+DYNAMIC = kernel("  float* x = (float*)dynamic;\n  x[t] = in[t];\n  out[t] = x[t];")
+ONE_WAITS = kernel("""
   __shared__ u64 done;
   __shared__ float x[64];
   if (t == 0) init(&done, 32);
@@ -67,9 +74,8 @@ ONE_WAITS = HEAD + """
     __syncwarp();
     out[t] = x[63 - t];
   }
-}
-"""
-ONE_ARRIVES = HEAD + """
+""")
+ONE_ARRIVES = kernel("""
   __shared__ u64 done;
   __shared__ float x[64];
   if (t == 0) init(&done, 1);
@@ -82,8 +88,7 @@ ONE_ARRIVES = HEAD + """
     wait(&done, 0);
     out[t] = x[63 - t];
   }
-}
-"""
+""")
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,9 @@ FAULTS = {
     "written out of bounds": Fault(COPY, "out[t]", "out[t + 1]", "out of bounds, global write"),
     "misaligned": Fault(HALVES, "(in + t * 2)", "(in + t)", "misaligned, global"),
     "unwritten global memory": Fault(COPY, "in[t]", "out[t] + 1", "uninitialised, global"),
-    "unwritten shared memory": Fault(SHARED, "x[t] = in", "x[t & 31] = in", "uninitialised, shared"),
+    "unwritten shared memory": Fault(
+        SHARED, "x[t] = in", "x[t & 31] = in", "uninitialised, shared"
+    ),
     "shared memory out of bounds": Fault(SHARED, "x[63 - t]", "x[64 + t]", "out of bounds, shared"),
     "no __syncthreads": Fault(
         SHARED, "__syncthreads();", "__syncwarp();", "race, shared, read after write"
@@ -132,7 +139,7 @@ FAULTS = {
         RING,
     ),
     "no wait for a copied slot": Fault(
-        ring("cp.async"), "wait(full + n, s / kSlots & 1);", "if (s > 1) wait(full + n, s / 3 & 1);",
+        ring("cp.async"), "wait(full + n, s", "if (s > 1) wait(full + n, s",
         "asynchronous copy under way, read", 8, RING,
     ),
     "slot overwritten before it is released": Fault(
@@ -173,6 +180,9 @@ FAULTS = {
     "instruction of a warp by some lanes": Fault(
         DIVERGENT, "n > 0", "t & 1", "threads of a warp wait at different instructions"
     ),
+    "atomic sum in unwritten memory": Fault(
+        SUM_IN_SHARED, "__syncthreads();  // zero", "", "uninitialised, shared", 64
+    ),
     "two blocks write": Fault(
         BLOCKS, "blockIdx.x * 64 + t", "t", "race, global, other block, write after write", 64,
         {"grid": 2},
@@ -189,7 +199,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 @pytest.mark.parametrize("planted", [False, True], ids=["right", "planted"])
-def test_a_fault_is_found(simulator: Simulator, name: str, planted: bool) -> None:  # noqa: F811
+def test_a_fault_is_found(simulator: Simulator, name: str, planted: bool) -> None:
     fault = FAULTS[name]
     assert fault.source.count(fault.old) == 1, "the kernel has changed"
     source = fault.source.replace(fault.old, fault.new) if planted else fault.source
@@ -210,7 +220,7 @@ def test_a_fault_is_found(simulator: Simulator, name: str, planted: bool) -> Non
         assert not errors
 
 
-def test_a_finding_names_the_places_in_the_source(simulator: Simulator) -> None:  # noqa: F811
+def test_a_finding_names_the_places_in_the_source(simulator: Simulator) -> None:
     fault = FAULTS["no __syncwarp"]
     source = fault.source.replace(fault.old, fault.new)
     inputs = torch.zeros(64), torch.empty(128), 64
@@ -223,7 +233,7 @@ def test_a_finding_names_the_places_in_the_source(simulator: Simulator) -> None:
 
 SHARED_BYTES = {  # dynamic bytes, opt-in: error of an sm_86
     (48 << 10, 0): None,
-    (49 << 10, 0): "allowed without cuFuncSetAttribute",
+    (49 << 10, 0): "49152 are allowed without cuFuncSetAttribute",
     (49 << 10, 64 << 10): None,
     (99 << 10, 99 << 10): None,
     (100 << 10, 100 << 10): "the architecture has 101376",
@@ -232,22 +242,20 @@ SHARED_BYTES = {  # dynamic bytes, opt-in: error of an sm_86
 
 @pytest.mark.parametrize(("wanted", "message"), SHARED_BYTES.items())
 def test_limits_of_shared_memory(
-    simulator: Simulator,  # noqa: F811
+    simulator: Simulator,
     wanted: tuple[int, int],
     message: str | None,
 ) -> None:
     shared, opt_in = wanted
     inputs = torch.zeros(64), torch.empty(64), 64
     with simulator.architecture("86"):
-        error = launch(
-            simulator, DYNAMIC, *inputs, threads=64, shared=shared, opt_in=opt_in
-        )
+        error = launch(simulator, DYNAMIC, *inputs, threads=64, shared=shared, opt_in=opt_in)
     assert (error != 0) == (message is not None)
     if message:
         assert message in simulator.error()
 
 
-def test_limits_of_threads(simulator: Simulator) -> None:  # noqa: F811
+def test_limits_of_threads(simulator: Simulator) -> None:
     inputs = torch.zeros(2048), torch.empty(2048), 2048
     assert launch(simulator, COPY, *inputs, threads=1056) != 0
     assert "block of 1056 threads" in simulator.error()

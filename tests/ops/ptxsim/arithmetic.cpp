@@ -40,7 +40,8 @@ static uint64_t to_integer(Type t, double x) {  // saturates
     case U16: return static_cast<uint16_t>(clamp(0, 65535));
     case S16: return static_cast<uint16_t>(static_cast<int16_t>(clamp(-32768, 32767)));
     case U32: return static_cast<uint32_t>(clamp(0, 4294967295.0));
-    case S32: return static_cast<uint32_t>(static_cast<int32_t>(clamp(-2147483648.0, 2147483647.0)));
+    case S32:
+      return static_cast<uint32_t>(static_cast<int32_t>(clamp(-2147483648.0, 2147483647.0)));
     case U64:
       return x <= 0 ? 0 : x >= 18446744073709551615.0 ? ~0ull : static_cast<uint64_t>(x);
     case S64:

@@ -85,6 +85,14 @@ void Block::land(const Copy& c, uint32_t access, int lane) {
   }
 }
 
+void Block::copies_commit(Warp& w, uint32_t mask) {
+  for (size_t l = 0; l < kWarp; ++l) {
+    if (!(mask >> l & 1)) continue;
+    w.groups[l].push_back(std::move(w.open[l]));
+    w.open[l].clear();
+  }
+}
+
 // cp.async.wait_group: the thread sees its own copies; to others they are like its own stores.
 void Block::copies_wait(Warp& w, uint32_t mask, const Instruction& i) {
   const size_t left = i.in[0].value;

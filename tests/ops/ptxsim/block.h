@@ -140,6 +140,7 @@ class Block {
   void race(const char* what, int pc, int other, int thread, uint32_t agent, uint64_t address);
   bool shared_access(Warp& w, int lane, uint32_t address, uint32_t bytes, int pc, bool write);
   bool in_shared(Warp& w, int lane, uint32_t address, uint32_t bytes, int pc, bool write);
+  bool both_atomic(int pc, int other) const;
   uint32_t access_of(Warp& w, int pc);
   void usable(Warp& w, int lane, uint32_t cell, int pc, bool write);
   void read_cell(Warp& w, int lane, uint32_t cell, int pc);
@@ -149,6 +150,10 @@ class Block {
   bool global_access(Warp& w, int lane, uint64_t address, uint32_t bytes, int pc, bool write);
   void global_bounds(uint64_t address, uint32_t bytes, int pc, int thread, bool write);
   void touch(Touch& t, Warp& w, int lane, int pc, bool write, uint64_t offset);
+  void touch_read(Touch& t, const Warp& w, int lane, int pc);
+  void touch_write(Touch& t, const Warp& w, int lane, int pc, uint64_t offset);
+  int unordered_reader(const Touch& t, const Warp& w, int lane) const;
+  void check_global(Warp& w, int lane, uint64_t offset, uint32_t bytes, int pc, bool write);
   void uninitialised(const Touch& t, uint64_t offset, int pc, int thread);
   void load_store(Warp& w, const Instruction& i, uint32_t mask, int pc);
   uint8_t* locate(Warp& w, int lane, Space space, uint64_t address, uint32_t bytes, int pc,
@@ -160,6 +165,7 @@ class Block {
   bool copy_check(Warp& w, int lane, const Copy& c);
   void copy_under_way(Warp& w, int lane, const Copy& c);
   void land(const Copy& c, uint32_t access, int lane);
+  void copies_commit(Warp& w, uint32_t mask);
   void copies_wait(Warp& w, uint32_t mask, const Instruction& i);
   void copies_arrive(Warp& w, const Instruction& i, uint32_t mask, int pc);
   void bulk_start(Warp& w, const Instruction& i, uint32_t mask, int pc);

@@ -227,8 +227,8 @@ void Block::end_lanes(Warp& w, uint32_t mask, int pc) {
     bool any = !w.open[l].empty();
     for (const auto& g : w.groups[l]) any = any || !g.empty();
     if (any) {
-      find("asynchronous copy under way, at the end", pc, -1, w.number * kWarp + static_cast<int>(l),
-           "");
+      const int thread = w.number * kWarp + static_cast<int>(l);
+      find("asynchronous copy under way, at the end", pc, -1, thread, "");
     }
   }
   w.alive &= ~mask;
@@ -245,20 +245,10 @@ bool Block::goes_on(Warp& w, uint32_t mask) {
 // False if the warp's threads have to wait.
 bool Block::execute(Warp& w, const Instruction& i, uint32_t active, uint32_t mask, int pc) {
   switch (i.op) {
-    case TRAP:
-      result_.trapped = true;
-      stop("trap", pc, w.number * kWarp + __builtin_ctz(active), "");
-      return true;
     case LD: case ST: load_store(w, i, active, pc); return true;
     case ATOM: atomic(w, i, active, pc); return true;
     case CP_ASYNC: copy_start(w, i, active, pc); return true;
-    case CP_COMMIT:
-      for (size_t l = 0; l < kWarp; ++l) {
-        if (!(active >> l & 1)) continue;
-        w.groups[l].push_back(std::move(w.open[l]));
-        w.open[l].clear();
-      }
-      return true;
+    case CP_COMMIT: copies_commit(w, active); return true;
     case CP_WAIT: copies_wait(w, active, i); return true;
     case CP_ARRIVE: copies_arrive(w, i, active, pc); return goes_on(w, mask);
     case CP_BULK: bulk_start(w, i, active, pc); return true;
@@ -277,6 +267,10 @@ bool Block::execute(Warp& w, const Instruction& i, uint32_t active, uint32_t mas
       store(w, i.to[0], all, active);
       return true;
     }
+    case TRAP:
+      result_.trapped = true;
+      stop("trap", pc, w.number * kWarp + __builtin_ctz(active), "");
+      return true;
     default:
       try {
         compute(w, i, active);

@@ -88,7 +88,7 @@ def launch(
     shared: int = 0,
     opt_in: int = 0,
 ) -> int:
-    """Compiles and runs kernel `k`; what cuLaunchKernel, or the first call that failed, returned."""
+    """Compiles and runs kernel `k`; the error of cuFuncSetAttribute or cuLaunchKernel, or 0."""
     driver, module, kernel = simulator.driver, ctypes.c_void_p(), ctypes.c_void_p()
     image = compile_ptx(source, arch)
     if error := driver.cuModuleLoadData(ctypes.byref(module), image):
@@ -101,6 +101,4 @@ def launch(
         for a in arguments
     ]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-    return driver.cuLaunchKernel(
-        kernel, grid, 1, 1, threads, 1, 1, shared, None, pointers, None
-    )
+    return driver.cuLaunchKernel(kernel, grid, 1, 1, threads, 1, 1, shared, None, pointers, None)

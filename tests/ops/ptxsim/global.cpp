@@ -72,55 +72,69 @@ void Block::uninitialised(const Touch& t, uint64_t offset, int pc, int thread) {
        "byte " + std::to_string(offset) + " of " + std::to_string(last_->bytes));
 }
 
-// One access to a line or a cell: races with the accesses before.
+bool Block::both_atomic(int pc, int other) const {
+  return pc >= 0 && other >= 0 && kernel_.code[static_cast<size_t>(pc)].op == ATOM &&
+         kernel_.code[static_cast<size_t>(other)].op == ATOM;
+}
+
+// One access to a line or a cell: the last write has to be before it.
 void Block::touch(Touch& t, Warp& w, int lane, int pc, bool write, uint64_t offset) {
   const int thread = w.number * kWarp + lane;
   if (t.launch != this_launch()) {
     const bool written = t.written;
     t = Touch(), t.launch = this_launch(), t.written = written;
   }
-  const auto atomic = [&](int other) {
-    return other >= 0 && kernel_.code[static_cast<size_t>(other)].op == ATOM &&
-           kernel_.code[static_cast<size_t>(pc)].op == ATOM;
-  };
-  if (t.writer_block != -1 && t.writer_block != number_) {
-    if (!atomic(t.write_pc)) {
-      race(write ? "race, global, other block, write after write"
-                 : "race, global, other block, read after write",
-           pc, t.write_pc, thread, static_cast<uint32_t>(t.writer), offset);
-    }
-  } else if (t.writer >= 0 && !atomic(t.write_pc) &&
-             !ordered(w, lane, static_cast<uint32_t>(t.writer), t.write_time)) {
+  const bool other_block = t.writer_block != -1 && t.writer_block != number_;
+  const bool fine = t.writer_block == -1 || both_atomic(t.write_pc, pc) ||
+                    (!other_block &&
+                     ordered(w, lane, static_cast<uint32_t>(t.writer), t.write_time));
+  if (!fine && other_block) {
+    race(write ? "race, global, other block, write after write"
+               : "race, global, other block, read after write",
+         pc, t.write_pc, thread, static_cast<uint32_t>(t.writer), offset);
+  } else if (!fine) {
     race(write ? "race, global, write after write" : "race, global, read after write", pc,
          t.write_pc, thread, static_cast<uint32_t>(t.writer), offset);
   }
-  if (!write) {
-    if (t.reader_block != number_) t.readers = 0, t.last_reader = -1;
-    const bool again = t.last_reader == w.number && t.last_read == w.now;
-    if (t.readers == 0) t.first_read = w.now;
-    t.last_lanes = (again ? t.last_lanes : 0) | 1u << lane;
-    t.last_reader = static_cast<int8_t>(w.number), t.last_read = w.now, t.read_pc = pc;
-    t.readers |= 1u << w.number;
-    t.reader_block = t.reader_block == -1 || t.reader_block == number_ ? number_ : -2;
-    return;
-  }
-  bool conflict = t.reader_block != -1 && t.reader_block != number_;
-  if (conflict && !atomic(t.read_pc)) {
-    race("race, global, other block, write after read", pc, t.read_pc, thread, 0, offset);
-  } else if (t.reader_block == number_) {
-    for (uint32_t v = 0; v < warp_count() && !conflict; ++v) {
-      if (!(t.readers >> v & 1)) continue;
-      const bool newest = t.last_reader == static_cast<int>(v);
+  if (!write) return touch_read(t, w, lane, pc);
+  touch_write(t, w, lane, pc, offset);
+}
+
+void Block::touch_read(Touch& t, const Warp& w, int lane, int pc) {
+  if (t.reader_block != number_) t.readers = 0, t.last_reader = -1;
+  const bool again = t.last_reader == w.number && t.last_read == w.now;
+  if (t.readers == 0) t.first_read = w.now;
+  t.last_lanes = (again ? t.last_lanes : 0) | 1u << lane;
+  t.last_reader = static_cast<int8_t>(w.number), t.last_read = w.now, t.read_pc = pc;
+  t.readers |= 1u << w.number;
+  t.reader_block = t.reader_block == -1 || t.reader_block == number_ ? number_ : -2;
+}
+
+// A thread of this block that has read and is not ordered before this write; -1 if there is none.
+// Of the warp that read last its lanes and time are known, of others the first read's time.
+int Block::unordered_reader(const Touch& t, const Warp& w, int lane) const {
+  for (uint32_t v = 0; v < warp_count(); ++v) {
+    if (!(t.readers >> v & 1)) continue;
+    const bool newest = t.last_reader == static_cast<int>(v);
+    if (!newest && v == static_cast<uint32_t>(w.number)) continue;
+    for (uint32_t l = 0; l < kWarp && v * kWarp + l < threads_; ++l) {
+      if (newest && !(t.last_lanes >> l & 1)) continue;
       const Time time = newest ? t.last_read : t.first_read;
-      for (int l = 0; l < kWarp && !conflict; ++l) {
-        if (newest ? !(t.last_lanes >> l & 1) : v == static_cast<uint32_t>(w.number)) continue;
-        if (v * kWarp + static_cast<uint32_t>(l) >= threads_) continue;
-        conflict = !ordered(w, lane, v * kWarp + static_cast<uint32_t>(l), time);
-      }
+      if (!ordered(w, lane, v * kWarp + l, time)) return static_cast<int>(v * kWarp + l);
     }
-    if (conflict && !atomic(t.read_pc)) {
+  }
+  return -1;
+}
+
+// All reads since the last write have to be before this write.
+void Block::touch_write(Touch& t, const Warp& w, int lane, int pc, uint64_t offset) {
+  const int thread = w.number * kWarp + lane;
+  if (!both_atomic(t.read_pc, pc)) {
+    if (t.reader_block != -1 && t.reader_block != number_) {
+      race("race, global, other block, write after read", pc, t.read_pc, thread, 0, offset);
+    } else if (const int reader = unordered_reader(t, w, lane); reader >= 0) {
       race("race, global, write after read", pc, t.read_pc, thread,
-           static_cast<uint32_t>(t.last_reader * kWarp), offset);
+           static_cast<uint32_t>(reader), offset);
     }
   }
   t.writer_block = number_, t.writer = static_cast<int16_t>(thread), t.write_time = w.now;
@@ -143,45 +157,39 @@ bool Block::global_access(Warp& w, int lane, uint64_t address, uint32_t bytes, i
          std::to_string(bytes) + " bytes at byte " + std::to_string(address - last_->base));
   }
   if (!options_.check) return true;
-  const uint64_t lines = last_->bytes / kLine + 1;
-  if (last_->lines.empty()) last_->lines.resize(lines), last_->cells_used.resize(lines);
-  const uint64_t offset = address - last_->base, line = offset / kLine;
-  const bool whole = bytes == kLine && offset % kLine == 0;
-  const bool has_cells = last_->cells_used[line] == this_launch();
-  const uint64_t first = offset / kCell, end = (offset + bytes + kCell - 1) / kCell;
-  Touch& whole_line = last_->lines[line];
-  if (!write) {
-    if (whole && !has_cells) {
-      const bool cells = !last_->cells.empty();
-      for (uint64_t at = 0; at < kLine; at += 8) {
-        if (whole_line.written) break;
-        if (cells && last_->cells[(offset + at) / kCell].written) continue;
-        uninitialised(whole_line, offset + at, pc, thread);
-      }
-    }
-  }
-  // A line is touched as such where it is accessed as a whole, and cells where they are.
-  const uint64_t last_line = (offset + bytes - 1) / kLine;
-  if (whole && !has_cells) {
-    touch(whole_line, w, lane, pc, write, offset);
-    return true;
-  }
-  if (last_->cells.empty()) last_->cells.resize(lines * (kLine / kCell));
-  for (uint64_t l = line; l <= last_line; ++l) {
-    if (last_->cells_used[l] == this_launch()) continue;
-    last_->cells_used[l] = this_launch();
-    for (uint64_t c = l * kLine / kCell; c < (l + 1) * kLine / kCell; ++c) {
-      const bool written = last_->cells[c].written;
-      last_->cells[c] = last_->lines[l];  // what was known of the line holds for its cells
-      last_->cells[c].written |= written;
-    }
-  }
-  for (uint64_t c = first; c < end; ++c) {
-    if (!write) uninitialised(last_->cells[c], c * kCell, pc, thread);
-    if (bytes > 1) touch(last_->cells[c], w, lane, pc, write, c * kCell);
-    else if (write) last_->cells[c].written = true;  // shared with a neighbour: no races
-  }
+  check_global(w, lane, address - last_->base, bytes, pc, write);
   return true;
+}
+
+// Lines that are accessed as a whole are checked as such; at the first access to a part of one,
+// its cells take over for the rest of the launch.
+void Block::check_global(Warp& w, int lane, uint64_t offset, uint32_t bytes, int pc, bool write) {
+  Allocation& a = *last_;
+  const int thread = w.number * kWarp + lane;
+  const uint64_t lines = a.bytes / kLine + 1, line = offset / kLine;
+  if (a.lines.empty()) a.lines.resize(lines), a.cells_used.resize(lines);
+  if (bytes == kLine && offset % kLine == 0 && a.cells_used[line] != this_launch()) {
+    for (uint64_t at = offset; !write && at < offset + kLine; at += 8) {
+      const bool written = !a.cells.empty() && a.cells[at / kCell].written;
+      if (!written) uninitialised(a.lines[line], at, pc, thread);
+    }
+    return touch(a.lines[line], w, lane, pc, write, offset);
+  }
+  if (a.cells.empty()) a.cells.resize(lines * (kLine / kCell));
+  for (uint64_t l = line; l <= (offset + bytes - 1) / kLine; ++l) {
+    if (a.cells_used[l] == this_launch()) continue;
+    a.cells_used[l] = this_launch();
+    for (uint64_t c = l * kLine / kCell; c < (l + 1) * kLine / kCell; ++c) {
+      const bool written = a.cells[c].written;
+      a.cells[c] = a.lines[l];
+      a.cells[c].written |= written;
+    }
+  }
+  for (uint64_t c = offset / kCell; c < (offset + bytes + kCell - 1) / kCell; ++c) {
+    if (!write || both_atomic(pc, pc)) uninitialised(a.cells[c], c * kCell, pc, thread);
+    if (bytes > 1) touch(a.cells[c], w, lane, pc, write, c * kCell);
+    else if (write) a.cells[c].written = true;  // shared with a neighbour: no races
+  }
 }
 
 }  // namespace ptxsim

@@ -210,21 +210,17 @@ class InstructionParser {
   }
   void mma() {
     i_.op = MMA;
-    const std::string head = "mma.sync.aligned.m16n8k";
-    for (const int k : {8, 16}) {
-      for (const bool bf16 : {false, true}) {
-        const std::string number = bf16 ? "bf16" : "f16";
-        if (opcode_ == head + std::to_string(k) + ".row.col.f32." + number + "." + number + ".f32") {
-          i_.depth = static_cast<uint8_t>(k), i_.bf16 = bf16;
-          i_.to = list(0);
-          for (size_t n = 1; n < args_.size(); ++n) {
-            for (const Operand& o : list(n)) i_.in.push_back(o);
-          }
-          if (i_.to.size() == 4 && i_.in.size() == static_cast<size_t>(k == 16 ? 10 : 7)) return;
-        }
-      }
+    i_.depth = has("m16n8k16") ? 16 : 8, i_.bf16 = has("bf16");
+    const std::string number = i_.bf16 ? "bf16." : "f16.";
+    if (opcode_ != "mma.sync.aligned.m16n8k" + std::to_string(i_.depth) + ".row.col.f32." + number +
+                       number + "f32") {
+      fail();
     }
-    fail();
+    i_.to = list(0);
+    for (size_t n = 1; n < args_.size(); ++n) {
+      for (const Operand& o : list(n)) i_.in.push_back(o);
+    }
+    if (i_.to.size() != 4 || i_.in.size() != (i_.depth == 16 ? 10 : 7)) fail();
   }
   void ldmatrix() {
     i_.op = LDMATRIX;

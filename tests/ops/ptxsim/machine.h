@@ -48,7 +48,7 @@ enum Order { kFirst, kLast, kRandom };
 struct Options {
   Order order = kFirst;   // of warps, and of asynchronous copies
   uint64_t seed = 1;
-  bool truncate = false;  // mma rounds sums toward zero every 8 products, as hardware comes close to
+  bool truncate = false;  // mma rounds sums toward zero every 8 products, much as hardware does
   bool check = true;      // races, uninitialised reads
 };
 

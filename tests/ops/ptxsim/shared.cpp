@@ -84,14 +84,9 @@ void Block::usable(Warp& w, int lane, uint32_t cell, int pc, bool write) {
          other, thread, where);
   } else if (state == kMbarrier) {
     find("plain access to an mbarrier", pc, other, thread, where);
-  } else if (!write) {
+  } else if (!write || kernel_.code[static_cast<size_t>(pc)].op == ATOM) {
     find("uninitialised, shared", pc, -1, thread, where);
   }
-}
-
-static bool both_atomic(const Kernel& kernel, int a, int b) {
-  return kernel.code[static_cast<size_t>(a)].op == ATOM &&
-         kernel.code[static_cast<size_t>(b)].op == ATOM;
 }
 
 // The last write has to be before this read.
@@ -122,7 +117,7 @@ void Block::write_cell(Warp& w, int lane, uint32_t cell, uint32_t access, int pc
   if (s.write[cell]) {
     const Access& a = s.accesses[s.write[cell]];
     const uint32_t agent = a.agents + s.writer[cell];
-    if (!ordered(w, lane, agent, a.time) && !both_atomic(kernel_, a.pc, pc)) {
+    if (!ordered(w, lane, agent, a.time) && !both_atomic(a.pc, pc)) {
       race("race, shared, write after write", pc, a.pc, thread, agent, cell * 2);
     }
   }

@@ -1,7 +1,7 @@
 // mma.sync and ldmatrix. Fragments: PTX ISA 9.7.14.5.
 //
-// Register m of a fragment, taken over the 32 lanes as 64 numbers of 16 bits, is an 8 x 8 matrix row
-// by row: lane l holds numbers 2 (l % 4) and the next of row l / 4. For A the rows are A's (the
+// Register m of a fragment, taken over the 32 lanes as 64 numbers of 16 bits, is an 8 x 8 matrix
+// row by row: lane l holds numbers 2 (l % 4) and the next of row l / 4. For A the rows are A's (the
 // quarters of a 16 x 16 tile column by column), for B its columns.
 #include "block.h"
 #include "values.h"
@@ -131,7 +131,8 @@ void Block::load_matrices(Warp& w, const Instruction& i, int pc) {
     } else {
       for (size_t l = 0; l < kWarp; ++l) {
         const size_t column = l / 4, row = l % 4 * 2;
-        value[l] = uint32_t{matrices[m][row][column]} | uint32_t{matrices[m][row + 1][column]} << 16;
+        value[l] = uint32_t{matrices[m][row][column]} |
+                   uint32_t{matrices[m][row + 1][column]} << 16;
       }
     }
     if (i.to[m].kind == Operand::kReg32) w.regs32[i.to[m].index] = value;
