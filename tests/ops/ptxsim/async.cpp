@@ -19,10 +19,9 @@ bool Block::copy_check(Warp& w, int lane, const Copy& c) {
     find("misaligned, global", c.pc, -1, thread, "source of a copy of " + std::to_string(c.size));
   }
   bool fine = true;
-  for (uint32_t at = 0; at < c.source_size; at += unit) {
-    const uint32_t left = std::min(unit, c.source_size - at);
-    fine = fine && global_access(w, lane, c.from + at, left == unit ? unit : 1, c.pc, false) &&
-           (left == unit || global_access(w, lane, c.from + at + left - 1, 1, c.pc, false));
+  for (uint32_t at = 0, piece = unit; fine && at < c.source_size; at += piece) {
+    while (piece > c.source_size - at) piece /= 2;
+    fine = global_access(w, lane, c.from + at, piece, c.pc, false);
   }
   if (c.to < kSharedBase || uint64_t{c.to} + c.size > uint64_t{kSharedBase} + shared_bytes_) {
     find("out of bounds, shared write", c.pc, -1, thread,

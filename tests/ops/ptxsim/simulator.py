@@ -89,7 +89,7 @@ class Simulator:
     """`driver` has cuModuleLoadData and the like; kernels run on the tensors made in `watch()`."""
 
     def __init__(self, folder: Path) -> None:
-        self.driver = ctypes.CDLL(str(folder / "libptxsim.so"), mode=ctypes.RTLD_GLOBAL)
+        self.driver = ctypes.CDLL(str(folder / "libptxsim.so"))
         self._torch = ctypes.CDLL(str(folder / "libptxsim_torch.so"))
         self.driver.ptxsim_findings.restype = ctypes.c_char_p
         self.driver.ptxsim_counts.restype = ctypes.c_char_p
