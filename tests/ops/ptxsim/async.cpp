@@ -40,7 +40,7 @@ void Block::copy_under_way(Warp& w, int lane, const Copy& c) {
   if (!options_.check) return;
   const uint32_t access = access_of(w, c.pc), first = (c.to - kSharedBase) / 2;
   for (uint32_t cell = first; cell < first + c.size / 2; ++cell) {
-    usable(w, lane, cell, c.pc, true);
+    if (shadow_.state[cell] != kWritten) check_state(w, lane, cell, c.pc, true);
     write_cell(w, lane, cell, access, c.pc);
     shadow_.state[cell] = kUnderWay;
   }
@@ -107,6 +107,14 @@ void Block::copies_wait(Warp& w, uint32_t mask, const Instruction& i) {
     if (!i.wait_all) continue;
     for (const Copy& c : w.open[l]) land(c, access_of(w, c.pc), lane);
     w.open[l].clear();
+  }
+  if (left > 0) return;
+  for (int lane = 0; lane < kWarp; ++lane) {  // those that an mbarrier tracked have landed too
+    const uint32_t agent = copies_of(w.number) + static_cast<uint32_t>(lane);
+    if (!(mask >> lane & 1) || !tracked_.count(agent)) continue;
+    VectorClock landed;
+    landed.raise(agent, ++time_);
+    acquire(w, 1u << lane, landed);
   }
 }
 
@@ -197,6 +205,7 @@ void Block::land_flight(size_t which) {
       if (flight.bulk) b.bytes -= c.size;
     }
     b.arriving.raise(agent, now + 1);
+    if (!flight.bulk) tracked_.insert(agent);
     if (flight.bulk) complete_phase(b);
     else arrive(b, 1, flight.pc, flight.warp * kWarp + lane);
   }

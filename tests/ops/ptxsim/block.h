@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -105,6 +106,7 @@ class Block {
   uint32_t mbarrier_agents_ = 0;
   std::map<int, NamedBarrier> barriers_;
   std::deque<Flight> flights_;
+  std::set<uint32_t> tracked_;  // agents whose copies have landed for an mbarrier
   std::mt19937_64 random_;
   Allocation* last_ = nullptr;  // that was touched
 
@@ -142,7 +144,7 @@ class Block {
   bool in_shared(Warp& w, int lane, uint32_t address, uint32_t bytes, int pc, bool write);
   bool both_atomic(int pc, int other) const;
   uint32_t access_of(Warp& w, int pc);
-  void usable(Warp& w, int lane, uint32_t cell, int pc, bool write);
+  void check_state(Warp& w, int lane, uint32_t cell, int pc, bool write);
   void read_cell(Warp& w, int lane, uint32_t cell, int pc);
   void note_read(Warp& w, uint32_t lanes, uint32_t cell, uint32_t access);
   void write_cell(Warp& w, int lane, uint32_t cell, uint32_t access, int pc);

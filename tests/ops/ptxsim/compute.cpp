@@ -1,4 +1,6 @@
 // Instructions on registers, for the 32 threads of a warp. The operations: arithmetic.cpp.
+#include <algorithm>
+
 #include "block.h"
 #include "values.h"
 
@@ -14,30 +16,41 @@ static void each(uint32_t* to, uint32_t mask, F f) {
   for (size_t l = 0; l < kWarp; ++l) if (mask >> l & 1) to[l] = f(l);
 }
 
-bool Block::quick32(Warp& w, const Instruction& i, uint32_t mask) {
-  const Type t = i.type;
-  if (i.to[0].kind != Operand::kReg32 || i.saturate || i.in.size() > 3) return false;
-  const bool number = t == F32 && !i.ftz, integer = t == U32 || t == S32 || t == B32;
-  if (!number && !integer && !(i.op == MOV && size_of(t) == 4)) return false;
-  Words scratch[3];
-  const uint32_t* in[3] = {nullptr, nullptr, nullptr};
-  for (size_t n = 0; n < i.in.size(); ++n) in[n] = view32(w, i.in[n], scratch[n]);
-  const uint32_t *a = in[0], *b = in[1], *c = in[2];
-  uint32_t* to = w.regs32[i.to[0].index].data();
-  if (i.op == MOV) return each(to, mask, [=](size_t l) { return a[l]; }), true;
-  if (number) {
-    const auto x = [=](size_t l) { return bits<float>(a[l]); };
-    const auto y = [=](size_t l) { return bits<float>(b[l]); };
-    const auto z = [=](size_t l) { return bits<float>(c[l]); };
-    switch (i.op) {
-      case ADD: return each(to, mask, [=](size_t l) { return f32(x(l) + y(l)); }), true;
-      case SUB: return each(to, mask, [=](size_t l) { return f32(x(l) - y(l)); }), true;
-      case MUL_LO: return each(to, mask, [=](size_t l) { return f32(x(l) * y(l)); }), true;
-      case FMA:
-        return each(to, mask, [=](size_t l) { return f32(std::fma(x(l), y(l), z(l))); }), true;
-      default: return false;
-    }
+// Ordered comparisons: false if one side is not a number.
+template <typename T>
+static bool compare32(uint32_t* to, uint32_t mask, Compare c, const uint32_t* a,
+                      const uint32_t* b) {
+  const auto x = [=](size_t l) { return bits<T>(a[l]); };
+  const auto y = [=](size_t l) { return bits<T>(b[l]); };
+  switch (c) {
+    case EQ: return each(to, mask, [=](size_t l) { return x(l) == y(l); }), true;
+    case NE: return each(to, mask, [=](size_t l) { return x(l) < y(l) || x(l) > y(l); }), true;
+    case LT: return each(to, mask, [=](size_t l) { return x(l) < y(l); }), true;
+    case LE: return each(to, mask, [=](size_t l) { return x(l) <= y(l); }), true;
+    case GT: return each(to, mask, [=](size_t l) { return x(l) > y(l); }), true;
+    case GE: return each(to, mask, [=](size_t l) { return x(l) >= y(l); }), true;
+    default: return false;
   }
+}
+
+static bool quick_float(uint32_t* to, uint32_t mask, Op op, const uint32_t* a, const uint32_t* b,
+                        const uint32_t* c) {
+  const auto x = [=](size_t l) { return bits<float>(a[l]); };
+  const auto y = [=](size_t l) { return bits<float>(b[l]); };
+  const auto z = [=](size_t l) { return bits<float>(c[l]); };
+  switch (op) {
+    case ADD: return each(to, mask, [=](size_t l) { return f32(x(l) + y(l)); }), true;
+    case SUB: return each(to, mask, [=](size_t l) { return f32(x(l) - y(l)); }), true;
+    case MUL_LO: return each(to, mask, [=](size_t l) { return f32(x(l) * y(l)); }), true;
+    case FMA:
+      return each(to, mask, [=](size_t l) { return f32(std::fma(x(l), y(l), z(l))); }), true;
+    case NEG: return each(to, mask, [=](size_t l) { return f32(-x(l)); }), true;
+    default: return false;
+  }
+}
+
+static bool quick_integer(uint32_t* to, uint32_t mask, const Instruction& i, const uint32_t* a,
+                          const uint32_t* b, const uint32_t* c) {
   switch (i.op) {
     case ADD: return each(to, mask, [=](size_t l) { return a[l] + b[l]; }), true;
     case SUB: return each(to, mask, [=](size_t l) { return a[l] - b[l]; }), true;
@@ -47,8 +60,44 @@ bool Block::quick32(Warp& w, const Instruction& i, uint32_t mask) {
     case OR: return each(to, mask, [=](size_t l) { return a[l] | b[l]; }), true;
     case XOR: return each(to, mask, [=](size_t l) { return a[l] ^ b[l]; }), true;
     case SHL: return each(to, mask, [=](size_t l) { return b[l] > 31 ? 0 : a[l] << b[l]; }), true;
+    case SHR:
+      if (i.type == S32) {
+        const auto shift = [=](size_t l) {
+          return static_cast<uint32_t>(static_cast<int32_t>(a[l]) >> std::min(b[l], 31u));
+        };
+        return each(to, mask, shift), true;
+      }
+      return each(to, mask, [=](size_t l) { return b[l] > 31 ? 0 : a[l] >> b[l]; }), true;
     default: return false;
   }
+}
+
+bool Block::quick32(Warp& w, const Instruction& i, uint32_t mask) {
+  const Type t = i.type;
+  if (size_of(t) != 4 || i.to[0].kind != Operand::kReg32 || i.ftz || i.saturate ||
+      i.in.size() > 3) {
+    return false;
+  }
+  if (i.op == CVT) return false;
+  Words scratch[3];
+  const uint32_t* in[3] = {nullptr, nullptr, nullptr};
+  for (size_t n = 0; n < i.in.size(); ++n) in[n] = view32(w, i.in[n], scratch[n]);
+  const uint32_t *a = in[0], *b = in[1], *c = in[2];
+  uint32_t* to = w.regs32[i.to[0].index].data();
+  const bool integer = t == U32 || t == S32 || t == B32;
+  if (i.op == MOV) return each(to, mask, [=](size_t l) { return a[l]; }), true;
+  if (i.op == SELP) {
+    const uint32_t flip = i.in[2].negated;
+    const auto choose = [=](size_t l) { return ((c[l] & 1) ^ flip) != 0 ? a[l] : b[l]; };
+    return each(to, mask, choose), true;
+  }
+  if (i.op == SETP && i.boolean == 0) {
+    if (t == F32) return compare32<float>(to, mask, i.compare, a, b);
+    if (t == S32) return compare32<int32_t>(to, mask, i.compare, a, b);
+    return integer && compare32<uint32_t>(to, mask, i.compare, a, b);
+  }
+  if (t == F32) return quick_float(to, mask, i.op, a, b, c);
+  return integer && quick_integer(to, mask, i, a, b, c);
 }
 
 void Block::pack(Warp& w, const Instruction& i, uint32_t mask) {
@@ -145,6 +194,10 @@ void Block::compute_lanes(Warp& w, const Instruction& i, uint32_t mask) {
     each_lane([&](size_t l) { return convert(i, a[l]); });
   } else if (wide && i.op == ADD) {
     each_lane([&](size_t l) { return a[l] + b[l]; });
+  } else if (i.op == MUL_WIDE && i.type == U32) {
+    each_lane([&](size_t l) { return (a[l] & 0xFFFFFFFF) * (b[l] & 0xFFFFFFFF); });
+  } else if (i.op == MUL_WIDE && i.type == S32) {
+    each_lane([&](size_t l) { return widen(a[l], S32) * widen(b[l], S32); });
   } else {
     for (size_t l = 0; l < kWarp; ++l) {
       if (mask >> l & 1) r[l] = arithmetic(i, a[l], b[l], c[l], d[l]);

@@ -60,7 +60,7 @@ bool Block::shared_access(Warp& w, int lane, uint32_t address, uint32_t bytes, i
   const uint32_t first = (address - kSharedBase) / 2;
   const uint32_t end = (address - kSharedBase + bytes + 1) / 2, access = access_of(w, pc);
   for (uint32_t cell = first; cell < end; ++cell) {
-    usable(w, lane, cell, pc, write);
+    if (shadow_.state[cell] != kWritten) check_state(w, lane, cell, pc, write);
     if (!write) {
       read_cell(w, lane, cell, pc);
       note_read(w, 1u << lane, cell, access);
@@ -73,10 +73,9 @@ bool Block::shared_access(Warp& w, int lane, uint32_t address, uint32_t bytes, i
   return true;
 }
 
-// Is there a value to read, or a place to write to?
-void Block::usable(Warp& w, int lane, uint32_t cell, int pc, bool write) {
+// A cell that does not hold a value: says so, unless the access is what makes it hold one.
+void Block::check_state(Warp& w, int lane, uint32_t cell, int pc, bool write) {
   const uint8_t state = shadow_.state[cell];
-  if (state == kWritten) return;
   const int thread = w.number * kWarp + lane, other = shadow_.accesses[shadow_.write[cell]].pc;
   const std::string where = "at " + std::to_string(cell * 2);
   if (state == kUnderWay) {
@@ -162,7 +161,7 @@ void Block::read_row(Warp& w, uint32_t cell, const uint32_t* lanes, uint32_t acc
     const int pc = s.accesses[access].pc;
     for (uint32_t n = 0; n < kRow; ++n) {
       const int lane = __builtin_ctz(lanes[n]);
-      usable(w, lane, cell + n, pc, false);
+      if (s.state[cell + n] != kWritten) check_state(w, lane, cell + n, pc, false);
       read_cell(w, lane, cell + n, pc);
     }
   }
