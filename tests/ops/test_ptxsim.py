@@ -218,6 +218,87 @@ def test_a_ring_of_bulk_copies(simulator: Simulator, order: str) -> None:
     assert torch.equal(out, rows.flip(1))
 
 
+# Each thread copies a word and gives it to its neighbour; how it arrives and waits varies.
+NEIGHBOUR = r"""
+extern "C" __global__ void k(const uint4* from, uint4* to) {
+  __shared__ u64 done;
+  uint4* x = (uint4*)dynamic;
+  const int t = threadIdx.x;
+  if (t == 0) init(&done, 64);
+  __syncthreads();
+  copy16(x + t, from + t);
+  WAIT
+  to[t] = x[63 - t];
+}
+"""
+WAITS = {
+    "an arrival that was not expected, then one that was": """
+      asm volatile("cp.async.mbarrier.arrive.shared.b64 [%0];" :: "r"(at(&done)) : "memory");
+      arrive(&done);
+      wait(&done, 0);""",
+    "by state": """
+      wait_group<0>();
+      u64 state;
+      asm volatile("cp.async.wait_all;" ::: "memory");
+      asm volatile("mbarrier.arrive.shared.b64 %0, [%1];"
+                   : "=l"(state) : "r"(at(&done)) : "memory");
+      asm volatile("{ .reg .pred p;\\nAGAIN: mbarrier.test_wait.shared.b64 p, [%0], %1;\\n"
+                   "@!p bra AGAIN; }" :: "r"(at(&done)), "l"(state) : "memory");""",
+    "try_wait with a hint, in two pairs of braces": """
+      arrive_when_copied(&done);
+      for (int twice = 0; twice < 2; ++twice)
+        asm volatile("{ .reg .pred p;\\nAGAIN: mbarrier.try_wait.parity.shared.b64"
+                     " p, [%0], %1, 100;\\n@p bra OVER;\\nbra AGAIN;\\nOVER: }"
+                     :: "r"(at(&done)), "r"(0) : "memory");""",
+}
+
+
+@pytest.mark.parametrize("way", WAITS)
+def test_ways_to_arrive_and_to_wait(run: Run, way: str) -> None:
+    rows, out = torch.randn(64, 4), torch.empty(64, 4)
+    run(NEIGHBOUR.replace("WAIT", WAITS[way]), rows, out, threads=64, shared=1024)
+    assert torch.equal(out, rows.flip(0))
+
+
+ARITHMETIC = r"""
+extern "C" __global__ void k(const int* a, const int* b, int* to) {
+  const int t = threadIdx.x, x = a[t], y = b[t];
+  int* row = to + t * 8;
+  row[0] = x / y;
+  row[1] = x % y;
+  row[2] = __mulhi(x, y);
+  row[3] = min(x, y) ^ max(x, 3);
+  row[4] = x >> (y & 31);
+  row[5] = __popc(x) * 100 + __clz(y);
+  row[6] = __byte_perm(x, y, 0x5140);
+  row[7] = (int)rintf(x * 0.001f) + (x < y ? 5 : 7);
+}
+"""
+
+
+def test_arithmetic_of_integers(run: Run) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randint(-(2**31), 2**31, (2, 32), generator=generator).to(torch.int32)
+    out = torch.empty(32, 8, dtype=torch.int32)
+    run(ARITHMETIC, a, b, out)
+    x, y = a.long(), b.long()
+    assert torch.equal(out[:, 0].long(), torch.div(x, y, rounding_mode="trunc"))
+    assert torch.equal(out[:, 1].long(), torch.fmod(x, y))
+    assert torch.equal(out[:, 2].long(), (x * y) >> 32)
+    assert torch.equal(out[:, 3], a.minimum(b) ^ a.clamp(min=3))
+    assert torch.equal(out[:, 4], a >> (b & 31))
+    for got, u, v in zip(out[:, 5].tolist(), a.tolist(), b.tolist(), strict=True):
+        v32 = v & 0xFFFFFFFF
+        assert got == bin(u & 0xFFFFFFFF).count("1") * 100 + 32 - v32.bit_length()
+    low, high = a & 255, a >> 8 & 255
+    mixed = [low, b & 255, high, b >> 8 & 255]
+    words = sum(part.long() << (8 * n) for n, part in enumerate(mixed))
+    assert torch.equal(out[:, 6].long() & 0xFFFFFFFF, words)
+    assert torch.equal(
+        out[:, 7], (a.float() * 0.001).round().int() + torch.where(a < b, 5, 7).int()
+    )
+
+
 NAMED = r"""
 extern "C" __global__ void k(int* out) {
   __shared__ int x[64];
