@@ -1,6 +1,7 @@
 """The simulator finds what is planted in small kernels, and nothing where it is not."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ class Fault:
     new: str
     found: str
     n: int = 64
-    options: dict[str, int] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 RING = {"threads": 128, "shared": 1536}
@@ -167,6 +168,21 @@ FAULTS = {
     ),
     "mbarrier used before it is initialised": Fault(
         ring("stores"), "  __syncthreads();\n", "", "without a barrier after its init", 8, RING
+    ),
+    "mbarrier never initialised": Fault(
+        ONE_ARRIVES, "if (t == 0) init(&done, 1);", "", "mbarrier not initialised"
+    ),
+    "mbarrier initialised again": Fault(
+        ONE_ARRIVES, "if (t == 0) init(&done, 1);", "if (t == 0) init(&done, 1), init(&done, 1);",
+        "mbarrier.init of an mbarrier in use",
+    ),
+    "fewer bytes expected than copied": Fault(
+        ring("bulk"), "arrive_expecting(full + n, 512)", "arrive_expecting(full + n, 256)",
+        "deadlock", 8, {**RING, "arch": "90"},
+    ),
+    "no wait for a bulk copy": Fault(
+        ring("bulk"), "wait(full + n, s", "if (s > 1) wait(full + n, s",
+        "asynchronous copy under way, read", 8, {**RING, "arch": "90"},
     ),
     "one lane waits, no __syncwarp": Fault(
         ONE_WAITS, "__syncwarp();\n    out", "out", "race, shared, write after read"
