@@ -146,8 +146,7 @@ static uint64_t bit_field(const Instruction& i, uint64_t a, uint64_t b, uint64_t
   return at >= width ? 0 : widen(ua >> at & ones, i.type);
 }
 
-static uint64_t permute(const Instruction& i, uint64_t a, uint64_t b, uint64_t c) {
-  static_cast<void>(i);
+static uint64_t permute(uint64_t a, uint64_t b, uint64_t c) {  // prmt
   const uint64_t both = (a & 0xFFFFFFFF) | b << 32;
   uint32_t r = 0;
   for (int n = 0; n < 4; ++n) {
@@ -218,7 +217,7 @@ static uint64_t on_integers(const Instruction& i, uint64_t a, uint64_t b, uint64
     case MIN: return sign ? static_cast<uint64_t>(std::min(sa, sb)) : std::min(ua, ub);
     case MAX: return sign ? static_cast<uint64_t>(std::max(sa, sb)) : std::max(ua, ub);
     case BFI: case BFE: return bit_field(i, a, b, c, d);
-    case PRMT: return permute(i, a, b, c);
+    case PRMT: return permute(a, b, c);
     case POPC: return static_cast<uint64_t>(__builtin_popcountll(ua));
     case CLZ:
       return ua == 0 ? width : static_cast<uint64_t>(__builtin_clzll(ua)) - (64 - width);

@@ -1,4 +1,4 @@
-// A block of threads under execution. Its methods are in the files named beside them.
+// A block of threads under execution. Its methods are in the files named above them.
 #pragma once
 
 #include <array>
@@ -137,7 +137,7 @@ class Block {
   void barrier(Warp& w, const Instruction& i, int pc);
   void complete_barriers();
 
-  // shared.cpp, global.cpp
+  // shared.cpp, global.cpp, memory.cpp: accesses and their checks
   void find(const char* kind, int pc, int other, int thread, const std::string& more);
   void race(const char* what, int pc, int other, int thread, uint32_t agent, uint64_t address);
   bool shared_access(Warp& w, int lane, uint32_t address, uint32_t bytes, int pc, bool write);
@@ -183,7 +183,7 @@ class Block {
   void arrive(Mbarrier& b, uint32_t count, int pc, int thread);
   void complete_phase(Mbarrier& b);
 
-  // arithmetic.cpp
+  // compute.cpp, registers.cpp
   void compute(Warp& w, const Instruction& i, uint32_t mask);
   void compute_lanes(Warp& w, const Instruction& i, uint32_t mask);
   void pack(Warp& w, const Instruction& i, uint32_t mask);

@@ -3,7 +3,6 @@
 import ctypes
 import fcntl
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +33,8 @@ FRONT = ("parse", "instructions", "driver")
 # Contraction would turn a multiplication and an addition of the kernel into one rounding.
 GXX = ["g++", "-std=c++17", "-march=native", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra"]
 
+TORCH_GXX = ["g++", "-std=c++20", "-O1", "-fPIC"]
+
 ORDERS = {"first": 0, "last": 1, "random": 2}
 # Bytes of shared memory that a block may have: with opt-in, by compute capability.
 LIMITS = {"80": 163 << 10, "86": 99 << 10, "89": 99 << 10, "90": 227 << 10, "120": 99 << 10}
@@ -63,26 +64,28 @@ def build(folder: Path) -> "Simulator":
 
 
 def _compile(folder: Path) -> None:
-    objects, running = [], []
-    for name, files, level in (("machine", MACHINE, "-O2"), ("front", FRONT, "-O1")):
+    units = {"torch_memory": [*TORCH_GXX, str(SOURCES / "torch_memory.cpp")]}
+    units["torch_memory"] += [
+        o for path in cpp_extension.include_paths() for o in ("-isystem", path)
+    ]
+    for name, files, level in (("machine", MACHINE, "-O3"), ("front", FRONT, "-O1")):
         unit = folder / f"{name}.cpp"  # one translation unit: the headers are read once
         unit.write_text("".join(f'#include "{SOURCES / file}.cpp"\n' for file in files))
-        objects.append(str(folder / f"{name}.o"))
-        options = [level, "-ftree-vectorize", f"-I{SOURCES}", "-c", str(unit), "-o", objects[-1]]
-        running.append(subprocess.Popen([*GXX, *options]))
+        units[name] = [*GXX, level, f"-I{SOURCES}", str(unit)]
+    running = [
+        subprocess.Popen([*command, "-c", "-o", str(folder / f"{name}.o")])
+        for name, command in units.items()
+    ]
     if any([process.wait() for process in running]):
         raise RuntimeError("the simulator does not compile")
-    library = folder / "libptxsim.so"
-    subprocess.run(["g++", "-shared", *objects, "-o", str(library)], check=True)
-    includes = [option for path in cpp_extension.include_paths() for option in ("-isystem", path)]
+    objects = {name: str(folder / f"{name}.o") for name in units}
+    library, partial = str(folder / "libptxsim.so"), folder / "partial.so"
+    link = ["g++", "-shared", "-o"]
+    subprocess.run([*link, library, objects["machine"], objects["front"]], check=True)
     torch_library = Path(torch.__file__).parent / "lib"
-    source = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", *includes]
-    link = [str(library), f"-L{torch_library}", "-lc10", f"-Wl,-rpath,{folder}"]
-    partial = folder / "partial.so"
-    subprocess.run(
-        [*source, str(SOURCES / "torch_memory.cpp"), *link, "-o", str(partial)], check=True
-    )
-    os.rename(partial, folder / "libptxsim_torch.so")
+    libraries = [library, f"-L{torch_library}", "-lc10", f"-Wl,-rpath,{folder}"]
+    subprocess.run([*link, str(partial), objects["torch_memory"], *libraries], check=True)
+    partial.rename(folder / "libptxsim_torch.so")
 
 
 class Simulator:

@@ -38,7 +38,8 @@ struct WatchedAllocator final : c10::Allocator {
   }
 };
 
-c10::Allocator* before = nullptr;
+c10::Allocator* before = nullptr;  // the allocator outside
+int depth = 0;                     // of calls of watch
 
 }  // namespace
 
@@ -46,16 +47,14 @@ extern "C" {
 
 void ptxsim_watch_torch() {
   static WatchedAllocator watched;
-  if (before) return;
+  if (depth++ > 0) return;
   before = c10::GetCPUAllocator();
   c10::SetCPUAllocator(&watched, kPriority);
 }
 
 // Tensors of the time between stay valid, and known.
 void ptxsim_unwatch_torch() {
-  if (!before) return;
-  c10::SetCPUAllocator(before, kPriority);
-  before = nullptr;
+  if (--depth == 0) c10::SetCPUAllocator(before, kPriority);
 }
 
 }  // extern "C"
