@@ -17,8 +17,8 @@ FOLDERS = {"irpe_ds": "irpe_ds", "ops": "irpe_ds.ops", "launch": "launch", "data
 
 FLOORS = {
     "irpe_ds.errors": -1,  # the ground: everything stands on it
+    "irpe_ds.files": -1,
     "irpe_ds.cli": 0,
-    "irpe_ds.files": 0,
     "irpe_ds.provenance": 0,
     "irpe_ds.timm_hook": 0,
     "irpe_ds.yaml12": -1,

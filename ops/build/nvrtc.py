@@ -1,0 +1,103 @@
+"""CUDA kernels compiled at run time by NVRTC, for what a model needs and the GPU that is there.
+
+NVRTC comes with PyTorch's wheels, so no toolkit is needed. A kernel takes a few seconds; it is kept
+on disk, under a name made of its sources, its options and the compiler's version.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from irpe_ds.files import atomic_write
+from irpe_ds.ops.build.toolchain import Unavailable
+
+OPTIONS = ("-std=c++20", "-default-device", "--generate-line-info")
+
+
+def compile_kernel(source: Path, defines: Mapping[str, int], architecture: str) -> bytes:
+    """Compile a .cu file with these macros; the .cuh files beside it may be included.
+
+    Args:
+        architecture: `sm_90` for machine code, `compute_90` for PTX.
+
+    Raises:
+        Unavailable: there is no NVRTC, or it knows no such architecture.
+        RuntimeError: the source does not compile.
+    """
+    macros = [f"-D{name}={int(value)}" for name, value in sorted(defines.items())]
+    options = [*OPTIONS, *macros, f"--gpu-architecture={architecture}"]
+    digest = hashlib.sha256("\0".join([version(), *options]).encode())
+    for path in sorted({source, *source.parent.glob("*.cuh")}):
+        digest.update(path.read_bytes())
+    kept = cache_folder() / f"{source.stem}-{architecture}-{digest.hexdigest()[:32]}"
+    with contextlib.suppress(OSError):
+        return kept.read_bytes()
+    binary = _compile(source, [*options, f"-I{source.parent}"], architecture)
+    with contextlib.suppress(OSError):  # a folder that cannot be written costs only the time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(kept) as partial:
+            partial.write_bytes(binary)
+    return binary
+
+
+def cache_folder() -> Path:
+    """IRPE_KERNEL_CACHE, or irpe_ds/kernels in the user's folder for caches."""
+    chosen = os.environ.get("IRPE_KERNEL_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "irpe_ds" / "kernels"
+
+
+def version() -> str:
+    """NVRTC's, such as 13.0."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    if torch.version.cuda is None:
+        raise Unavailable("this PyTorch is built without CUDA")
+    name = f"libnvrtc.so.{torch.version.cuda.split('.')[0]}"
+    wheels = Path(torch.__file__).parents[1] / "nvidia"
+    try:
+        for path in sorted(wheels.glob(f"*/lib/{name}")):
+            # It looks its built-in functions up by name alone, in no folder.
+            for builtins in path.parent.glob(f"libnvrtc-builtins.so.{torch.version.cuda}*"):
+                ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
+            return ctypes.CDLL(str(path))
+        return ctypes.CDLL(name)  # a system's CUDA
+    except OSError as error:
+        raise Unavailable(f"cannot load NVRTC: {error}") from None
+
+
+def _compile(source: Path, options: list[str], architecture: str) -> bytes:
+    nvrtc = _library()
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    text = source.read_bytes()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, str(source).encode(), 0, None, None)
+    try:
+        arguments = (ctypes.c_char_p * len(options))(*map(str.encode, options))
+        error = nvrtc.nvrtcCompileProgram(program, len(options), arguments)
+        if error:
+            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            nvrtc.nvrtcGetProgramLog(program, log)
+            said = log.value.decode(errors="replace").strip()
+            if "gpu-architecture" in said:
+                raise Unavailable(f"NVRTC {version()} does not compile for {architecture}")
+            raise RuntimeError(f"cannot compile {source.name} {' '.join(options)}:\n{said}")
+        kind = "PTX" if architecture.startswith("compute_") else "CUBIN"
+        getattr(nvrtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
+        binary = ctypes.create_string_buffer(size.value)
+        getattr(nvrtc, f"nvrtcGet{kind}")(program, binary)
+        return binary.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

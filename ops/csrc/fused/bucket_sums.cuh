@@ -1,0 +1,181 @@
+// Relative position on values: sums of the weights of each bucket, by the transposed product P C^T,
+// and then their product with the table. See README.md.
+#pragma once
+
+#include "tiles.cuh"
+
+namespace irpe {
+
+// Constants of a head in shared memory, at these bytes from `base`; and a strip's sums.
+struct BucketSumLayout {
+  static constexpr int kSlots = kRpeV.slots, kHalves = kSlots / 8, kMargin = 15;
+  static constexpr int kTableRows = round_up(kRpeV.entries(), 16);
+  static constexpr int kOneHotPitch = kSlots * 4 + 16;  // lanes with other keys hit other banks
+  static constexpr int table = 0;
+  static constexpr int row_offsets = table + kTableRows * kPitch;  // by yi - yj + kGridH - 1
+  static constexpr int one_hots = round_up(row_offsets + (2 * kGridH - 1) * 4, 16);  // by xi - xj
+  static constexpr int bytes = one_hots + (2 * kGridW - 1 + 2 * kMargin) * kOneHotPitch;
+  // float2 [class][half of the slots][rows g or g + 8][lane]
+  static constexpr int kClassBytes = kHalves * 2 * kWarp * 8,
+                       kStripBytes = kRpeV.row_classes * kClassBytes;
+};
+
+__device__ inline void load_bucket_sum_constants(uint32_t base, const Table& t, int h) {
+  using Layout = BucketSumLayout;
+  const int tid = static_cast<int>(threadIdx.x);
+  const uint16_t* table = static_cast<const uint16_t*>(t.data) + h * t.stride_h;
+  for (int n = tid; n < Layout::kTableRows * kDimTiles; n += kThreads) {
+    const uint32_t to = base + Layout::table + n / kDimTiles * kPitch + n % kDimTiles * 16;
+    if (n < kRpeV.entries() * kDimTiles)
+      cp_async(to, table + n * 8);
+    else
+      store_shared_x4(to, make_uint4(0, 0, 0, 0));
+  }
+  cp_async_commit();
+  cp_async_wait<0>();
+  for (int n = tid; n < 2 * kGridH - 1; n += kThreads) {
+    store_shared(base + Layout::row_offsets + n * 4, t.row_class[n] * Layout::kClassBytes);
+  }
+  // Words of two keys, the second one column further, by the column of the first.
+  for (int n = tid; n < (2 * kGridW - 1 + 2 * Layout::kMargin) * Layout::kSlots; n += kThreads) {
+    const int dx = n / Layout::kSlots - Layout::kMargin - (kGridW - 1), slot = n % Layout::kSlots;
+    const auto is = [&](int d) {
+      return -kGridW < d && d < kGridW && t.column_class[d + kGridW - 1] == slot;
+    };
+    const uint32_t word = (is(dx) ? kOne : 0) | (is(dx - 1) ? kOne << 16 : 0);
+    store_shared(base + Layout::one_hots + n / Layout::kSlots * Layout::kOneHotPitch + slot * 4,
+                 word);
+  }
+}
+
+// The sums of a strip so far. Those of the key row under way are in registers, the others in shared
+// memory, of which each lane has its own.
+struct BucketSums {
+  using Layout = BucketSumLayout;
+  uint32_t bins;           // the lane's
+  uint32_t row_offset[2];  // addresses of the classes' offsets, of rows g and g + 8
+  uint32_t one_hots[2];    // of the columns of both groups
+  float part[kTwoColumns ? 2 : 1][Layout::kHalves][4];
+
+  __device__ __forceinline__ void start(uint32_t base, uint32_t to, const Group (&groups)[2],
+                                        int lane) {
+    const int g = lane / 4, t = lane % 4;
+    bins = to + lane * 8;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      row_offset[n] =
+          base + Layout::row_offsets + (min(groups[n].first_y + g, kGridH - 1) + kGridH - 1) * 4;
+      one_hots[n] =
+          base + Layout::one_hots + g * 4 +
+          (groups[n].column + kGridW - 1 + Layout::kMargin - 2 * t) * Layout::kOneHotPitch;
+    }
+    for (int n = 0; n < kRpeV.row_classes * Layout::kHalves * 2; ++n)
+      store_shared_float2(bins + n * kWarp * 8, {0, 0});
+  }
+
+  __device__ __forceinline__ void scale(const float (&factor)[2]) {
+    for (int n = 0; n < kRpeV.row_classes * Layout::kHalves * 2; ++n) {
+      const uint32_t at = bins + n * kWarp * 8;
+      const float2 x = load_shared_float2(at);
+      store_shared_float2(at, {x.x * factor[n % 2], x.y * factor[n % 2]});
+    }
+#pragma unroll
+    for (int n = 0; n < (kTwoColumns ? 2 : 1) * Layout::kHalves * 4; ++n) {
+      (&part[0][0][0])[n] *= factor[n / 2 % 2];
+    }
+  }
+
+  // One-hots of 8 keys from column x0 of a grid row on, for the slots from 8 `half` on.
+  __device__ __forceinline__ uint32_t one_hot(int group, int x0, int half, int t) const {
+    const uint32_t x = load_shared(one_hots[group] - x0 * Layout::kOneHotPitch + half * 32);
+    if (0 <= x0 && x0 + 8 <= kGridW) return x;
+    const auto inside = [&](int key) { return 0 <= x0 + key && x0 + key < kGridW; };
+    return x & ((inside(2 * t) ? 0xffff : 0) | (inside(2 * t + 1) ? 0xffff0000 : 0));
+  }
+
+  // Adds the weights of the 16 keys from tile `tile` of a chunk on; tiles come in order.
+  template <int tile, int rows, bool last>
+  __device__ __forceinline__ void add(const uint32_t (&a)[4], int lane) {
+    constexpr int first = tile * 8, patches = rows * kGridW, keys = patches + (last ? kPrefix : 0);
+    constexpr int y0 = min(first / kGridW, rows - 1), y1 = min((first + 15) / kGridW, rows - 1);
+    const int g = lane / 4, t = lane % 4;
+    const auto word = [&](int group, int y, int half, int n) {  // of tile n of the two
+      const int x0 = first + n * 8 - y * kGridW;
+      uint32_t x = -8 < x0 && x0 < kGridW ? one_hot(group, x0, half, t) : 0;
+      if (y == rows - 1 && first + n * 8 + 8 > patches) {  // prefix tokens have the last slot
+        const auto is = [&](int key) {
+          return first + n * 8 + key >= patches && first + n * 8 + key < keys;
+        };
+        if (g == 7 && half == Layout::kHalves - 1) {
+          x |= (is(2 * t) ? kOne : 0) | (is(2 * t + 1) ? kOne << 16 : 0);
+        }
+      }
+      return x;
+    };
+#pragma unroll
+    for (int y = y0; y <= y1; ++y) {
+      const bool begins = tile == 0 ? true : (first - 1) / kGridW < y && first >= 0;
+      const bool ends = y < y1 || first + 16 >= (y == rows - 1 ? keys : (y + 1) * kGridW);
+#pragma unroll
+      for (int half = 0; half < Layout::kHalves; ++half) {
+#pragma unroll
+        for (int n = 0; n < (kTwoColumns ? 2 : 1); ++n) {
+          const uint32_t b0 = word(n, y, half, 0), b1 = word(n, y, half, 1);
+          if (begins)
+            mma_k16<true>(part[n][half], a[0], a[1], a[2], a[3], b0, b1);
+          else
+            mma_k16(part[n][half], a[0], a[1], a[2], a[3], b0, b1);
+        }
+      }
+      if (ends) flush(y);
+    }
+  }
+
+  // The sums of key row y of the chunk are complete.
+  __device__ __forceinline__ void flush(int y) {
+#pragma unroll
+    for (int rows = 0; rows < 2; ++rows) {
+      const uint32_t at = bins + load_shared(row_offset[rows] - y * 4) + rows * kWarp * 8;
+#pragma unroll
+      for (int half = 0; half < Layout::kHalves; ++half) {
+        const float* x = part[kTwoColumns ? rows : 0][half] + 2 * rows;
+        const uint32_t bin = at + half * 2 * kWarp * 8;
+        const float2 sum = load_shared_float2(bin);
+        store_shared_float2(bin, {sum.x + x[0], sum.y + x[1]});
+      }
+    }
+  }
+
+  // The left operand of the product with table rows 16 `step` to 16 `step` + 15. Prefix tokens have
+  // everything in one bucket: `total` is in the last slot of class 0.
+  __device__ __forceinline__ void operand(uint32_t (&a)[4], int step, bool has_prefix,
+                                          const bool (&is_prefix)[2], const float (&total)[2],
+                                          int lane) const {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {  // rows g or g + 8 by n % 2; the first or second 8 of k
+      const int eight = 2 * step + n / 2;
+      float2 x = {0, 0};
+      if (eight < kRpeV.row_classes * Layout::kHalves)
+        x = load_shared_float2(bins + (eight * 2 + n % 2) * kWarp * 8);
+      if (has_prefix && is_prefix[n % 2]) {
+        x = {0, eight == Layout::kHalves - 1 && lane % 4 == 3 ? total[n % 2] : 0};
+      }
+      a[n] = pack(x.x, x.y);
+    }
+  }
+  // Of all slots, in rows g and g + 8.
+  __device__ __forceinline__ void totals(float (&total)[2]) const {
+#pragma unroll
+    for (int rows = 0; rows < 2; ++rows) {
+      float sum = 0;
+      for (int n = 0; n < kRpeV.row_classes * Layout::kHalves; ++n) {
+        const float2 x = load_shared_float2(bins + (n * 2 + rows) * kWarp * 8);
+        sum += x.x + x.y;
+      }
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      total[rows] = sum + __shfl_xor_sync(~0u, sum, 2);
+    }
+  }
+};
+
+}  // namespace irpe

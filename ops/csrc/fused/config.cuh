@@ -1,0 +1,109 @@
+// What these kernels are compiled for. Nothing that a model never changes is tested at run time:
+// NVRTC gets one value for each macro, from irpe_ds/ops/fused.py.
+#pragma once
+
+#ifdef __CUDACC_RTC__
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+#else
+#include <cstdint>
+#endif
+
+namespace irpe {
+
+constexpr bool kBFloat16 = BFLOAT16;  // else IEEE half
+constexpr int kHeadDim = HEAD_DIM;    // a multiple of 8
+constexpr int kGridH = GRID_H, kGridW = GRID_W;
+constexpr int kPrefix =
+    NUM_PREFIX_TOKENS;  // class token, distillation token, registers; they come first
+constexpr int kPatches = kGridH * kGridW, kTokens = kPrefix + kPatches;
+
+// Relative position on queries, keys or values: b(i, j) = M[row_class(yi - yj)][column_class(xi -
+// xj)].
+struct Rpe {
+  int row_classes;  // 0: none
+  int slots;        // column classes and, in the last one, the bucket of prefix tokens; 8 or 16
+  bool bias;        // the term does not depend on q
+
+  constexpr explicit operator bool() const { return row_classes > 0; }
+  constexpr int entries() const { return row_classes * slots; }
+};
+constexpr Rpe kRpeK = {RPE_K_ROWS, RPE_K_SLOTS, RPE_K_BIAS};
+constexpr Rpe kRpeV = {RPE_V_ROWS, RPE_V_SLOTS, false};
+
+// The block.
+constexpr int kWarp = 32;
+constexpr int kWarps = WARPS;  // that compute; one more copies
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kStripsPerWarp = STRIPS;  // strips of 16 queries that a warp works on at a time
+constexpr int kStages = STAGES, kAhead = AHEAD;  // of the ring of chunks; how far ahead copies are
+constexpr int kStepTiles = STEP_TILES;           // tiles of 8 keys in a step of the online softmax
+constexpr bool kPrefetchQ = PREFETCH_Q;
+
+template <bool value_>
+struct Bool {
+  static constexpr bool value = value_;
+};
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+constexpr int max(int a, int b) { return a > b ? a : b; }
+constexpr int min(int a, int b) { return a < b ? a : b; }
+
+// Rows of shared memory: with an odd number of 16-byte words, 8 rows of ldmatrix lie in all banks.
+constexpr int pitch_of(int bytes) { return bytes / 16 % 2 ? bytes : bytes + 16; }
+constexpr int kPitch = pitch_of(kHeadDim * 2);
+
+// ---- queries ----
+//
+// A strip of 16 queries is two groups of 8; a group has queries of one grid column, whose columns'
+// one-hots are then the same. Free rows at the end of a column take the prefix tokens.
+constexpr int kColumnGroups = ceil_div(kGridH, 8);
+constexpr bool kTwoColumns = kColumnGroups % 2;  // the groups of a strip may have two grid columns
+constexpr int kFreeRows = kColumnGroups * 8 - kGridH;
+constexpr int kPatchGroups = kGridW * kColumnGroups;
+constexpr int kGroups = kPatchGroups + ceil_div(max(0, kPrefix - kGridW * kFreeRows), 8);
+constexpr int kStrips = ceil_div(kGroups, 2);
+constexpr int kItems =
+    ceil_div(kStrips, kStripsPerWarp);  // of an image: what a warp takes at a time
+constexpr int kPasses = ceil_div(kItems, kWarps);
+
+// ---- keys: patches row by row, then the prefix tokens ----
+//
+// They come in chunks of whole grid rows, so that the places of row ends are known at compile time.
+constexpr int chunk_rows(int target) {
+  int step = 2;
+  while (step * kGridW % 16) step += 2;
+  int rows = step;
+  while ((rows + step) * kGridW <= target) rows += step;
+  return min(rows, kGridH);
+}
+constexpr int kChunkRows = chunk_rows(CHUNK_KEYS), kChunkKeys = kChunkRows * kGridW;
+constexpr int kChunks = ceil_div(kGridH, kChunkRows);
+constexpr int kLastRows = kGridH - (kChunks - 1) * kChunkRows;
+constexpr int kLastKeys = kLastRows * kGridW + kPrefix;
+constexpr int kChunkCapacity = round_up(max(kChunks > 1 ? kChunkKeys : 0, kLastKeys), 16);
+
+struct Matrix {  // (B, H, L, D), D numbers next to each other
+  void* data;
+  int32_t stride_b, stride_h, stride_l;  // in numbers; an image's lie within 2^31
+};
+struct Table {  // (H or 1, row_classes * slots, D); of a bias (H or 1, row_classes * slots)
+  const void* data;
+  int64_t stride_h;
+  const uint8_t* row_class;     // by yi - yj + kGridH - 1
+  const uint8_t* column_class;  // by xi - xj + kGridW - 1
+};
+struct Params {
+  Matrix q, k, v, out;
+  float* lse;  // (B, H, L)
+  Table rpe_k, rpe_v;
+  int32_t B, H;
+  float softmax_scale_log2;
+};
+
+}  // namespace irpe

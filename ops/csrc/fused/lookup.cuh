@@ -1,0 +1,201 @@
+// Relative position on keys as one more matrix product: W C, where W[i][r][s] = q_i . T[:, M[r][s]]
+// and C[s][j] = (column_class(xi - xj) == s) is constant. See README.md.
+#pragma once
+
+#include "tiles.cuh"
+
+namespace irpe {
+
+// Constants of a head in shared memory, at these bytes from `base`.
+template <int row_classes, int slots, bool bias>
+struct LookupLayout {
+  static constexpr int kOneHotBytes = slots * 2, kMargin = 7;
+  static constexpr int kTablePitch = bias ? slots * 2 : kPitch;
+  static constexpr int kTableRows = bias ? row_classes + 1 : row_classes * slots;
+  static constexpr int table = 0;  // the factored table; of a bias its W
+  static constexpr int row_offsets =
+      table + kTableRows * kTablePitch;  // by yi - yj + kGridH, 4 bytes
+  static constexpr int one_hots =
+      round_up(row_offsets + (2 * kGridH + 1) * 4, 16);  // by xi - xj + kGridW - 1 + kMargin
+  static constexpr int bytes = one_hots + (2 * kGridW - 1 + 2 * kMargin) * kOneHotBytes;
+  static constexpr int kWPitch = pitch_of(row_classes * slots * 2);  // W of one query
+};
+using LookupK = LookupLayout<kRpeK.row_classes, kRpeK.slots, kRpeK.bias>;
+
+__device__ inline void load_lookup_constants(uint32_t base, const Table& t, int h) {
+  using Layout = LookupK;
+  const int tid = static_cast<int>(threadIdx.x);
+  const uint16_t* table = static_cast<const uint16_t*>(t.data) + h * t.stride_h;
+  if constexpr (kRpeK.bias) {
+    for (int n = tid; n < (kRpeK.row_classes + 1) * kRpeK.slots; n += kThreads) {
+      const int last = kRpeK.slots - 1;  // prefix queries have the prefix bucket with every key
+      const uint16_t x = table[n < kRpeK.entries() ? n : last];
+      asm volatile("st.shared.u16 [%0], %1;" ::"r"(base + Layout::table + n * 2), "h"(x)
+                   : "memory");
+    }
+  } else {
+    for (int n = tid; n < kRpeK.entries() * kDimTiles; n += kThreads) {
+      const int row = n / kDimTiles, part = n % kDimTiles;
+      cp_async(base + Layout::table + row * kPitch + part * 16, table + n * 8);
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+  }
+  for (int n = tid; n < 2 * kGridH + 1; n += kThreads) {
+    const int row_class = t.row_class[min(max(n - 1, 0), 2 * kGridH - 2)];
+    store_shared(base + Layout::row_offsets + n * 4, row_class * kRpeK.slots * 2);
+  }
+  constexpr int kWords = kRpeK.slots / 2;
+  for (int n = tid; n < (2 * kGridW - 1 + 2 * Layout::kMargin) * kWords; n += kThreads) {
+    const int dx = n / kWords - Layout::kMargin - (kGridW - 1), slot = n % kWords * 2;
+    const bool inside = -kGridW < dx && dx < kGridW;
+    const int column_class = inside ? t.column_class[dx + kGridW - 1] : -1;
+    const uint32_t word = column_class == slot ? kOne : column_class == slot + 1 ? kOne << 16 : 0;
+    store_shared(base + Layout::one_hots + n * 4, word);
+  }
+}
+
+// What a lane needs of a strip's lookups.
+struct StripLookup {
+  uint32_t rows;         // of the lane's row of W, as a row of ldmatrix
+  uint32_t row_offset;   // address of the offset of its class, against the chunk's first grid row
+  uint32_t one_hots[2];  // of the columns of both groups; one if they are the same
+  uint32_t fragments[2][4];
+  bool is_prefix;  // of a bias
+
+  __device__ __forceinline__ void start(uint32_t base, uint32_t w, const Group (&groups)[2],
+                                        int lane) {
+    const int row = lane % 16, g = lane / 4, t = lane % 4;
+    const int y = min((row < 8 ? groups[0].first_y : groups[1].first_y) + row % 8, kGridH - 1);
+    rows = (kRpeK.bias ? base + LookupK::table : w + row * LookupK::kWPitch);
+    if (kRpeK.slots == 16) rows += lane / 16 * 16;
+    row_offset =
+        base + LookupK::row_offsets + (y + kGridH - (kRpeK.slots == 8 ? lane / 16 : 0)) * 4;
+    is_prefix = row < 8 ? groups[0].is_prefix(row) : groups[1].is_prefix(row - 8);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      one_hots[n] = base + LookupK::one_hots + t * 4 +
+                    (groups[n].column + kGridW - 1 + LookupK::kMargin - g) * LookupK::kOneHotBytes;
+    }
+  }
+  // The fragments of key row y of the chunk, of two rows where one has 8 slots.
+  __device__ __forceinline__ void load(uint32_t (&to)[4], int y) const {
+    uint32_t offset = load_shared(row_offset - y * 4);
+    if (kRpeK.bias && is_prefix) offset = kRpeK.entries() * 2;
+    ldmatrix<4>(to, rows + offset);
+  }
+  // The columns' one-hots: words of keys [x0 + g] of a grid row for slots 2 t, 2 t + 1 (+ 8).
+  __device__ __forceinline__ uint32_t one_hot(int group, int x0, int half, int g) const {
+    if (x0 >= kGridW) return 0;
+    const uint32_t x = load_shared(one_hots[group] - x0 * LookupK::kOneHotBytes + half * 16);
+    const bool whole = 0 <= x0 && x0 + 8 <= kGridW;
+    return whole || (0 <= x0 + g && x0 + g < kGridW) ? x : 0;
+  }
+};
+
+// sums += W C for tile `tile` of a chunk with `keys` keys in `rows` grid rows; the rest are prefix
+// tokens. Called with tiles in order: fragments are kept for the tiles that share a key row.
+template <int tile, int rows, bool last, bool zero>
+__device__ __forceinline__ void add_lookup(float* sums, StripLookup& lookup, int lane) {
+  constexpr int first = tile * 8, patches = rows * kGridW, keys = patches + (last ? kPrefix : 0);
+  constexpr int y0 = min(first / kGridW, rows - 1), y1 = min((first + 7) / kGridW, rows - 1);
+  const int g = lane / 4, t = lane % 4;
+  const auto word = [&](int group, int y, int half) {
+    uint32_t x = lookup.one_hot(group, first - y * kGridW, half, g);
+    if (first + 7 >= patches && y == y1) {  // prefix tokens have the last slot
+      const bool prefix = first + g >= patches && first + g < keys;
+      const bool mine = t == 3 && half == kRpeK.slots / 8 - 1;
+      if (first + g >= patches) x = prefix && mine ? kOne << 16 : 0;
+    }
+    return x;
+  };
+  bool start = zero;  // the first product begins the sums
+  const auto product = [&](uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                           uint32_t b1) {
+    if (start)
+      mma_k16<true>(sums, a0, a1, a2, a3, b0, b1);
+    else
+      mma_k16(sums, a0, a1, a2, a3, b0, b1);
+    start = false;
+  };
+  if constexpr (kRpeK.slots == 8) {
+    // A fragment holds two key rows; those that the tile before has used are there.
+    const auto fragment = [&](int y) {
+      const bool kept = tile > 0 && (first - 1) / kGridW >= y / 2 * 2;
+      uint32_t (&pair)[4] = lookup.fragments[y / 2 % 2];
+      if ((y == y0 || y % 2 == 0) && !kept) lookup.load(pair, y / 2 * 2);
+      return pair + y % 2 * 2;
+    };
+#pragma unroll
+    for (int y = y0; y <= y1; ++y) {
+      const uint32_t* a = fragment(y);
+      if constexpr (kTwoColumns) {
+        product(a[0], 0, 0, a[1], word(0, y, 0), word(1, y, 0));
+      } else if (y < y1) {
+        const uint32_t a0 = a[0], a1 = a[1], *b = fragment(y + 1);
+        product(a0, a1, b[0], b[1], word(0, y, 0), word(0, y + 1, 0));
+        ++y;
+      } else {
+        if (start)
+          mma_k8<true>(sums, a[0], a[1], word(0, y, 0));
+        else
+          mma_k8(sums, a[0], a[1], word(0, y, 0));
+        start = false;
+      }
+    }
+  } else {
+#pragma unroll
+    for (int y = y0; y <= y1; ++y) {
+      uint32_t (&a)[4] = lookup.fragments[y % 2];
+      if (tile == 0 || (first - 1) / kGridW < y) lookup.load(a, y);
+      if constexpr (kTwoColumns) {
+        product(a[0], 0, a[2], 0, word(0, y, 0), word(0, y, 1));
+        product(0, a[1], 0, a[3], word(1, y, 0), word(1, y, 1));
+      } else {
+        product(a[0], a[1], a[2], a[3], word(0, y, 0), word(0, y, 1));
+      }
+    }
+  }
+}
+
+// W of M strips from their queries, into shared memory.
+template <int M>
+__device__ __forceinline__ void project_table(uint32_t base, uint32_t w, const RowsA (&q)[M],
+                                              int strip_bytes, int lane) {
+  constexpr int kTiles = kRpeK.entries() / 8, kBatch = 14 / M;
+#pragma unroll 1
+  for (int first = 0; first < kTiles; first += kBatch) {
+    // All products before the first store: ptxas moves no ldmatrix over a store to shared memory.
+    float sums[kBatch][M][4];
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      RowsB table;
+      table.load(base + LookupK::table + min(first + n, kTiles - 1) * 8 * kPitch, lane);
+#pragma unroll
+      for (int m = 0; m < M; ++m) multiply_rows<true>(sums[n][m], q[m], table);
+    }
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      if (kTiles % kBatch && first + n >= kTiles) break;
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        const uint32_t to =
+            w + m * strip_bytes + lane / 4 * LookupK::kWPitch + (first + n) * 16 + lane % 4 * 4;
+        store_shared(to, pack(sums[n][m][0], sums[n][m][1]));
+        store_shared(to + 8 * LookupK::kWPitch, pack(sums[n][m][2], sums[n][m][3]));
+      }
+    }
+  }
+}
+
+// Prefix tokens have one bucket with every key: their rows of W get it everywhere.
+__device__ __forceinline__ void fill_prefix_rows(uint32_t w, bool is_prefix, int lane) {
+  if (lane < 16 && is_prefix) {
+    const uint32_t row = w + lane * LookupK::kWPitch;
+    const uint32_t x = load_shared_u16(row + (kRpeK.slots - 1) * 2) * 0x10001;
+    for (int n = 0; n < kRpeK.entries() / 8; ++n)
+      store_shared_x4(row + n * 16, make_uint4(x, x, x, x));
+  }
+}
+
+}  // namespace irpe

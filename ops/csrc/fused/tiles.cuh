@@ -1,0 +1,150 @@
+// Tiles of shared memory as operands of the matrix instructions.
+//
+// A lane is 4 g + t. Of a 16 x 8 tile of sums it has rows g and g + 8, columns 2 t and 2 t + 1.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace irpe {
+
+constexpr int kDimTiles = kHeadDim / 8;   // of 8 numbers of a head
+constexpr int kDimSteps = kHeadDim / 16;  // of k = 16; one of k = 8 follows where 8 are left
+constexpr bool kDimTail = kHeadDim % 16;
+
+// The k of 16 rows at `rows`, as the left operand of products over the head's numbers.
+struct RowsA {
+  uint32_t steps[kDimSteps + kDimTail][4];
+
+  __device__ __forceinline__ void load(uint32_t rows, int lane) {
+    const uint32_t address = rows + lane % 16 * kPitch + lane / 16 * 16;
+#pragma unroll
+    for (int k = 0; k < kDimSteps; ++k) ldmatrix<4>(steps[k], address + k * 32);
+    if constexpr (kDimTail)
+      ldmatrix<2>(steps[kDimSteps], rows + lane % 16 * kPitch + kDimSteps * 32);
+  }
+};
+
+// 8 rows, as the right operand of products over the head's numbers: sums += a rows^T.
+struct RowsB {
+  uint32_t tiles[kDimTiles];
+
+  __device__ __forceinline__ void load(uint32_t rows, int lane) {
+    const uint32_t address = rows + lane % 8 * kPitch + lane / 8 * 16;
+    constexpr int kFours = kDimTiles / 4 * 4;
+#pragma unroll
+    for (int n = 0; n < kFours; n += 4) ldmatrix<4>(tiles + n, address + n * 16);
+    if constexpr (kDimTiles % 4 >= 2) {
+      ldmatrix<2>(tiles + kFours, rows + lane % 8 * kPitch + lane / 8 % 2 * 16 + kFours * 16);
+    }
+    if constexpr (kDimTiles % 2) {
+      ldmatrix<1>(tiles + kDimTiles - 1, rows + lane % 8 * kPitch + (kDimTiles - 1) * 16);
+    }
+  }
+};
+
+// sums (16 x 8) = a b^T, or += where they go on.
+template <bool first = false>
+__device__ __forceinline__ void multiply_rows(float* sums, const RowsA& a, const RowsB& b) {
+  if constexpr (kDimTail) {
+    mma_k8<first>(sums, a.steps[kDimSteps][0], a.steps[kDimSteps][1], b.tiles[kDimTiles - 1]);
+  }
+#pragma unroll
+  for (int k = 0; k < kDimSteps; ++k) {
+    const uint32_t (&x)[4] = a.steps[k];
+    if (first && !kDimTail && k == 0)
+      mma_k16<true>(sums, x[0], x[1], x[2], x[3], b.tiles[0], b.tiles[1]);
+    else
+      mma_k16(sums, x[0], x[1], x[2], x[3], b.tiles[2 * k], b.tiles[2 * k + 1]);
+  }
+}
+
+// sums[m] += a[m] rows for 16 rows at `rows`, the head's numbers in columns.
+template <int M>
+__device__ __forceinline__ void multiply_columns(float (&sums)[M][kDimTiles][4],
+                                                 const uint32_t (&a)[M][4], uint32_t rows,
+                                                 int lane) {
+  const uint32_t address = rows + lane % 16 * kPitch + lane / 16 * 16;
+#pragma unroll
+  for (int n = 0; n + 1 < kDimTiles; n += 2) {
+    uint32_t b[4];
+    ldmatrix_trans<4>(b, address + n * 16);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      mma_k16(sums[m][n], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
+      mma_k16(sums[m][n + 1], a[m][0], a[m][1], a[m][2], a[m][3], b[2], b[3]);
+    }
+  }
+  if constexpr (kDimTiles % 2) {
+    uint32_t b[2];
+    ldmatrix_trans<2>(b, rows + lane % 16 * kPitch + (kDimTiles - 1) * 16);
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+      mma_k16(sums[m][kDimTiles - 1], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
+  }
+}
+
+// ---- rows between device memory and shared memory ----
+
+constexpr int kRowLanes = kDimTiles >= 8   ? 8
+                          : kDimTiles >= 4 ? 4
+                          : kDimTiles >= 2 ? 2
+                                           : 1;  // of a row
+constexpr int kRowsAtOnce = kWarp / kRowLanes;
+
+// `to` and `from` are where the lane's first 16 bytes lie.
+__device__ __forceinline__ void copy_row(uint32_t to, const uint16_t* from, int lane) {
+#pragma unroll
+  for (int n = 0; n < kDimTiles; n += kRowLanes) {
+    if (n + kRowLanes <= kDimTiles || n + lane % kRowLanes < kDimTiles)
+      cp_async(to + n * 16, from + n * 8);
+  }
+}
+
+__device__ __forceinline__ uint16_t* head_of(const Matrix& x, int b, int h) {
+  return static_cast<uint16_t*>(x.data) + b * x.stride_b + h * x.stride_h;
+}
+
+// ---- queries ----
+
+// 8 queries of one grid column; the last group of a column has free rows, of which some hold prefix
+// tokens.
+struct Group {
+  int column, first_y;
+  int first_free;  // the number that row 0 would have among the free rows
+
+  // Group n, known at compile time, of an item.
+  __device__ __forceinline__ Group(int item, int n) {
+    constexpr int kOfItem = 2 * kStripsPerWarp;
+    const int number = item * kOfItem + n;
+    if constexpr (kOfItem % kColumnGroups == 0 && kItems * kOfItem == kPatchGroups) {
+      column = item * (kOfItem / kColumnGroups) + n / kColumnGroups;
+      first_y = n % kColumnGroups * 8;
+    } else {
+      column = min(number / kColumnGroups, kGridW - 1);
+      first_y = number < kPatchGroups ? number % kColumnGroups * 8 : kGridH;
+    }
+    first_free = first_y < kGridH ? column * kFreeRows + first_y - kGridH
+                                  : kGridW * kFreeRows + (number - kPatchGroups) * 8;
+  }
+  __device__ __forceinline__ int patch(int row) const {
+    return kPrefix + (first_y + row) * kGridW + column;
+  }
+  __device__ __forceinline__ bool is_patch(int row) const { return first_y + row < kGridH; }
+  __device__ __forceinline__ bool is_prefix(int row) const {
+    return !is_patch(row) && first_free + row < kPrefix;
+  }
+  __device__ __forceinline__ int token(int row) const {
+    return is_patch(row) ? patch(row) : first_free + row;
+  }
+};
+
+// Whether groups of an item may hold prefix tokens.
+__device__ __forceinline__ bool has_prefix(int item) {
+  if (kPrefix == 0) return false;
+  constexpr int kColumns = kFreeRows ? min(ceil_div(kPrefix, max(kFreeRows, 1)), kGridW) : 0;
+  constexpr int kOfItem = 2 * kStripsPerWarp;
+  return item * kOfItem < kColumns * kColumnGroups ||
+         (kGroups > kPatchGroups && (item + 1) * kOfItem > kPatchGroups);
+}
+
+}  // namespace irpe
