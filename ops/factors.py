@@ -32,6 +32,13 @@ class Factors(NamedTuple):
     """(2 width - 1,) uint8, by xi - xj + width - 1."""
 
 
+def transposed(factors: Factors) -> Factors:
+    """With rows and columns in each other's places in `buckets`, the prefix tokens' bucket last."""
+    buckets, last = factors.buckets[:, :, :-1].mT, factors.buckets[:, :1, -1:]
+    buckets = torch.cat([buckets, last.expand(-1, buckets.shape[1], -1)], 2)
+    return factors._replace(buckets=buckets)
+
+
 def factor(maps: Sequence[BucketMap]) -> Factors:
     """The factors of these maps on their device, made once for each device.
 

@@ -2,7 +2,7 @@
 
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -43,8 +43,12 @@ class Shape(NamedTuple):
     head_dim: int
     grid: tuple[int, int]
     num_prefix: int
-    rpe_k: Rpe
-    rpe_v: Rpe
+    rpe_q: Rpe = Rpe()
+    """Keys own these lookups, so classes of rows and columns change places: `transposed`."""
+    rpe_k: Rpe = Rpe()
+    rpe_v: Rpe = Rpe()
+    has_mask: bool = False
+    has_dropout: bool = False
 
     @property
     def tokens(self) -> int:
@@ -100,9 +104,14 @@ def forward_bytes(shape: Shape, plan: Plan) -> int:
     chunks = -(-height // rows)
     last = (height - (chunks - 1) * rows) * width + shape.num_prefix
     capacity = _up(max(rows * width if chunks > 1 else 0, last), 16)
-    count = _up(plan.stages * 16, 128) + plan.stages * 2 * capacity * pitch
-    k, v = shape.rpe_k, shape.rpe_v
+    q, k, v = shape.rpe_q, shape.rpe_k, shape.rpe_v
+    count = _up(plan.stages * 24, 128) + plan.stages * 2 * capacity * pitch
     scratch = pitch
+    if q.row_classes:
+        entries = q.row_classes * q.slots
+        count += plan.stages * capacity * _pitch(entries * 2)
+        offsets = _up(entries * pitch + (2 * width - 1) * 4, 16)
+        count = _up(count + offsets + 2 * height * q.slots * 2, 16)
     if k.row_classes:
         entries = k.row_classes * k.slots
         table = (k.row_classes + 1) * k.slots * 2 if k.is_bias else entries * pitch
@@ -196,12 +205,12 @@ class Table(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, table: Tensor | None, factors: Factors | None) -> "Table":
-        if table is None or factors is None:
+    def of(cls, rpe: "Operand | None") -> "Table":
+        if rpe is None:
             return cls()
-        stride = table.stride(0) if table.shape[0] > 1 else 0
-        classes = factors.row_class, factors.column_class
-        return cls(table.data_ptr(), stride, *(each.data_ptr() for each in classes))
+        stride = rpe.table.stride(0) if rpe.table.shape[0] > 1 else 0
+        _, rows, columns = rpe.factors
+        return cls(rpe.table.data_ptr(), stride, rows.data_ptr(), columns.data_ptr())
 
 
 class ForwardParams(ctypes.Structure):
@@ -210,9 +219,11 @@ class ForwardParams(ctypes.Structure):
     _fields_ = (
         *((name, Matrix) for name in ("q", "k", "v", "out")),
         ("lse", ctypes.c_void_p),
-        *((name, Table) for name in ("rpe_k", "rpe_v")),
+        *((name, Table) for name in ("rpe_q", "rpe_k", "rpe_v")),
+        *((name, ctypes.c_void_p) for name in ("key_padding_mask", "seed")),
         *((name, ctypes.c_int32) for name in ("batch", "heads")),
-        ("softmax_scale_log2", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("softmax_scale_log2", "dropout_scale")),
+        ("dropout_threshold", ctypes.c_uint32),
     )
 
 
@@ -264,7 +275,7 @@ def forward_kernel(shape: Shape, device: Device) -> Kernel:
     plan = plan_forward(shape, device.shared_bytes)
     if plan is None:
         raise ValueError(f"{shape} does not fit in {device.shared_bytes} bytes of shared memory")
-    k, v = shape.rpe_k, shape.rpe_v
+    q, k, v = shape.rpe_q, shape.rpe_k, shape.rpe_v
     shared_bytes = forward_bytes(shape, plan)
     defines = {
         "BFLOAT16": shape.dtype == torch.bfloat16,
@@ -272,6 +283,10 @@ def forward_kernel(shape: Shape, device: Device) -> Kernel:
         "GRID_H": shape.grid[0],
         "GRID_W": shape.grid[1],
         "NUM_PREFIX_TOKENS": shape.num_prefix,
+        "KEY_PADDING_MASK": shape.has_mask,
+        "DROPOUT": shape.has_dropout,
+        "RPE_Q_CLASSES": q.row_classes,
+        "RPE_Q_SLOTS": q.slots,
         "RPE_K_ROWS": k.row_classes,
         "RPE_K_SLOTS": k.slots,
         "RPE_K_BIAS": k.is_bias,
@@ -289,7 +304,7 @@ def forward_kernel(shape: Shape, device: Device) -> Kernel:
     return Kernel("forward", defines, device, plan.warps * 32, shared_bytes)
 
 
-def by_slot(tables: list[Tensor], factors: Factors, rpe: Rpe) -> Tensor:
+def by_slot(tables: Sequence[Tensor], factors: Factors, rpe: Rpe) -> Tensor:
     """The terms' tables by class and slot, added up, as the kernels read them.
 
     A product with constant one-hots: exact, and its gradient is summed in a fixed order.
@@ -310,24 +325,35 @@ def by_slot(tables: list[Tensor], factors: Factors, rpe: Rpe) -> Tensor:
     return torch.stack(terms).sum(0)
 
 
+class Operand(NamedTuple):
+    """Relative position on queries, keys or values: a table and how it is read."""
+
+    table: Tensor
+    """(H or 1, row classes x slots, D); of a bias divided by the scale, without D."""
+    factors: Factors
+
+
 def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    rpe_q: Operand | None,
+    rpe_k: Operand | None,
+    rpe_v: Operand | None,
+    *,
     shape: Shape,
-    table_k: Tensor | None,
-    factors_k: Factors | None,
-    table_v: Tensor | None,
-    factors_v: Factors | None,
     scale: float,
     device: Device,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention without a mask or dropout.
+    """Attention with relative position.
 
     Args:
         q, k, v: (B, H, L, D); rows of D numbers next to each other, at multiples of 16 bytes.
-        table_k: (H or 1, row classes x slots, D), of a bias without D, divided by `scale`.
-        table_v: (H or 1, row classes x slots, D).
+        key_padding_mask: (B, L) bool, True where a key must not be attended to; contiguous.
+        seed: of the dropout, one int64. Probabilities are rounded to multiples of 2^-16.
 
     Returns:
         (B, H, L, D), in memory (B, L, H, D), and the log-sum-exp of the scores, (B, H, L) float32.
@@ -335,14 +361,17 @@ def forward(
     batch, heads, length, dim = q.shape
     out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
+    threshold = round(dropout_p * 2**16)
     params = ForwardParams(
         *(Matrix.of(x) for x in (q, k, v, out)),
         lse.data_ptr(),
-        Table.of(table_k, factors_k),
-        Table.of(table_v, factors_v),
+        *(Table.of(rpe) for rpe in (rpe_q, rpe_k, rpe_v)),
+        *(None if x is None else x.data_ptr() for x in (key_padding_mask, seed)),
         batch,
         heads,
         scale * LOG2_E,
+        2**16 / (2**16 - threshold),
+        threshold,
     )
     groups = max(1, min(batch, device.num_sms // heads))
     if q.numel():

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from irpe_ds.ops import fused_kernels, irpe_attention
-from irpe_ds.ops.factors import factor
-from irpe_ds.ops.fused_kernels import Rpe, Shape, by_slot, plan_forward
+from irpe_ds.ops.factors import Factors, factor, transposed
+from irpe_ds.ops.fused_kernels import Operand, Rpe, Shape, by_slot, plan_forward
 from irpe_ds.rpe.buckets import BucketMap
 from irpe_ds.rpe.config import RPEConfig
 from irpe_ds.rpe.tables import build_maps
@@ -52,11 +52,18 @@ class Case(NamedTuple):
         rpe = RPEConfig(method=self.method, mode=self.mode, on="k", ratio=self.ratio)
         return build_maps(rpe, *self.grid, self.num_prefix)
 
-    def shape(self) -> Shape:
-        factors = factor(self.maps)
-        k = Rpe.of(factors, self.num_prefix, self.mode == "bias") if "k" in self.on else Rpe()
-        v = Rpe.of(factors, self.num_prefix, False) if "v" in self.on else Rpe()
-        return Shape(self.dtype, self.head_dim, self.grid, self.num_prefix, k, v)
+    def factors(self, target: str) -> Factors:
+        found = factor(self.maps)
+        return transposed(found) if target == "q" else found
+
+    def shape(self, **options: bool) -> Shape:
+        rpes = [
+            Rpe.of(self.factors(target), self.num_prefix, self.mode == "bias")
+            if target in self.on
+            else Rpe()
+            for target in "qkv"
+        ]
+        return Shape(self.dtype, self.head_dim, self.grid, self.num_prefix, *rpes, **options)
 
 
 class Problem:
@@ -74,27 +81,48 @@ class Problem:
         ]
         heads = 1 if case.shared_heads else case.heads
         dim = 1 if case.mode == "bias" else case.head_dim
-        self.tables_k = [numbers(heads, m.num_buckets, dim, std=0.5) for m in case.maps]
-        self.tables_v = [numbers(heads, m.num_buckets, case.head_dim, std=0.5) for m in case.maps]
+        self.tables = {
+            target: [numbers(heads, m.num_buckets, dim, std=0.5) for m in case.maps]
+            for target in case.on
+        }
+        self.key_padding_mask: Tensor | None = None
 
-    def fused(self, device: SimulatedDevice) -> tuple[Tensor, Tensor]:
-        case, shape, factors = self.case, self.case.shape(), factor(self.case.maps)
-        scale = case.head_dim**-0.5
-        k = by_slot(self.tables_k, factors, shape.rpe_k) if "k" in case.on else None
-        if k is not None and case.mode == "bias":
-            k = (k / scale).squeeze(-1)
-        v = by_slot(self.tables_v, factors, shape.rpe_v) if "v" in case.on else None
-        terms = (k, factors if k is not None else None, v, factors if v is not None else None)
-        return fused_kernels.forward(*self.qkv, shape, *terms, scale, device)
+    def fused(
+        self, device: SimulatedDevice, dropout_p: float = 0.0, seed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        case, scale = self.case, self.case.head_dim**-0.5
+        shape = case.shape(has_mask=self.key_padding_mask is not None, has_dropout=dropout_p > 0)
+        operands: dict[str, Operand | None] = dict.fromkeys("qkv")
+        for target in case.on:
+            factors = case.factors(target)
+            table = by_slot(self.tables[target], factors, getattr(shape, f"rpe_{target}"))
+            if case.mode == "bias":
+                table = (table / scale).squeeze(-1)
+            operands[target] = Operand(table, factors)
+        return fused_kernels.forward(
+            *self.qkv,
+            *operands.values(),
+            shape=shape,
+            scale=scale,
+            device=device,
+            key_padding_mask=self.key_padding_mask,
+            dropout_p=dropout_p,
+            seed=seed,
+        )
 
     def expected(self, dtype: torch.dtype) -> Tensor:
-        k = [table.to(dtype).transpose(1, 2) for table in self.tables_k]
-        k = [table.squeeze(1) if self.case.mode == "bias" else table for table in k]
-        v = [table.to(dtype) for table in self.tables_v]
+        terms = {}
+        for target in self.case.on:
+            tables = [table.to(dtype) for table in self.tables[target]]
+            if target != "v":
+                tables = [table.transpose(1, 2) for table in tables]
+            if self.case.mode == "bias":
+                tables = [table.squeeze(1) for table in tables]
+            terms[f"rpe_{target}"] = tuple(zip(tables, self.case.maps, strict=True))
         return irpe_attention(
             *(x.to(dtype) for x in self.qkv),
-            rpe_k=tuple(zip(k, self.case.maps, strict=True)) if "k" in self.case.on else (),
-            rpe_v=tuple(zip(v, self.case.maps, strict=True)) if "v" in self.case.on else (),
+            **terms,
+            key_padding_mask=self.key_padding_mask,
             impl="reference",
         )
 
@@ -110,7 +138,7 @@ class Problem:
             assert torch.equal(lse, results[0][1])
         (got, lse), exact = results[0], self.expected(torch.float64)
         assert got.shape == exact.shape
-        assert lse.isfinite().all()
+        assert not lse.isnan().any()
         eager = self.expected(self.case.dtype)
         error, allowed = (rms(x.double() - exact) for x in (got, eager))
         rounding = torch.finfo(got.dtype).eps / 4 * rms(exact)
@@ -122,7 +150,7 @@ def rms(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("on", ["", "k", "v", "kv"])
+@pytest.mark.parametrize("on", ["", "q", "k", "v", "qk", "kv", "qkv"])
 def test_every_target(simulator: Simulator, on: str, dtype: torch.dtype) -> None:
     case = Case(on, dtype=dtype, batch=3, shared_heads=False)
     Problem(case).check(simulator, SimulatedDevice(simulator.driver))
@@ -139,7 +167,7 @@ def test_every_target(simulator: Simulator, on: str, dtype: torch.dtype) -> None
 def test_every_encoding(
     simulator: Simulator, method: str, ratio: float, grid: Grid, mode: str
 ) -> None:
-    case = Case("k" if mode == "bias" else "kv", method, mode, ratio, grid, batch=1, num_prefix=2)
+    case = Case("k" if mode == "bias" else "qk", method, mode, ratio, grid, batch=1, num_prefix=2)
     Problem(case).check(simulator, SimulatedDevice(simulator.driver))
 
 
@@ -151,13 +179,13 @@ def test_every_encoding(
     ],
 )
 def test_every_grid(simulator: Simulator, grid: Grid, num_prefix: int) -> None:
-    case = Case("kv", grid=grid, num_prefix=num_prefix, batch=1, heads=1)
+    case = Case("qkv", grid=grid, num_prefix=num_prefix, batch=1, heads=1)
     Problem(case).check(simulator, SimulatedDevice(simulator.driver))
 
 
 @pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 40, 72, 80, 88, 96, 104, 128])
 def test_every_head_dim(simulator: Simulator, head_dim: int) -> None:
-    case = Case("kv", grid=(7, 9), head_dim=head_dim, batch=1)
+    case = Case("qkv", grid=(7, 9), head_dim=head_dim, batch=1)
     Problem(case).check(simulator, SimulatedDevice(simulator.driver))
 
 
@@ -176,6 +204,47 @@ def test_long(simulator: Simulator, grid: Grid) -> None:
     Problem(case).check(simulator, SimulatedDevice(simulator.driver))
 
 
+def test_masked_keys_have_no_part(simulator: Simulator) -> None:
+    """A whole image's keys may be masked: its output is zero, as that of the reference."""
+    problem = Problem(Case("qkv", grid=(5, 9), batch=4))
+    length = problem.case.shape().tokens
+    mask = torch.zeros(4, length, dtype=torch.bool)
+    mask[0] = torch.rand(length) < 0.5
+    mask[1, :32] = True
+    mask[2] = True
+    problem.key_padding_mask = mask
+    problem.check(simulator, SimulatedDevice(simulator.driver))
+    out, lse = problem.fused(SimulatedDevice(simulator.driver))
+    assert not out[2].any()
+    assert bool((lse[2] == float("inf")).all())
+
+
+@pytest.mark.parametrize("on", ["", "qkv"])
+def test_dropout_leaves_the_rest_scaled_up(simulator: Simulator, on: str) -> None:
+    case = Case(on, grid=(7, 9), batch=2)
+    problem, device = Problem(case), SimulatedDevice(simulator.driver)
+    values = problem.qkv[2]
+    rpe_v = problem.tables.pop("v", None)
+    problem.case = case._replace(on=on.replace("v", ""))
+    values[:] = torch.eye(64)  # so that the output is the weights, L = D = 64
+    weights = problem.fused(device)[0].float()
+    seed = torch.tensor([2**40 + 3])
+    dropped = problem.fused(device, 0.25, seed)[0].float()
+    kept = dropped != 0
+    assert abs(kept.float().mean() - 0.75) < 0.02
+    torch.testing.assert_close(dropped[kept] * 0.75, weights[kept], rtol=0.02, atol=1e-3)
+    assert not torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept, problem.fused(device, 0.25, seed + 1)[0] != 0)
+    if rpe_v is not None:  # the same are dropped from the bucket sums
+        problem.tables["v"], problem.case = rpe_v, case
+        got = problem.fused(device, 0.25, seed)[0]
+        (buckets,) = case.maps
+        added = rpe_v[0][0][buckets.ids.long()].double()  # (L, L, D)
+        want = dropped.double() + torch.einsum("bhij,ijd->bhid", dropped.double(), added)
+        assert rms(got.double() - want) < 0.01 * rms(want)
+    assert not simulator.findings()
+
+
 def test_the_lookup_is_the_gathered_number(simulator: Simulator) -> None:
     """To the bit. With one-hot queries, q_i k_j^T can be the number that is looked up."""
     case = Case("k", grid=(7, 9), batch=1, heads=1)
@@ -183,7 +252,7 @@ def test_the_lookup_is_the_gathered_number(simulator: Simulator) -> None:
     (buckets,) = case.maps
     q, k, _ = problem.qkv
     q[0, 0] = torch.eye(64)
-    k[0, 0] = problem.tables_k[0][0].T.gather(1, buckets.ids.long()).T
+    k[0, 0] = problem.tables["k"][0][0].T.gather(1, buckets.ids.long()).T
     problem.case = case._replace(on="")
     by_product = problem.fused(device)
     k.zero_()

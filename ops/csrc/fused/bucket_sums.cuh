@@ -2,7 +2,7 @@
 // and then their product with the table. See README.md.
 #pragma once
 
-#include "tiles.cuh"
+#include "queries.cuh"
 
 namespace irpe {
 
@@ -83,6 +83,10 @@ struct BucketSums {
     for (int n = 0; n < (kTwoColumns ? 2 : 1) * Layout::kHalves * 4; ++n) {
       (&part[0][0][0])[n] *= factor[n / 2 % 2];
     }
+  }
+
+  __device__ __forceinline__ void next_chunk() {
+    row_offset[0] -= kChunkRows * 4, row_offset[1] -= kChunkRows * 4;
   }
 
   // One-hots of 8 keys from column x0 of a grid row on, for the slots from 8 `half` on.
@@ -177,5 +181,30 @@ struct BucketSums {
     }
   }
 };
+
+// out += bucket sums T_V
+__device__ __forceinline__ void add_table_values(uint32_t base, int item,
+                                                 const BucketSums (&sums)[M],
+                                                 float (&out)[M][kDimTiles][4], int lane) {
+  const bool prefix = has_prefix(item);
+  bool is_prefix[M][2] = {};
+  float total[M][2] = {};
+  if (prefix) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      sums[m].totals(total[m]);
+#pragma unroll
+      for (int rows = 0; rows < 2; ++rows)
+        is_prefix[m][rows] = Group(item, 2 * m + rows).is_prefix(lane / 4);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < BucketSumLayout::kTableRows / 16; ++n) {
+    uint32_t a[M][4];
+#pragma unroll
+    for (int m = 0; m < M; ++m) sums[m].operand(a[m], n, prefix, is_prefix[m], total[m], lane);
+    multiply_columns<M>(out, a, base + BucketSumLayout::table + n * 16 * kPitch, lane);
+  }
+}
 
 }  // namespace irpe

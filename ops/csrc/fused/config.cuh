@@ -32,8 +32,12 @@ struct Rpe {
   constexpr explicit operator bool() const { return row_classes > 0; }
   constexpr int entries() const { return row_classes * slots; }
 };
+// On queries the classes change places: row_classes counts those of columns, slots hold those of
+// rows.
+constexpr Rpe kRpeQ = {RPE_Q_CLASSES, RPE_Q_SLOTS, false};
 constexpr Rpe kRpeK = {RPE_K_ROWS, RPE_K_SLOTS, RPE_K_BIAS};
 constexpr Rpe kRpeV = {RPE_V_ROWS, RPE_V_SLOTS, false};
+constexpr bool kMask = KEY_PADDING_MASK, kDropout = DROPOUT;
 
 // The block.
 constexpr int kWarp = 32;
@@ -44,6 +48,14 @@ constexpr int kStages = STAGES, kAhead = AHEAD;  // of the ring of chunks; how f
 constexpr int kStepTiles = STEP_TILES;           // tiles of 8 keys in a step of the online softmax
 constexpr bool kPrefetchQ = PREFETCH_Q;
 
+// f.template operator()<n>() for n from 0 on.
+template <int count, int n = 0, typename F>
+__device__ __forceinline__ void for_each(F&& f) {
+  if constexpr (n < count) {
+    f.template operator()<n>();
+    for_each<count, n + 1>(f);
+  }
+}
 template <bool value_>
 struct Bool {
   static constexpr bool value = value_;
@@ -101,9 +113,12 @@ struct Table {  // (H or 1, row_classes * slots, D); of a bias (H or 1, row_clas
 struct Params {
   Matrix q, k, v, out;
   float* lse;  // (B, H, L)
-  Table rpe_k, rpe_v;
+  Table rpe_q, rpe_k, rpe_v;
+  const uint8_t* key_padding_mask;  // (B, L), not zero where a key must not be attended to
+  const uint64_t* seed;             // of the dropout, one number
   int32_t B, H;
-  float softmax_scale_log2;
+  float softmax_scale_log2, dropout_scale;
+  uint32_t dropout_threshold;  // a number is dropped whose 16 bits are below
 };
 
 }  // namespace irpe

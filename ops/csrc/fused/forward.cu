@@ -1,4 +1,4 @@
-// out = softmax(scale (q k^T + W C)) v, and the log-sum-exp of the scores.
+// out = softmax(scale (q k^T + W C)) (v + terms), and the log-sum-exp of the scores.
 //
 // Blocks stay on one head and go through images. Keys and values come in chunks through a ring of
 // shared memory, which all warps fill and empty at their own pace, by mbarriers. The softmax is
@@ -6,18 +6,23 @@
 // maximum has grown by more than 2^8 (as FlashAttention-4 does).
 
 #include "bucket_sums.cuh"
+#include "dropout.cuh"
+#include "key_lookup.cuh"
 #include "lookup.cuh"
+#include "ring.cuh"
 
 namespace irpe {
 namespace {
 
-constexpr int M = kStripsPerWarp;
 constexpr float kRescaleThreshold = 8;
 
 // Shared memory, in bytes from its beginning.
-constexpr int kFull = 0, kEmpty = kStages * 8;  // mbarriers
-constexpr int kRing = round_up(kStages * 16, 128), kStageBytes = 2 * kChunkCapacity * kPitch;
-constexpr int kConstants = kRing + kStages * kStageBytes;
+constexpr int kFull = 0, kEmpty = kStages * 8, kProjected = kStages * 16;  // mbarriers
+constexpr int kRing = round_up(kStages * 24, 128);
+constexpr int kW = kRing + kStages * kStageBytes;  // of keys
+constexpr int kWBytes = kRpeQ ? kChunkCapacity * KeyLookupLayout::kWPitch : 0;
+constexpr int kConstantsQ = kW + kStages * kWBytes;
+constexpr int kConstants = round_up(kConstantsQ + (kRpeQ ? KeyLookupLayout::bytes : 0), 16);
 constexpr int kConstantsV = round_up(kConstants + (kRpeK ? LookupK::bytes : 0), 16);
 constexpr int kBins = round_up(kConstantsV + (kRpeV ? BucketSumLayout::bytes : 0), 16);
 constexpr int kQ = kBins + (kRpeV ? kWarps * M * BucketSumLayout::kStripBytes : 0);
@@ -27,283 +32,206 @@ constexpr int kScratch = kQ + (kPrefetchQ ? kWarps * M * kQStrip : 0);
 constexpr int kSharedBytes = kScratch + kWarps * M * kScratchStrip;
 static_assert(kSharedBytes == SHARED_BYTES, "forward_bytes of fused_kernels.py counts otherwise");
 
-// The chunks that a block sees: of every image, as often as its warps pass over it.
-struct Stream {
-  int b, pass = 0, chunk = 0, stage = 0;
-  uint32_t phase = 0;
-
-  __device__ explicit Stream(int first) : b(first) {}
-  __device__ __forceinline__ void next(int step) {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-    if (++chunk < kChunks) return;
-    chunk = 0;
-    if (++pass < kPasses) return;
-    pass = 0, b += step;
-  }
+// What a warp works on: M strips of queries of one image.
+struct Item {
+  int number, b, h;
+  RowsA q[M];
+  StripLookup lookup[M];
+  KeyLookup key_lookup[M];
+  BucketSums sums[M];
+  float out[M][kDimTiles][4];
+  // Times softmax_scale_log2, and behind the true one by at most kRescaleThreshold.
+  float row_max[M][2];
+  float row_sum[M][4];  // the same in all columns, as the tensor cores leave them
 };
 
-// A warp's share of the copies of a chunk.
-template <bool last>
-__device__ __forceinline__ void copy_keys(uint32_t to, const uint16_t* from, int stride, int chunk,
-                                          int warp, int lane) {
-  constexpr int kRows = kWarps * kRowsAtOnce, kKeys = (last ? kLastRows : kChunkRows) * kGridW;
-  const int own = warp * kRowsAtOnce + lane / kRowLanes;
-  const uint16_t* row = from + (kPrefix + chunk * kChunkKeys + own) * stride + lane % kRowLanes * 8;
-  const uint32_t at = to + own * kPitch + lane % kRowLanes * 16;
-#pragma unroll
-  for (int n = 0; n < kKeys; n += kRows) {
-    if (n + kRows <= kKeys || n + own < kKeys) copy_row(at + n * kPitch, row + n * stride, lane);
-  }
-  if constexpr (last) {  // prefix tokens, and zeros up to a whole tile
-    constexpr int kRest = round_up(kLastKeys, 16) - kKeys;
-#pragma unroll
-    for (int n = 0; n < kRest; n += kRows) {
-      const uint32_t rest = at + (kKeys + n) * kPitch;
-      if (n + own < kPrefix)
-        copy_row(rest, from + (n + own) * stride + lane % kRowLanes * 8, lane);
-      else if (n + own < kRest) {
-#pragma unroll
-        for (int d = 0; d < kDimTiles; d += kRowLanes) {
-          if (d + lane % kRowLanes < kDimTiles) cp_async_zeros(rest + d * 16, from);
-        }
-      }
-    }
-  }
-}
-
-__device__ __forceinline__ void copy_chunk(const Params& p, uint32_t base, const Stream& s, int h,
-                                           int warp, int lane) {
-  const uint16_t *k = head_of(p.k, s.b, h), *v = head_of(p.v, s.b, h);
-  const uint32_t to = base + kRing + s.stage * kStageBytes, to_v = to + kChunkCapacity * kPitch;
-  if (kChunks == 1 || s.chunk == kChunks - 1) {
-    copy_keys<true>(to, k, p.k.stride_l, s.chunk, warp, lane);
-    copy_keys<true>(to_v, v, p.v.stride_l, s.chunk, warp, lane);
-  } else {
-    copy_keys<false>(to, k, p.k.stride_l, s.chunk, warp, lane);
-    copy_keys<false>(to_v, v, p.v.stride_l, s.chunk, warp, lane);
-  }
-  mbarrier_arrive_after_copies(base + kFull + s.stage * 8);
-}
-
-struct Softmax {
-  float row_max[M]
-               [2];  // times softmax_scale_log2; behind the true one by at most kRescaleThreshold
-  float row_sum[M][4];  // as the matrix unit leaves them
-};
-
-// `count` tiles of keys from number `first` on of a chunk of `rows` grid rows.
-template <int first, int count, int rows, bool is_first, bool last>
-__device__ __forceinline__ void step(const Params& p, uint32_t keys, const RowsA (&q)[M],
-                                     StripLookup (&lookup)[M], BucketSums (&sums)[M],
-                                     float (&out)[M][kDimTiles][4], Softmax& softmax, int lane) {
+// Scores of tile `tile` of a chunk of `rows` grid rows.
+template <int tile, int rows, bool last>
+__device__ __forceinline__ void score(float (&s)[M][4], const Params& p, uint32_t keys, uint32_t w,
+                                      int chunk, Item& item, int lane) {
   constexpr int kKeys = rows * kGridW + (last ? kPrefix : 0);
-  float s[count][M][4];
-  const auto score = [&]<int n>(auto&& self) {
-    if constexpr (n < count) {
-      RowsB k;
-      k.load(keys + (first + n) * 8 * kPitch, lane);
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        constexpr bool whole = (first + n) * 8 + 8 <= kKeys;
-        if constexpr (!whole) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            s[n][m][e] = (first + n) * 8 + lane % 4 * 2 + e % 2 < kKeys ? 0.0f : -kInfinity;
-          }
-        }
-        if constexpr (bool(kRpeK))
-          add_lookup<first + n, rows, last, whole>(s[n][m], lookup[m], lane);
-        multiply_rows<whole && !kRpeK>(s[n][m], q[m], k);
-      }
-      self.template operator()<n + 1>(self);
-    }
-  };
-  score.template operator()<0>(score);
-
-  uint32_t weights[count][M][2];
+  constexpr bool kWhole = tile * 8 + 8 <= kKeys;
+  RowsB k;
+  k.load(keys + tile * 8 * kPitch, lane);
 #pragma unroll
   for (int m = 0; m < M; ++m) {
-    float highest[2];
-    bool exceeds = false;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      highest[half] = s[0][m][2 * half];
-#pragma unroll
-      for (int n = 0; n < count; ++n) {
-        highest[half] = fmaxf(highest[half], fmaxf(s[n][m][2 * half], s[n][m][2 * half + 1]));
-      }
-      highest[half] = fmaxf(highest[half], __shfl_xor_sync(~0u, highest[half], 1));
-      highest[half] = fmaxf(highest[half], __shfl_xor_sync(~0u, highest[half], 2));
-      if (is_first) softmax.row_max[m][half] = highest[half] * p.softmax_scale_log2;
-      exceeds |=
-          fmaf(highest[half], p.softmax_scale_log2, -softmax.row_max[m][half]) > kRescaleThreshold;
-    }
-    if (!is_first && __any_sync(~0u, exceeds)) {
-      float factor[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float& row_max = softmax.row_max[m][half];
-        const float moved = fmaxf(row_max, highest[half] * p.softmax_scale_log2);
-        factor[half] = exp2_approx(row_max - moved);
-        row_max = moved;
-      }
-#pragma unroll
-      for (int n = 0; n < kDimTiles; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) out[m][n][e] *= factor[e / 2];
-      }
-#pragma unroll
-      for (int e = 0; e < 4; ++e) softmax.row_sum[m][e] *= factor[e / 2];
-      if constexpr (bool(kRpeV)) sums[m].scale(factor);
-    }
-#pragma unroll
-    for (int n = 0; n < count; ++n) {
-      float w[4];
+    if constexpr (!kWhole) {
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        w[e] = exp2_approx(fmaf(s[n][m][e], p.softmax_scale_log2, -softmax.row_max[m][e / 2]));
-      weights[n][m][0] = pack(w[0], w[1]), weights[n][m][1] = pack(w[2], w[3]);
+        s[m][e] = tile * 8 + lane % 4 * 2 + e % 2 < kKeys ? 0.0f : -kInfinity;
     }
+    if constexpr (bool(kRpeK)) add_lookup<tile, rows, last, kWhole>(s[m], item.lookup[m], lane);
+    multiply_rows<kWhole && !kRpeK>(s[m], item.q[m], k);
+    if constexpr (bool(kRpeQ)) item.key_lookup[m].template add<tile, rows>(s[m], w, lane);
   }
-  const auto add_values = [&]<int n>(auto&& self) {
-    if constexpr (n < count) {
-      uint32_t a[M][4];
+  if constexpr (kMask) {
+    const uint8_t* mask = p.key_padding_mask + static_cast<int64_t>(item.b) * kTokens;
+#pragma unroll
+    for (int parity = 0; parity < 2; ++parity) {
+      const int key = chunk * kChunkKeys + tile * 8 + lane % 4 * 2 + parity;
+      const bool masked = key < kTokens && mask[key < kPatches ? kPrefix + key : key - kPatches];
 #pragma unroll
       for (int m = 0; m < M; ++m) {
-        a[m][0] = weights[n][m][0], a[m][1] = weights[n][m][1];
-        a[m][2] = weights[n + 1][m][0], a[m][3] = weights[n + 1][m][1];
-        mma_k16(softmax.row_sum[m], a[m][0], a[m][1], a[m][2], a[m][3], kOnes, kOnes);
-        if constexpr (bool(kRpeV)) sums[m].template add<first + n, rows, last>(a[m], lane);
+        if (masked) s[m][parity] = s[m][parity + 2] = -kInfinity;
       }
-      multiply_columns<M>(out, a, keys + (kChunkCapacity + (first + n) * 8) * kPitch, lane);
-      self.template operator()<n + 2>(self);
     }
-  };
-  add_values.template operator()<0>(add_values);
+  }
 }
 
+// The online softmax of `count` tiles of scores of strip m: scores become weights.
+template <int count, bool is_first>
+__device__ __forceinline__ void weigh(float (&s)[count][M][4], const Params& p, Item& item, int m) {
+  float (&row_max)[2] = item.row_max[m];
+  float highest[2];
+  bool exceeds = false;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    highest[half] = s[0][m][2 * half];
+#pragma unroll
+    for (int n = 0; n < count; ++n) {
+      highest[half] = fmaxf(highest[half], fmaxf(s[n][m][2 * half], s[n][m][2 * half + 1]));
+    }
+    highest[half] = fmaxf(highest[half], __shfl_xor_sync(~0u, highest[half], 1));
+    highest[half] = fmaxf(highest[half], __shfl_xor_sync(~0u, highest[half], 2));
+    if (is_first) row_max[half] = highest[half] * p.softmax_scale_log2;
+    exceeds |= fmaf(highest[half], p.softmax_scale_log2, -row_max[half]) > kRescaleThreshold;
+  }
+  if (!is_first && __any_sync(~0u, exceeds)) {
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float moved = fmaxf(row_max[half], highest[half] * p.softmax_scale_log2);
+      // A row that has seen masked keys alone has no maximum yet.
+      factor[half] = kMask && moved == -kInfinity ? 1.0f : exp2_approx(row_max[half] - moved);
+      row_max[half] = moved;
+    }
+#pragma unroll
+    for (int n = 0; n < kDimTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) item.out[m][n][e] *= factor[e / 2];
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) item.row_sum[m][e] *= factor[e / 2];
+    if constexpr (bool(kRpeV)) item.sums[m].scale(factor);
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const float reference = kMask && row_max[e / 2] == -kInfinity ? 0.0f : row_max[e / 2];
+#pragma unroll
+    for (int n = 0; n < count; ++n) {
+      s[n][m][e] = exp2_approx(fmaf(s[n][m][e], p.softmax_scale_log2, -reference));
+    }
+  }
+}
+
+// Products of two tiles of weights, from `tile` on, with the values.
+template <int tile, int rows, bool last>
+__device__ __forceinline__ void add_values(const float (*s)[M][4], const Params& p, uint32_t values,
+                                           int chunk, Item& item, int lane) {
+  uint32_t a[M][4];
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) a[m][n] = pack(s[n / 2][m][n % 2 * 2], s[n / 2][m][n % 2 * 2 + 1]);
+    mma_k16(item.row_sum[m], a[m][0], a[m][1], a[m][2], a[m][3], kOnes, kOnes);
+    if constexpr (kDropout) {
+      const int row = (item.number * M + m) * 8 + lane / 4,
+                step = chunk * (kChunkCapacity / 16) + tile / 2;
+      drop(a[m], p, item.b * p.H + item.h, row, step, lane);
+    }
+    if constexpr (bool(kRpeV)) item.sums[m].template add<tile, rows, last>(a[m], lane);
+  }
+  multiply_columns<M>(item.out, a, values + tile * 8 * kPitch, lane);
+}
+
+// A chunk, in steps of kStepTiles tiles from number `first` on.
 template <int first, int rows, bool is_first, bool last>
-__device__ __forceinline__ void steps(const Params& p, uint32_t keys, const RowsA (&q)[M],
-                                      StripLookup (&lookup)[M], BucketSums (&sums)[M],
-                                      float (&out)[M][kDimTiles][4], Softmax& softmax, int lane) {
+__device__ __forceinline__ void attend(const Params& p, uint32_t keys, uint32_t w, int chunk,
+                                       Item& item, int lane) {
   constexpr int kTiles = round_up(rows * kGridW + (last ? kPrefix : 0), 16) / 8;
   constexpr int kCount = min(kStepTiles, kTiles - first);
-  step<first, kCount, rows, is_first && first == 0, last>(p, keys, q, lookup, sums, out, softmax,
-                                                          lane);
+  float s[kCount][M][4];
+  for_each<kCount>(
+      [&]<int n>() { score<first + n, rows, last>(s[n], p, keys, w, chunk, item, lane); });
+#pragma unroll
+  for (int m = 0; m < M; ++m) weigh<kCount, is_first && first == 0>(s, p, item, m);
+  const uint32_t values = keys + kChunkCapacity * kPitch;
+  for_each<kCount / 2>([&]<int n>() {
+    add_values<first + 2 * n, rows, last>(s + 2 * n, p, values, chunk, item, lane);
+  });
   if constexpr (first + kCount < kTiles)
-    steps<first + kCount, rows, is_first, last>(p, keys, q, lookup, sums, out, softmax, lane);
+    attend<first + kCount, rows, is_first, last>(p, keys, w, chunk, item, lane);
 }
 
-// The queries of an item. Free rows keep what is there: no other row sees it.
-__device__ __forceinline__ void copy_queries(const Params& p, uint32_t to, int b, int h, int item,
-                                             int lane) {
-  const uint16_t* q = head_of(p.q, b, h) + lane % kRowLanes * 8;
-  to += lane / kRowLanes * kPitch + lane % kRowLanes * 16;
-#pragma unroll
-  for (int n = 0; n < 2 * M; ++n) {
-    const Group group(item, n);
-    const uint16_t* from = q + group.patch(lane / kRowLanes) * p.q.stride_l;
-#pragma unroll
-    for (int row = 0; row < 8; row += kRowsAtOnce) {
-      if (group.is_patch(row + lane / kRowLanes)) {
-        copy_row(to + (n * 8 + row) * kPitch, from + row * kGridW * p.q.stride_l, lane);
-      }
-    }
-  }
-  if (has_prefix(item)) {
-#pragma unroll 1
-    for (int row = 0; row < 16 * M; row += kRowsAtOnce) {
-      const Group group(item, row / 8);
-      const int r = row % 8 + lane / kRowLanes;
-      if (group.is_prefix(r)) copy_row(to + row * kPitch, q + group.token(r) * p.q.stride_l, lane);
-    }
-  }
-  cp_async_commit();
-}
-
-// out += bucket sums T_V
-__device__ __forceinline__ void add_table_values(uint32_t base, int item,
-                                                 const BucketSums (&sums)[M],
-                                                 float (&out)[M][kDimTiles][4], int lane) {
-  const bool prefix = has_prefix(item);
-  bool is_prefix[M][2] = {};
-  float total[M][2] = {};
-  if (prefix) {
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-      sums[m].totals(total[m]);
-#pragma unroll
-      for (int rows = 0; rows < 2; ++rows)
-        is_prefix[m][rows] = Group(item, 2 * m + rows).is_prefix(lane / 4);
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < BucketSumLayout::kTableRows / 16; ++n) {
-    uint32_t a[M][4];
-#pragma unroll
-    for (int m = 0; m < M; ++m) sums[m].operand(a[m], n, prefix, is_prefix[m], total[m], lane);
-    multiply_columns<M>(out, a, base + BucketSumLayout::table + n * 16 * kPitch, lane);
-  }
-}
-
-__device__ __forceinline__ void store_row(uint16_t* to, uint32_t from, int lane) {
-#pragma unroll
-  for (int n = 0; n < kDimTiles; n += kRowLanes) {
-    if (n + kRowLanes <= kDimTiles || n + lane % kRowLanes < kDimTiles) {
-      *reinterpret_cast<uint4*>(to + n * 8) = load_shared_x4(from + n * 16);
-    }
-  }
-}
-
-__device__ __forceinline__ void store_out(const Params& p, uint32_t scratch, int b, int h, int item,
-                                          const float (&out)[M][kDimTiles][4],
-                                          const Softmax& softmax, int lane) {
-  const int g = lane / 4, t = lane % 4;
+// The queries of an item, and what relative position needs of them.
+__device__ __forceinline__ void start_item(Item& item, uint32_t base, uint32_t q, uint32_t scratch,
+                                           int warp, int lane) {
+  cp_async_wait<0>();
   __syncwarp();
-  float* lse = p.lse + (static_cast<int64_t>(b) * p.H + h) * kTokens;
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    item.q[m].load(q + m * kQStrip, lane);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) item.row_sum[m][e] = 0;
+#pragma unroll
+    for (int n = 0; n < kDimTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) item.out[m][n][e] = 0;
+    }
+  }
+  __syncwarp();
+  if constexpr (kRpeK && !kRpeK.bias)
+    project_table(base + kConstants, scratch, item.q, kScratchStrip, lane);
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    const Group groups[2] = {Group(item.number, m * 2), Group(item.number, m * 2 + 1)};
+    if constexpr (bool(kRpeQ)) item.key_lookup[m].start(base + kConstantsQ, groups, lane);
+    if constexpr (bool(kRpeV)) {
+      const uint32_t bins = base + kBins + (warp * M + m) * BucketSumLayout::kStripBytes;
+      item.sums[m].start(base + kConstantsV, bins, groups, lane);
+    }
+    if constexpr (bool(kRpeK)) {
+      const uint32_t w = scratch + m * kScratchStrip;
+      item.lookup[m].start(base + kConstants, w, groups, lane);
+      if (!kRpeK.bias && has_prefix(item.number))
+        fill_prefix_rows(w, item.lookup[m].is_prefix, lane);
+    }
+  }
+  __syncwarp();
+}
+
+__device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_t base,
+                                            uint32_t scratch, int lane) {
+  const int g = lane / 4, t = lane % 4;
+  if constexpr (bool(kRpeV))
+    add_table_values(base + kConstantsV, item.number, item.sums, item.out, lane);
+  __syncwarp();
+  float* lse = p.lse + (static_cast<int64_t>(item.b) * p.H + item.h) * kTokens;
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     float share[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = softmax.row_sum[m][2 * half];
-      share[half] = __fdividef(1.0f, sum);
-      const Group group(item, m * 2 + half);
+      const float sum = item.row_sum[m][2 * half];
+      const bool none = kMask && sum == 0;  // all keys are masked
+      share[half] = none ? 0.0f : __fdividef(kDropout ? p.dropout_scale : 1.0f, sum);
+      const Group group(item.number, m * 2 + half);
       if (t == 0 && (group.is_patch(g) || group.is_prefix(g))) {
-        lse[group.token(g)] = (softmax.row_max[m][half] + log2_approx(sum)) * kLn2;
+        const float log_sum = (item.row_max[m][half] + log2_approx(sum)) * kLn2;
+        lse[group.token(g)] = none ? kInfinity : log_sum;
       }
     }
 #pragma unroll
     for (int n = 0; n < kDimTiles; ++n) {
+      const float (&out)[4] = item.out[m][n];
       const uint32_t to = scratch + m * kScratchStrip + g * kPitch + n * 16 + t * 4;
-      store_shared(to, pack(out[m][n][0] * share[0], out[m][n][1] * share[0]));
-      store_shared(to + 8 * kPitch, pack(out[m][n][2] * share[1], out[m][n][3] * share[1]));
+      store_shared(to, pack(out[0] * share[0], out[1] * share[0]));
+      store_shared(to + 8 * kPitch, pack(out[2] * share[1], out[3] * share[1]));
     }
   }
   __syncwarp();
-  uint16_t* rows = head_of(p.out, b, h) + lane % kRowLanes * 8;
-  const uint32_t from = scratch + lane / kRowLanes * kPitch + lane % kRowLanes * 16;
-#pragma unroll
-  for (int n = 0; n < 2 * M; ++n) {
-    const Group group(item, n);
-    uint16_t* to = rows + group.patch(lane / kRowLanes) * p.out.stride_l;
-#pragma unroll
-    for (int row = 0; row < 8; row += kRowsAtOnce) {
-      if (group.is_patch(row + lane / kRowLanes)) {
-        store_row(to + row * kGridW * p.out.stride_l,
-                  from + n / 2 * kScratchStrip + (n % 2 * 8 + row) * kPitch, lane);
-      }
-    }
-  }
-  if (has_prefix(item)) {
-#pragma unroll 1
-    for (int row = 0; row < 16 * M; row += kRowsAtOnce) {
-      const Group group(item, row / 8);
-      const int r = row % 8 + lane / kRowLanes;
-      const uint32_t at = from + row / 16 * kScratchStrip + row % 16 * kPitch;
-      if (group.is_prefix(r)) store_row(rows + group.token(r) * p.out.stride_l, at, lane);
-    }
-  }
+  store_queries(p.out, scratch, kScratchStrip, item.b, item.h, item.number, lane);
   __syncwarp();
 }
 
@@ -322,8 +250,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (int n = 0; n < kStages; ++n) {
       mbarrier_init(base + kFull + n * 8, kThreads);
       mbarrier_init(base + kEmpty + n * 8, kWarps);
+      mbarrier_init(base + kProjected + n * 8, kWarps);
     }
   }
+  if constexpr (bool(kRpeQ)) load_key_lookup_constants(base + kConstantsQ, p.rpe_q, h);
   if constexpr (bool(kRpeK)) load_lookup_constants(base + kConstants, p.rpe_k, h);
   if constexpr (bool(kRpeV)) load_bucket_sum_constants(base + kConstantsV, p.rpe_v, h);
   // Free rows are computed too: they must hold numbers.
@@ -344,7 +274,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         if (lead > 0) return;
         continue;
       }
-      copy_chunk(p, base, ahead, h, warp, lane);
+      const uint32_t to = base + kRing + ahead.stage * kStageBytes;
+      copy_chunk(p, to, base + kFull + ahead.stage * 8, ahead, h, warp, lane);
       ahead.next(step_b);
       ++lead;
     }
@@ -352,82 +283,59 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   copy_ahead();
   // Items of an image go to the warps by turns, so that each has as many in the long run.
   int turn = warp;
-  if (kPrefetchQ && turn < kItems) copy_queries(p, own_q, first_b, h, turn, lane);
+  if (kPrefetchQ && turn < kItems) copy_queries(p.q, own_q, first_b, h, turn, lane);
 
 #pragma unroll 1
-  for (int b = first_b; b < p.B; b += step_b) {
-#pragma unroll 1
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int item = pass * kWarps + turn;
-      const bool active = item < kItems;
-      RowsA q[M];
-      StripLookup lookup[M];
-      BucketSums sums[M];
-      float out[M][kDimTiles][4] = {};
-      Softmax softmax = {};
+  while (now.b < p.B) {
+    Item item;
+    item.number = now.pass * kWarps + turn, item.b = now.b, item.h = h;
+    const bool active = item.number < kItems;
+    const bool more = now.pass + 1 < kPasses;
+    const int next_turn = more ? turn : (turn + kWarps - kItems % kWarps) % kWarps;
+    if (active) {
+      if (!kPrefetchQ) copy_queries(p.q, own_q, item.b, h, item.number, lane);
+      start_item(item, base, own_q, scratch, warp, lane);
+    }
+    if (kPrefetchQ) {
+      const int next = (more ? now.pass + 1 : 0) * kWarps + next_turn,
+                next_b = more ? now.b : now.b + step_b;
+      if (next < kItems && next_b < p.B) copy_queries(p.q, own_q, next_b, h, next, lane);
+    }
+    const auto chunk = [&](auto is_first, auto is_last) {
+      constexpr bool first = decltype(is_first)::value, last = decltype(is_last)::value;
+      copy_ahead();
+      mbarrier_wait(base + kFull + now.stage * 8, now.phase);
+      constexpr int kRows = last ? kLastRows : kChunkRows;
+      const uint32_t keys = base + kRing + now.stage * kStageBytes,
+                     w = base + kW + now.stage * kWBytes;
+      if constexpr (bool(kRpeQ)) {
+        const uint32_t projected = base + kProjected + now.stage * 8;
+        constexpr int kKeys = round_up(kRows * kGridW + (last ? kPrefix : 0), 16);
+        project_keys(base + kConstantsQ, keys, w, kKeys, last ? kRows * kGridW : kKeys, warp, lane);
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(projected);
+        mbarrier_wait(projected, now.phase);
+      }
       if (active) {
-        if (!kPrefetchQ) copy_queries(p, own_q, b, h, item, lane);
-        cp_async_wait<0>();
-        __syncwarp();
-#pragma unroll
-        for (int m = 0; m < M; ++m) q[m].load(own_q + m * kQStrip, lane);
-        __syncwarp();
-        if constexpr (kRpeK && !kRpeK.bias)
-          project_table<M>(base + kConstants, scratch, q, kScratchStrip, lane);
+        attend<0, kRows, first, last>(p, keys, w, now.chunk, item, lane);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-          const Group groups[2] = {Group(item, m * 2), Group(item, m * 2 + 1)};
-          if constexpr (bool(kRpeV)) {
-            const uint32_t bins = base + kBins + (warp * M + m) * BucketSumLayout::kStripBytes;
-            sums[m].start(base + kConstantsV, bins, groups, lane);
-          }
-          if constexpr (bool(kRpeK)) {
-            const uint32_t w = scratch + m * kScratchStrip;
-            lookup[m].start(base + kConstants, w, groups, lane);
-            if (!kRpeK.bias && has_prefix(item)) {
-              __syncwarp();
-              fill_prefix_rows(w, lookup[m].is_prefix, lane);
-            }
-          }
+          item.lookup[m].next_chunk();
+          item.key_lookup[m].next_chunk();
+          item.sums[m].next_chunk();
         }
-        __syncwarp();
       }
-      if (kPrefetchQ) {
-        const bool more = pass + 1 < kPasses;
-        const int next = more ? turn : (turn + kWarps - kItems % kWarps) % kWarps,
-                  next_b = more ? b : b + step_b;
-        const int next_item = (more ? pass + 1 : 0) * kWarps + next;
-        if (next_item < kItems && next_b < p.B) copy_queries(p, own_q, next_b, h, next_item, lane);
-      }
-      const auto chunk = [&](auto is_first, auto is_last) {
-        constexpr bool first = decltype(is_first)::value, last = decltype(is_last)::value;
-        copy_ahead();
-        mbarrier_wait(base + kFull + now.stage * 8, now.phase);
-        if (active) {
-          const uint32_t keys = base + kRing + now.stage * kStageBytes;
-          steps<0, last ? kLastRows : kChunkRows, first, last>(p, keys, q, lookup, sums, out,
-                                                               softmax, lane);
-#pragma unroll
-          for (int m = 0; m < M; ++m) {
-            lookup[m].row_offset -= kChunkRows * 4;
-            sums[m].row_offset[0] -= kChunkRows * 4, sums[m].row_offset[1] -= kChunkRows * 4;
-          }
-        }
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(base + kEmpty + now.stage * 8);
-        now.next(step_b);
-        --lead;
-      };
-      chunk(Bool<true>{}, Bool<kChunks == 1>{});
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(base + kEmpty + now.stage * 8);
+      now.next(step_b);
+      --lead;
+    };
+    chunk(Bool<true>{}, Bool<kChunks == 1>{});
 #pragma unroll 1
-      for (int n = 1; n < kChunks - 1; ++n) chunk(Bool<false>{}, Bool<false>{});
-      if constexpr (kChunks > 1) chunk(Bool<false>{}, Bool<true>{});
-      if constexpr (bool(kRpeV)) {
-        if (active) add_table_values(base + kConstantsV, item, sums, out, lane);
-      }
-      if (active) store_out(p, scratch, b, h, item, out, softmax, lane);
-    }
-    turn = (turn + kWarps - kItems % kWarps) % kWarps;
+    for (int n = 1; n < kChunks - 1; ++n) chunk(Bool<false>{}, Bool<false>{});
+    if constexpr (kChunks > 1) chunk(Bool<false>{}, Bool<true>{});
+    if (active) finish_item(p, item, base, scratch, lane);
+    turn = next_turn;
   }
   cp_async_wait<0>();
 }

@@ -2,7 +2,7 @@
 // and C[s][j] = (column_class(xi - xj) == s) is constant. See README.md.
 #pragma once
 
-#include "tiles.cuh"
+#include "queries.cuh"
 
 namespace irpe {
 
@@ -78,6 +78,8 @@ struct StripLookup {
                     (groups[n].column + kGridW - 1 + LookupK::kMargin - g) * LookupK::kOneHotBytes;
     }
   }
+  __device__ __forceinline__ void next_chunk() { row_offset -= kChunkRows * 4; }
+
   // The fragments of key row y of the chunk, of two rows where one has 8 slots.
   __device__ __forceinline__ void load(uint32_t (&to)[4], int y) const {
     uint32_t offset = load_shared(row_offset - y * 4);
@@ -159,7 +161,6 @@ __device__ __forceinline__ void add_lookup(float* sums, StripLookup& lookup, int
 }
 
 // W of M strips from their queries, into shared memory.
-template <int M>
 __device__ __forceinline__ void project_table(uint32_t base, uint32_t w, const RowsA (&q)[M],
                                               int strip_bytes, int lane) {
   constexpr int kTiles = kRpeK.entries() / 8, kBatch = 14 / M;

@@ -104,47 +104,4 @@ __device__ __forceinline__ uint16_t* head_of(const Matrix& x, int b, int h) {
   return static_cast<uint16_t*>(x.data) + b * x.stride_b + h * x.stride_h;
 }
 
-// ---- queries ----
-
-// 8 queries of one grid column; the last group of a column has free rows, of which some hold prefix
-// tokens.
-struct Group {
-  int column, first_y;
-  int first_free;  // the number that row 0 would have among the free rows
-
-  // Group n, known at compile time, of an item.
-  __device__ __forceinline__ Group(int item, int n) {
-    constexpr int kOfItem = 2 * kStripsPerWarp;
-    const int number = item * kOfItem + n;
-    if constexpr (kOfItem % kColumnGroups == 0 && kItems * kOfItem == kPatchGroups) {
-      column = item * (kOfItem / kColumnGroups) + n / kColumnGroups;
-      first_y = n % kColumnGroups * 8;
-    } else {
-      column = min(number / kColumnGroups, kGridW - 1);
-      first_y = number < kPatchGroups ? number % kColumnGroups * 8 : kGridH;
-    }
-    first_free = first_y < kGridH ? column * kFreeRows + first_y - kGridH
-                                  : kGridW * kFreeRows + (number - kPatchGroups) * 8;
-  }
-  __device__ __forceinline__ int patch(int row) const {
-    return kPrefix + (first_y + row) * kGridW + column;
-  }
-  __device__ __forceinline__ bool is_patch(int row) const { return first_y + row < kGridH; }
-  __device__ __forceinline__ bool is_prefix(int row) const {
-    return !is_patch(row) && first_free + row < kPrefix;
-  }
-  __device__ __forceinline__ int token(int row) const {
-    return is_patch(row) ? patch(row) : first_free + row;
-  }
-};
-
-// Whether groups of an item may hold prefix tokens.
-__device__ __forceinline__ bool has_prefix(int item) {
-  if (kPrefix == 0) return false;
-  constexpr int kColumns = kFreeRows ? min(ceil_div(kPrefix, max(kFreeRows, 1)), kGridW) : 0;
-  constexpr int kOfItem = 2 * kStripsPerWarp;
-  return item * kOfItem < kColumns * kColumnGroups ||
-         (kGroups > kPatchGroups && (item + 1) * kOfItem > kPatchGroups);
-}
-
 }  // namespace irpe
