@@ -21,7 +21,7 @@ pytestmark = pytest.mark.dist
 
 
 CASES = [(stage, steps, ranks) for ranks in (1, 2, 4) for stage in range(4) for steps in (1, 4)]
-FAST = [(0, 1, 1), (0, 1, 2), (1, 1, 2), (2, 1, 2), (3, 1, 2), (1, 4, 2), (3, 4, 2)]
+FAST = [(0, 1, 1), (1, 1, 2), (3, 1, 2), (1, 4, 2)]  # test_train has every stage on two ranks
 Parity = Callable[[int, int, int], Path]
 
 
