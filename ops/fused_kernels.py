@@ -1,8 +1,8 @@
-"""The kernels of csrc/fused: what each is compiled for, how it is divided up, and its launch."""
+"""The kernels of csrc/fused: loaded, and launched."""
 
 import ctypes
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -11,135 +11,17 @@ from torch import Tensor
 
 from irpe_ds.ops.build import nvrtc
 from irpe_ds.ops.factors import Factors
+from irpe_ds.ops.fused_plan import (
+    Needed,
+    Rpe,
+    Shape,
+    backward_queries_bytes,
+    forward_bytes,
+    plan,
+)
 
 SOURCES = Path(__file__).parent / "csrc" / "fused"
-MAX_SLOTS = 16
 LOG2_E = 1.4426950408889634
-
-
-class Rpe(NamedTuple):
-    """Relative position on keys or values, as the kernels are compiled for it."""
-
-    row_classes: int = 0
-    """0: none."""
-    slots: int = 8
-    """Column classes and, in the last one, the bucket of prefix tokens; 8 or 16."""
-    is_bias: bool = False
-
-    @classmethod
-    def of(cls, factors: Factors, num_prefix: int, is_bias: bool) -> "Rpe":
-        """Raises ValueError where the column classes need more than 16 slots."""
-        _, rows, columns = factors.buckets.shape
-        needed = columns if num_prefix else columns - 1
-        if needed > MAX_SLOTS:
-            raise ValueError(f"expected at most {MAX_SLOTS} column classes, got {needed}")
-        return cls(rows, 8 if needed <= 8 else 16, is_bias)
-
-
-class Shape(NamedTuple):
-    """What a model never changes."""
-
-    dtype: torch.dtype
-    head_dim: int
-    grid: tuple[int, int]
-    num_prefix: int
-    rpe_q: Rpe = Rpe()
-    """Keys own these lookups, so classes of rows and columns change places: `transposed`."""
-    rpe_k: Rpe = Rpe()
-    rpe_v: Rpe = Rpe()
-    has_mask: bool = False
-    has_dropout: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return self.num_prefix + self.grid[0] * self.grid[1]
-
-
-class Plan(NamedTuple):
-    """How the forward is divided up."""
-
-    warps: int
-    strips: int
-    """Of 16 queries, that a warp works on at a time."""
-    stages: int
-    """Chunks of keys and values in shared memory."""
-    prefetch_q: bool
-    """Whether a warp's next queries have a place of their own."""
-    chunk_keys: int
-
-    @property
-    def ahead(self) -> int:
-        """How many chunks a warp may have started to copy."""
-        return max(1, self.stages // 2)
-
-
-def plan_forward(shape: Shape, shared_bytes: int) -> Plan | None:
-    """The first plan that fits in a block's shared memory; None if none does.
-
-    Two strips halve what a warp reads of keys and values, but above 64 numbers a head the
-    registers hold one alone. The ring has two chunks, so that one is copied while another is used,
-    more where there is room, and one where it must be.
-    """
-    for plan in _candidates(2 if shape.head_dim <= 64 else 1):
-        left = shared_bytes - forward_bytes(shape, plan)
-        if left >= 0:
-            more = plan._replace(stages=plan.stages + 1)
-            step = forward_bytes(shape, more) - forward_bytes(shape, plan)
-            return plan._replace(stages=min(8, plan.stages + left // step))
-    return None
-
-
-def _candidates(max_strips: int) -> Iterator[Plan]:
-    for strips, warps, stages in ((max_strips, 8, 2), (1, 8, 2), (1, 8, 1), (1, 4, 1)):
-        for chunk_keys in (112, 48):
-            for prefetch_q in (True, False):
-                yield Plan(warps, strips, stages, prefetch_q, chunk_keys)
-
-
-def forward_bytes(shape: Shape, plan: Plan) -> int:
-    """Of shared memory; the kernel asserts that it counts the same."""
-    height, width = shape.grid
-    pitch = _pitch(shape.head_dim * 2)
-    rows = _chunk_rows(height, width, plan.chunk_keys)
-    chunks = -(-height // rows)
-    last = (height - (chunks - 1) * rows) * width + shape.num_prefix
-    capacity = _up(max(rows * width if chunks > 1 else 0, last), 16)
-    q, k, v = shape.rpe_q, shape.rpe_k, shape.rpe_v
-    count = _up(plan.stages * 24, 128) + plan.stages * 2 * capacity * pitch
-    scratch = pitch
-    if q.row_classes:
-        entries = q.row_classes * q.slots
-        count += plan.stages * capacity * _pitch(entries * 2)
-        offsets = _up(entries * pitch + (2 * width - 1) * 4, 16)
-        count = _up(count + offsets + 2 * height * q.slots * 2, 16)
-    if k.row_classes:
-        entries = k.row_classes * k.slots
-        table = (k.row_classes + 1) * k.slots * 2 if k.is_bias else entries * pitch
-        offsets = _up(table + (2 * height + 1) * 4, 16)
-        count = _up(count + offsets + (2 * width + 13) * k.slots * 2, 16)
-        if not k.is_bias:
-            scratch = max(pitch, _pitch(entries * 2))
-    if v.row_classes:
-        table = _up(v.row_classes * v.slots, 16) * pitch
-        offsets = _up(table + (2 * height - 1) * 4, 16)
-        count = _up(count + offsets + (2 * width + 29) * (v.slots * 4 + 16), 16)
-        count += plan.warps * plan.strips * v.row_classes * v.slots // 8 * 512
-    strips = plan.warps * plan.strips * 16
-    return count + (strips * pitch if plan.prefetch_q else 0) + strips * scratch
-
-
-def _pitch(row_bytes: int) -> int:
-    return row_bytes if row_bytes // 16 % 2 else row_bytes + 16
-
-
-def _up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
-def _chunk_rows(height: int, width: int, target: int) -> int:
-    """Grid rows of a chunk: an even number, of a multiple of 16 keys, unless one holds all."""
-    step = next(rows for rows in range(2, 18, 2) if rows * width % 16 == 0)
-    return min(height, step * max(1, target // (step * width)))
 
 
 class Device(Protocol):
@@ -213,16 +95,17 @@ class Table(ctypes.Structure):
         return cls(rpe.table.data_ptr(), stride, rows.data_ptr(), columns.data_ptr())
 
 
-class ForwardParams(ctypes.Structure):
-    """Params of csrc/fused/config.cuh."""
+class Params(ctypes.Structure):
+    """That of csrc/fused/config.cuh."""
 
     _fields_ = (
         *((name, Matrix) for name in ("q", "k", "v", "out")),
-        ("lse", ctypes.c_void_p),
+        *((name, Matrix) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
+        *((name, ctypes.c_void_p) for name in ("lse", "delta", "sums_q", "sums_k", "sums_v")),
         *((name, Table) for name in ("rpe_q", "rpe_k", "rpe_v")),
         *((name, ctypes.c_void_p) for name in ("key_padding_mask", "seed")),
-        *((name, ctypes.c_int32) for name in ("batch", "heads")),
-        *((name, ctypes.c_float) for name in ("softmax_scale_log2", "dropout_scale")),
+        *((name, ctypes.c_int32) for name in ("B", "H")),
+        *((n, ctypes.c_float) for n in ("softmax_scale", "softmax_scale_log2", "dropout_scale")),
         ("dropout_threshold", ctypes.c_uint32),
     )
 
@@ -265,18 +148,24 @@ class Kernel:
             raise RuntimeError(f"{function} of attention_{self.name}: error {error} {said}".strip())
 
 
+NEEDED: dict[str, Needed] = {
+    "forward": forward_bytes,
+    "backward_queries": backward_queries_bytes,
+}
+
+
 @functools.cache
-def forward_kernel(shape: Shape, device: Device) -> Kernel:
-    """The forward for this shape, compiled on the first call.
+def kernel(name: str, shape: Shape, device: Device) -> Kernel:
+    """A kernel for this shape, compiled on the first call.
 
     Raises:
         ValueError: no plan fits in the shared memory of this device.
     """
-    plan = plan_forward(shape, device.shared_bytes)
-    if plan is None:
+    chosen = plan(shape, device.shared_bytes, NEEDED[name])
+    if chosen is None:
         raise ValueError(f"{shape} does not fit in {device.shared_bytes} bytes of shared memory")
     q, k, v = shape.rpe_q, shape.rpe_k, shape.rpe_v
-    shared_bytes = forward_bytes(shape, plan)
+    shared_bytes = NEEDED[name](shape, chosen)
     defines = {
         "BFLOAT16": shape.dtype == torch.bfloat16,
         "HEAD_DIM": shape.head_dim,
@@ -292,16 +181,16 @@ def forward_kernel(shape: Shape, device: Device) -> Kernel:
         "RPE_K_BIAS": k.is_bias,
         "RPE_V_ROWS": v.row_classes,
         "RPE_V_SLOTS": v.slots,
-        "WARPS": plan.warps,
-        "STRIPS": plan.strips,
-        "STAGES": plan.stages,
-        "AHEAD": plan.ahead,
-        "STEP_TILES": 6 if plan.strips == 2 and not v.row_classes else 4,
-        "PREFETCH_Q": plan.prefetch_q,
-        "CHUNK_KEYS": plan.chunk_keys,
+        "WARPS": chosen.warps,
+        "STRIPS": chosen.strips,
+        "STAGES": chosen.stages,
+        "AHEAD": chosen.ahead,
+        "STEP_TILES": 6 if chosen.strips == 2 and not v.row_classes else 4,
+        "PREFETCH_Q": chosen.prefetch_q,
+        "CHUNK_KEYS": chosen.chunk_keys,
         "SHARED_BYTES": shared_bytes,
     }
-    return Kernel("forward", defines, device, plan.warps * 32, shared_bytes)
+    return Kernel(name, defines, device, chosen.warps * 32, shared_bytes)
 
 
 def by_slot(tables: Sequence[Tensor], factors: Factors, rpe: Rpe) -> Tensor:
@@ -358,22 +247,82 @@ def forward(
     Returns:
         (B, H, L, D), in memory (B, L, H, D), and the log-sum-exp of the scores, (B, H, L) float32.
     """
-    batch, heads, length, dim = q.shape
-    out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
-    lse = q.new_empty(batch, heads, length, dtype=torch.float32)
-    threshold = round(dropout_p * 2**16)
-    params = ForwardParams(
-        *(Matrix.of(x) for x in (q, k, v, out)),
-        lse.data_ptr(),
-        *(Table.of(rpe) for rpe in (rpe_q, rpe_k, rpe_v)),
-        *(None if x is None else x.data_ptr() for x in (key_padding_mask, seed)),
-        batch,
-        heads,
-        scale * LOG2_E,
-        2**16 / (2**16 - threshold),
-        threshold,
-    )
-    groups = max(1, min(batch, device.num_sms // heads))
+    out, lse = _empty_like_tokens(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     if q.numel():
-        forward_kernel(shape, device).launch(heads * groups, params)
+        params = _params(q, rpe_q, rpe_k, rpe_v, scale, key_padding_mask, dropout_p, seed)
+        params.q, params.k, params.v, params.out = map(Matrix.of, (q, k, v, out))
+        params.lse = lse.data_ptr()
+        _launch("forward", shape, device, params)
     return out, lse
+
+
+def backward_queries(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpe_q: Operand | None,
+    rpe_k: Operand | None,
+    rpe_v: Operand | None,
+    *,
+    shape: Shape,
+    scale: float,
+    device: Device,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a backward sums up for each query; arguments as of `forward`, and its results.
+
+    Returns:
+        The gradient of q; delta, (B, H, L) float32, the products of grad_out and out; the bucket
+        sums of the scores' gradients for the terms on keys, and of the weights for those on values,
+        (B, L, H, row classes x slots).
+    """
+    batch, heads, length, _ = q.shape
+    grad_q, delta = _empty_like_tokens(q), torch.empty_like(lse)
+    sums_k, sums_v = (
+        q.new_empty(batch, length, heads, rpe.row_classes * rpe.slots)
+        for rpe in (shape.rpe_k, shape.rpe_v)
+    )
+    if q.numel():
+        params = _params(q, rpe_q, rpe_k, rpe_v, scale, key_padding_mask, dropout_p, seed)
+        params.q, params.k, params.v, params.out = map(Matrix.of, (q, k, v, out))
+        params.grad_out, params.grad_q = Matrix.of(grad_out), Matrix.of(grad_q)
+        params.lse, params.delta = lse.data_ptr(), delta.data_ptr()
+        params.sums_k, params.sums_v = sums_k.data_ptr(), sums_v.data_ptr()
+        _launch("backward_queries", shape, device, params)
+    return grad_q, delta, sums_k, sums_v
+
+
+def _empty_like_tokens(x: Tensor) -> Tensor:
+    """(B, H, L, D) in memory as (B, L, H, D): the heads of a token lie next to each other."""
+    batch, heads, length, dim = x.shape
+    return x.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _params(
+    q: Tensor,
+    rpe_q: Operand | None,
+    rpe_k: Operand | None,
+    rpe_v: Operand | None,
+    scale: float,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Params:
+    threshold = round(dropout_p * 2**16)
+    params = Params(B=q.shape[0], H=q.shape[1], dropout_threshold=threshold)
+    params.rpe_q, params.rpe_k, params.rpe_v = (Table.of(rpe) for rpe in (rpe_q, rpe_k, rpe_v))
+    params.softmax_scale, params.softmax_scale_log2 = scale, scale * LOG2_E
+    params.dropout_scale = 2**16 / (2**16 - threshold)
+    params.key_padding_mask = None if key_padding_mask is None else key_padding_mask.data_ptr()
+    params.seed = None if seed is None else seed.data_ptr()
+    return params
+
+
+def _launch(name: str, shape: Shape, device: Device, params: Params) -> None:
+    groups = max(1, min(params.B, device.num_sms // params.H))
+    kernel(name, shape, device).launch(params.H * groups, params)

@@ -7,26 +7,29 @@
 namespace irpe {
 
 // Constants of a head in shared memory, at these bytes from `base`; and a strip's sums.
+template <Rpe rpe, bool with_table = true>
 struct BucketSumLayout {
-  static constexpr int kSlots = kRpeV.slots, kHalves = kSlots / 8, kMargin = 15;
-  static constexpr int kTableRows = round_up(kRpeV.entries(), 16);
+  static constexpr int kSlots = rpe.slots, kHalves = kSlots / 8, kMargin = 15;
+  static constexpr int kTableRows = round_up(rpe.entries(), 16);
   static constexpr int kOneHotPitch = kSlots * 4 + 16;  // lanes with other keys hit other banks
   static constexpr int table = 0;
-  static constexpr int row_offsets = table + kTableRows * kPitch;  // by yi - yj + kGridH - 1
+  static constexpr int row_offsets =
+      table + (with_table ? kTableRows * kPitch : 0);  // by yi - yj + kGridH - 1
   static constexpr int one_hots = round_up(row_offsets + (2 * kGridH - 1) * 4, 16);  // by xi - xj
   static constexpr int bytes = one_hots + (2 * kGridW - 1 + 2 * kMargin) * kOneHotPitch;
   // float2 [class][half of the slots][rows g or g + 8][lane]
   static constexpr int kClassBytes = kHalves * 2 * kWarp * 8,
-                       kStripBytes = kRpeV.row_classes * kClassBytes;
+                       kStripBytes = rpe.row_classes * kClassBytes;
 };
 
+template <Rpe rpe, bool with_table = true>
 __device__ inline void load_bucket_sum_constants(uint32_t base, const Table& t, int h) {
-  using Layout = BucketSumLayout;
+  using Layout = BucketSumLayout<rpe, with_table>;
   const int tid = static_cast<int>(threadIdx.x);
   const uint16_t* table = static_cast<const uint16_t*>(t.data) + h * t.stride_h;
-  for (int n = tid; n < Layout::kTableRows * kDimTiles; n += kThreads) {
+  for (int n = tid; with_table && n < Layout::kTableRows * kDimTiles; n += kThreads) {
     const uint32_t to = base + Layout::table + n / kDimTiles * kPitch + n % kDimTiles * 16;
-    if (n < kRpeV.entries() * kDimTiles)
+    if (n < rpe.entries() * kDimTiles)
       cp_async(to, table + n * 8);
     else
       store_shared_x4(to, make_uint4(0, 0, 0, 0));
@@ -50,8 +53,9 @@ __device__ inline void load_bucket_sum_constants(uint32_t base, const Table& t, 
 
 // The sums of a strip so far. Those of the key row under way are in registers, the others in shared
 // memory, of which each lane has its own.
+template <Rpe rpe, bool with_table = true>
 struct BucketSums {
-  using Layout = BucketSumLayout;
+  using Layout = BucketSumLayout<rpe, with_table>;
   uint32_t bins;           // the lane's
   uint32_t row_offset[2];  // addresses of the classes' offsets, of rows g and g + 8
   uint32_t one_hots[2];    // of the columns of both groups
@@ -69,12 +73,12 @@ struct BucketSums {
           base + Layout::one_hots + g * 4 +
           (groups[n].column + kGridW - 1 + Layout::kMargin - 2 * t) * Layout::kOneHotPitch;
     }
-    for (int n = 0; n < kRpeV.row_classes * Layout::kHalves * 2; ++n)
+    for (int n = 0; n < rpe.row_classes * Layout::kHalves * 2; ++n)
       store_shared_float2(bins + n * kWarp * 8, {0, 0});
   }
 
   __device__ __forceinline__ void scale(const float (&factor)[2]) {
-    for (int n = 0; n < kRpeV.row_classes * Layout::kHalves * 2; ++n) {
+    for (int n = 0; n < rpe.row_classes * Layout::kHalves * 2; ++n) {
       const uint32_t at = bins + n * kWarp * 8;
       const float2 x = load_shared_float2(at);
       store_shared_float2(at, {x.x * factor[n % 2], x.y * factor[n % 2]});
@@ -159,7 +163,7 @@ struct BucketSums {
     for (int n = 0; n < 4; ++n) {  // rows g or g + 8 by n % 2; the first or second 8 of k
       const int eight = 2 * step + n / 2;
       float2 x = {0, 0};
-      if (eight < kRpeV.row_classes * Layout::kHalves)
+      if (eight < rpe.row_classes * Layout::kHalves)
         x = load_shared_float2(bins + (eight * 2 + n % 2) * kWarp * 8);
       if (has_prefix && is_prefix[n % 2]) {
         x = {0, eight == Layout::kHalves - 1 && lane % 4 == 3 ? total[n % 2] : 0};
@@ -172,7 +176,7 @@ struct BucketSums {
 #pragma unroll
     for (int rows = 0; rows < 2; ++rows) {
       float sum = 0;
-      for (int n = 0; n < kRpeV.row_classes * Layout::kHalves; ++n) {
+      for (int n = 0; n < rpe.row_classes * Layout::kHalves; ++n) {
         const float2 x = load_shared_float2(bins + (n * 2 + rows) * kWarp * 8);
         sum += x.x + x.y;
       }
@@ -183,8 +187,9 @@ struct BucketSums {
 };
 
 // out += bucket sums T_V
+template <Rpe rpe>
 __device__ __forceinline__ void add_table_values(uint32_t base, int item,
-                                                 const BucketSums (&sums)[M],
+                                                 const BucketSums<rpe> (&sums)[M],
                                                  float (&out)[M][kDimTiles][4], int lane) {
   const bool prefix = has_prefix(item);
   bool is_prefix[M][2] = {};
@@ -199,11 +204,11 @@ __device__ __forceinline__ void add_table_values(uint32_t base, int item,
     }
   }
 #pragma unroll
-  for (int n = 0; n < BucketSumLayout::kTableRows / 16; ++n) {
+  for (int n = 0; n < BucketSumLayout<rpe>::kTableRows / 16; ++n) {
     uint32_t a[M][4];
 #pragma unroll
     for (int m = 0; m < M; ++m) sums[m].operand(a[m], n, prefix, is_prefix[m], total[m], lane);
-    multiply_columns<M>(out, a, base + BucketSumLayout::table + n * 16 * kPitch, lane);
+    multiply_columns<M>(out, a, base + BucketSumLayout<rpe>::table + n * 16 * kPitch, lane);
   }
 }
 

@@ -111,13 +111,14 @@ struct Table {  // (H or 1, row_classes * slots, D); of a bias (H or 1, row_clas
   const uint8_t* column_class;  // by xi - xj + kGridW - 1
 };
 struct Params {
-  Matrix q, k, v, out;
-  float* lse;  // (B, H, L)
+  Matrix q, k, v, out, grad_out, grad_q, grad_k, grad_v;
+  float *lse, *delta;              // (B, H, L)
+  void *sums_q, *sums_k, *sums_v;  // (B, L, H, row_classes * slots), bucket sums of a backward
   Table rpe_q, rpe_k, rpe_v;
   const uint8_t* key_padding_mask;  // (B, L), not zero where a key must not be attended to
   const uint64_t* seed;             // of the dropout, one number
   int32_t B, H;
-  float softmax_scale_log2, dropout_scale;
+  float softmax_scale, softmax_scale_log2, dropout_scale;
   uint32_t dropout_threshold;  // a number is dropped whose 16 bits are below
 };
 

@@ -26,17 +26,25 @@ struct Philox {
   }
 };
 
-// Zeroes what is dropped in a 16 x 16 tile of weights, the left operand of a product: `row` is the
-// number of the lane's first row among all strips' rows, `step` that of the tile among an image's.
-// A word of the generator decides on one word of the operand, 16 bits on each number.
-__device__ __forceinline__ void drop(uint32_t (&a)[4], const Params& p, int bh, int row, int step,
-                                     int lane) {
-  const Philox draw(*p.seed, row, step * 4 + lane % 4, bh);
-#pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    if ((draw.words[n] & 0xffff) < p.dropout_threshold) a[n] &= 0xffff0000;
-    if (draw.words[n] >> 16 < p.dropout_threshold) a[n] &= 0xffff;
+// What is dropped of a 16 x 16 tile of weights: `row` is the number of the lane's first row among
+// all strips' rows, `step` that of the tile among an image's. A word decides on one word of the
+// tile as the left operand of a product, 16 bits on each number.
+struct Dropped {
+  Philox draw;
+  uint32_t threshold;
+
+  __device__ Dropped(const Params& p, int bh, int row, int step, int lane)
+      : draw(*p.seed, row, step * 4 + lane % 4, bh), threshold(p.dropout_threshold) {}
+  __device__ bool operator()(int word, int parity) const {
+    return (parity ? draw.words[word] >> 16 : draw.words[word] & 0xffff) < threshold;
   }
-}
+  __device__ void apply(uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      if ((*this)(n, 0)) a[n] &= 0xffff0000;
+      if ((*this)(n, 1)) a[n] &= 0xffff;
+    }
+  }
+};
 
 }  // namespace irpe

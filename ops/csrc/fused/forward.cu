@@ -7,9 +7,8 @@
 
 #include "bucket_sums.cuh"
 #include "dropout.cuh"
-#include "key_lookup.cuh"
-#include "lookup.cuh"
 #include "ring.cuh"
+#include "scores.cuh"
 
 namespace irpe {
 namespace {
@@ -23,60 +22,25 @@ constexpr int kW = kRing + kStages * kStageBytes;  // of keys
 constexpr int kWBytes = kRpeQ ? kChunkCapacity * KeyLookupLayout::kWPitch : 0;
 constexpr int kConstantsQ = kW + kStages * kWBytes;
 constexpr int kConstants = round_up(kConstantsQ + (kRpeQ ? KeyLookupLayout::bytes : 0), 16);
-constexpr int kConstantsV = round_up(kConstants + (kRpeK ? LookupK::bytes : 0), 16);
-constexpr int kBins = round_up(kConstantsV + (kRpeV ? BucketSumLayout::bytes : 0), 16);
-constexpr int kQ = kBins + (kRpeV ? kWarps * M * BucketSumLayout::kStripBytes : 0);
+constexpr int kConstantsV = round_up(kConstants + (kRpeK ? LookupLayout<kRpeK>::bytes : 0), 16);
+constexpr int kBins = round_up(kConstantsV + (kRpeV ? BucketSumLayout<kRpeV>::bytes : 0), 16);
+constexpr int kQ = kBins + (kRpeV ? kWarps * M * BucketSumLayout<kRpeV>::kStripBytes : 0);
 constexpr int kQStrip = 16 * kPitch;
-constexpr int kScratchStrip = 16 * max(kPitch, kRpeK && !kRpeK.bias ? LookupK::kWPitch : 0);
+constexpr int kScratchStrip =
+    16 * max(kPitch, kRpeK && !kRpeK.bias ? LookupLayout<kRpeK>::kWPitch : 0);
 constexpr int kScratch = kQ + (kPrefetchQ ? kWarps * M * kQStrip : 0);
 constexpr int kSharedBytes = kScratch + kWarps * M * kScratchStrip;
+constexpr int kOwnStrip = kPrefetchQ ? kQStrip : kScratchStrip;  // queries come to
 static_assert(kSharedBytes == SHARED_BYTES, "forward_bytes of fused_kernels.py counts otherwise");
 
-// What a warp works on: M strips of queries of one image.
-struct Item {
-  int number, b, h;
-  RowsA q[M];
-  StripLookup lookup[M];
-  KeyLookup key_lookup[M];
-  BucketSums sums[M];
+// Queries and their output so far.
+struct Item : Queries {
+  BucketSums<kRpeV> sums[M];
   float out[M][kDimTiles][4];
   // Times softmax_scale_log2, and behind the true one by at most kRescaleThreshold.
   float row_max[M][2];
   float row_sum[M][4];  // the same in all columns, as the tensor cores leave them
 };
-
-// Scores of tile `tile` of a chunk of `rows` grid rows.
-template <int tile, int rows, bool last>
-__device__ __forceinline__ void score(float (&s)[M][4], const Params& p, uint32_t keys, uint32_t w,
-                                      int chunk, Item& item, int lane) {
-  constexpr int kKeys = rows * kGridW + (last ? kPrefix : 0);
-  constexpr bool kWhole = tile * 8 + 8 <= kKeys;
-  RowsB k;
-  k.load(keys + tile * 8 * kPitch, lane);
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-    if constexpr (!kWhole) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        s[m][e] = tile * 8 + lane % 4 * 2 + e % 2 < kKeys ? 0.0f : -kInfinity;
-    }
-    if constexpr (bool(kRpeK)) add_lookup<tile, rows, last, kWhole>(s[m], item.lookup[m], lane);
-    multiply_rows<kWhole && !kRpeK>(s[m], item.q[m], k);
-    if constexpr (bool(kRpeQ)) item.key_lookup[m].template add<tile, rows>(s[m], w, lane);
-  }
-  if constexpr (kMask) {
-    const uint8_t* mask = p.key_padding_mask + static_cast<int64_t>(item.b) * kTokens;
-#pragma unroll
-    for (int parity = 0; parity < 2; ++parity) {
-      const int key = chunk * kChunkKeys + tile * 8 + lane % 4 * 2 + parity;
-      const bool masked = key < kTokens && mask[key < kPatches ? kPrefix + key : key - kPatches];
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        if (masked) s[m][parity] = s[m][parity + 2] = -kInfinity;
-      }
-    }
-  }
-}
 
 // The online softmax of `count` tiles of scores of strip m: scores become weights.
 template <int count, bool is_first>
@@ -137,7 +101,7 @@ __device__ __forceinline__ void add_values(const float (*s)[M][4], const Params&
     if constexpr (kDropout) {
       const int row = (item.number * M + m) * 8 + lane / 4,
                 step = chunk * (kChunkCapacity / 16) + tile / 2;
-      drop(a[m], p, item.b * p.H + item.h, row, step, lane);
+      Dropped(p, item.b * p.H + item.h, row, step, lane).apply(a[m]);
     }
     if constexpr (bool(kRpeV)) item.sums[m].template add<tile, rows, last>(a[m], lane);
   }
@@ -170,7 +134,7 @@ __device__ __forceinline__ void start_item(Item& item, uint32_t base, uint32_t q
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < M; ++m) {
-    item.q[m].load(q + m * kQStrip, lane);
+    item.q[m].load(q + m * kOwnStrip, lane);
 #pragma unroll
     for (int e = 0; e < 4; ++e) item.row_sum[m][e] = 0;
 #pragma unroll
@@ -181,21 +145,21 @@ __device__ __forceinline__ void start_item(Item& item, uint32_t base, uint32_t q
   }
   __syncwarp();
   if constexpr (kRpeK && !kRpeK.bias)
-    project_table(base + kConstants, scratch, item.q, kScratchStrip, lane);
+    project_table<kRpeK>(base + kConstants, scratch, item.q, kScratchStrip, lane);
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     const Group groups[2] = {Group(item.number, m * 2), Group(item.number, m * 2 + 1)};
     if constexpr (bool(kRpeQ)) item.key_lookup[m].start(base + kConstantsQ, groups, lane);
     if constexpr (bool(kRpeV)) {
-      const uint32_t bins = base + kBins + (warp * M + m) * BucketSumLayout::kStripBytes;
+      const uint32_t bins = base + kBins + (warp * M + m) * BucketSumLayout<kRpeV>::kStripBytes;
       item.sums[m].start(base + kConstantsV, bins, groups, lane);
     }
     if constexpr (bool(kRpeK)) {
       const uint32_t w = scratch + m * kScratchStrip;
       item.lookup[m].start(base + kConstants, w, groups, lane);
       if (!kRpeK.bias && has_prefix(item.number))
-        fill_prefix_rows(w, item.lookup[m].is_prefix, lane);
+        fill_prefix_rows<kRpeK>(w, item.lookup[m].is_prefix, lane);
     }
   }
   __syncwarp();
@@ -254,8 +218,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   if constexpr (bool(kRpeQ)) load_key_lookup_constants(base + kConstantsQ, p.rpe_q, h);
-  if constexpr (bool(kRpeK)) load_lookup_constants(base + kConstants, p.rpe_k, h);
-  if constexpr (bool(kRpeV)) load_bucket_sum_constants(base + kConstantsV, p.rpe_v, h);
+  if constexpr (bool(kRpeK)) load_lookup_constants<kRpeK>(base + kConstants, p.rpe_k, h);
+  if constexpr (bool(kRpeV)) load_bucket_sum_constants<kRpeV>(base + kConstantsV, p.rpe_v, h);
   // Free rows are computed too: they must hold numbers.
   for (int n = static_cast<int>(threadIdx.x) * 16; n < kSharedBytes - kQ; n += kThreads * 16) {
     store_shared_x4(base + kQ + n, make_uint4(0, 0, 0, 0));
@@ -283,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   copy_ahead();
   // Items of an image go to the warps by turns, so that each has as many in the long run.
   int turn = warp;
-  if (kPrefetchQ && turn < kItems) copy_queries(p.q, own_q, first_b, h, turn, lane);
+  if (kPrefetchQ && turn < kItems) copy_queries(p.q, own_q, kOwnStrip, first_b, h, turn, lane);
 
 #pragma unroll 1
   while (now.b < p.B) {
@@ -293,13 +257,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const bool more = now.pass + 1 < kPasses;
     const int next_turn = more ? turn : (turn + kWarps - kItems % kWarps) % kWarps;
     if (active) {
-      if (!kPrefetchQ) copy_queries(p.q, own_q, item.b, h, item.number, lane);
+      if (!kPrefetchQ) copy_queries(p.q, own_q, kOwnStrip, item.b, h, item.number, lane);
       start_item(item, base, own_q, scratch, warp, lane);
     }
     if (kPrefetchQ) {
       const int next = (more ? now.pass + 1 : 0) * kWarps + next_turn,
                 next_b = more ? now.b : now.b + step_b;
-      if (next < kItems && next_b < p.B) copy_queries(p.q, own_q, next_b, h, next, lane);
+      if (next < kItems && next_b < p.B) copy_queries(p.q, own_q, kOwnStrip, next_b, h, next, lane);
     }
     const auto chunk = [&](auto is_first, auto is_last) {
       constexpr bool first = decltype(is_first)::value, last = decltype(is_last)::value;

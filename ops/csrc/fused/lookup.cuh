@@ -7,8 +7,10 @@
 namespace irpe {
 
 // Constants of a head in shared memory, at these bytes from `base`.
-template <int row_classes, int slots, bool bias>
+template <Rpe rpe>
 struct LookupLayout {
+  static constexpr int row_classes = rpe.row_classes, slots = rpe.slots;
+  static constexpr bool bias = rpe.bias;
   static constexpr int kOneHotBytes = slots * 2, kMargin = 7;
   static constexpr int kTablePitch = bias ? slots * 2 : kPitch;
   static constexpr int kTableRows = bias ? row_classes + 1 : row_classes * slots;
@@ -20,21 +22,21 @@ struct LookupLayout {
   static constexpr int bytes = one_hots + (2 * kGridW - 1 + 2 * kMargin) * kOneHotBytes;
   static constexpr int kWPitch = pitch_of(row_classes * slots * 2);  // W of one query
 };
-using LookupK = LookupLayout<kRpeK.row_classes, kRpeK.slots, kRpeK.bias>;
 
+template <Rpe rpe>
 __device__ inline void load_lookup_constants(uint32_t base, const Table& t, int h) {
-  using Layout = LookupK;
+  using Layout = LookupLayout<rpe>;
   const int tid = static_cast<int>(threadIdx.x);
   const uint16_t* table = static_cast<const uint16_t*>(t.data) + h * t.stride_h;
-  if constexpr (kRpeK.bias) {
-    for (int n = tid; n < (kRpeK.row_classes + 1) * kRpeK.slots; n += kThreads) {
-      const int last = kRpeK.slots - 1;  // prefix queries have the prefix bucket with every key
-      const uint16_t x = table[n < kRpeK.entries() ? n : last];
+  if constexpr (rpe.bias) {
+    for (int n = tid; n < (rpe.row_classes + 1) * rpe.slots; n += kThreads) {
+      const int last = rpe.slots - 1;  // prefix queries have the prefix bucket with every key
+      const uint16_t x = table[n < rpe.entries() ? n : last];
       asm volatile("st.shared.u16 [%0], %1;" ::"r"(base + Layout::table + n * 2), "h"(x)
                    : "memory");
     }
   } else {
-    for (int n = tid; n < kRpeK.entries() * kDimTiles; n += kThreads) {
+    for (int n = tid; n < rpe.entries() * kDimTiles; n += kThreads) {
       const int row = n / kDimTiles, part = n % kDimTiles;
       cp_async(base + Layout::table + row * kPitch + part * 16, table + n * 8);
     }
@@ -43,9 +45,9 @@ __device__ inline void load_lookup_constants(uint32_t base, const Table& t, int 
   }
   for (int n = tid; n < 2 * kGridH + 1; n += kThreads) {
     const int row_class = t.row_class[min(max(n - 1, 0), 2 * kGridH - 2)];
-    store_shared(base + Layout::row_offsets + n * 4, row_class * kRpeK.slots * 2);
+    store_shared(base + Layout::row_offsets + n * 4, row_class * rpe.slots * 2);
   }
-  constexpr int kWords = kRpeK.slots / 2;
+  constexpr int kWords = rpe.slots / 2;
   for (int n = tid; n < (2 * kGridW - 1 + 2 * Layout::kMargin) * kWords; n += kThreads) {
     const int dx = n / kWords - Layout::kMargin - (kGridW - 1), slot = n % kWords * 2;
     const bool inside = -kGridW < dx && dx < kGridW;
@@ -56,6 +58,7 @@ __device__ inline void load_lookup_constants(uint32_t base, const Table& t, int 
 }
 
 // What a lane needs of a strip's lookups.
+template <Rpe rpe>
 struct StripLookup {
   uint32_t rows;         // of the lane's row of W, as a row of ldmatrix
   uint32_t row_offset;   // address of the offset of its class, against the chunk's first grid row
@@ -67,15 +70,16 @@ struct StripLookup {
                                         int lane) {
     const int row = lane % 16, g = lane / 4, t = lane % 4;
     const int y = min((row < 8 ? groups[0].first_y : groups[1].first_y) + row % 8, kGridH - 1);
-    rows = (kRpeK.bias ? base + LookupK::table : w + row * LookupK::kWPitch);
-    if (kRpeK.slots == 16) rows += lane / 16 * 16;
+    rows = (rpe.bias ? base + LookupLayout<rpe>::table : w + row * LookupLayout<rpe>::kWPitch);
+    if (rpe.slots == 16) rows += lane / 16 * 16;
     row_offset =
-        base + LookupK::row_offsets + (y + kGridH - (kRpeK.slots == 8 ? lane / 16 : 0)) * 4;
+        base + LookupLayout<rpe>::row_offsets + (y + kGridH - (rpe.slots == 8 ? lane / 16 : 0)) * 4;
     is_prefix = row < 8 ? groups[0].is_prefix(row) : groups[1].is_prefix(row - 8);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      one_hots[n] = base + LookupK::one_hots + t * 4 +
-                    (groups[n].column + kGridW - 1 + LookupK::kMargin - g) * LookupK::kOneHotBytes;
+      one_hots[n] = base + LookupLayout<rpe>::one_hots + t * 4 +
+                    (groups[n].column + kGridW - 1 + LookupLayout<rpe>::kMargin - g) *
+                        LookupLayout<rpe>::kOneHotBytes;
     }
   }
   __device__ __forceinline__ void next_chunk() { row_offset -= kChunkRows * 4; }
@@ -83,13 +87,14 @@ struct StripLookup {
   // The fragments of key row y of the chunk, of two rows where one has 8 slots.
   __device__ __forceinline__ void load(uint32_t (&to)[4], int y) const {
     uint32_t offset = load_shared(row_offset - y * 4);
-    if (kRpeK.bias && is_prefix) offset = kRpeK.entries() * 2;
+    if (rpe.bias && is_prefix) offset = rpe.entries() * 2;
     ldmatrix<4>(to, rows + offset);
   }
   // The columns' one-hots: words of keys [x0 + g] of a grid row for slots 2 t, 2 t + 1 (+ 8).
   __device__ __forceinline__ uint32_t one_hot(int group, int x0, int half, int g) const {
     if (x0 >= kGridW) return 0;
-    const uint32_t x = load_shared(one_hots[group] - x0 * LookupK::kOneHotBytes + half * 16);
+    const uint32_t x =
+        load_shared(one_hots[group] - x0 * LookupLayout<rpe>::kOneHotBytes + half * 16);
     const bool whole = 0 <= x0 && x0 + 8 <= kGridW;
     return whole || (0 <= x0 + g && x0 + g < kGridW) ? x : 0;
   }
@@ -97,8 +102,8 @@ struct StripLookup {
 
 // sums += W C for tile `tile` of a chunk with `keys` keys in `rows` grid rows; the rest are prefix
 // tokens. Called with tiles in order: fragments are kept for the tiles that share a key row.
-template <int tile, int rows, bool last, bool zero>
-__device__ __forceinline__ void add_lookup(float* sums, StripLookup& lookup, int lane) {
+template <int tile, int rows, bool last, bool zero, Rpe rpe>
+__device__ __forceinline__ void add_lookup(float* sums, StripLookup<rpe>& lookup, int lane) {
   constexpr int first = tile * 8, patches = rows * kGridW, keys = patches + (last ? kPrefix : 0);
   constexpr int y0 = min(first / kGridW, rows - 1), y1 = min((first + 7) / kGridW, rows - 1);
   const int g = lane / 4, t = lane % 4;
@@ -106,7 +111,7 @@ __device__ __forceinline__ void add_lookup(float* sums, StripLookup& lookup, int
     uint32_t x = lookup.one_hot(group, first - y * kGridW, half, g);
     if (first + 7 >= patches && y == y1) {  // prefix tokens have the last slot
       const bool prefix = first + g >= patches && first + g < keys;
-      const bool mine = t == 3 && half == kRpeK.slots / 8 - 1;
+      const bool mine = t == 3 && half == rpe.slots / 8 - 1;
       if (first + g >= patches) x = prefix && mine ? kOne << 16 : 0;
     }
     return x;
@@ -120,7 +125,7 @@ __device__ __forceinline__ void add_lookup(float* sums, StripLookup& lookup, int
       mma_k16(sums, a0, a1, a2, a3, b0, b1);
     start = false;
   };
-  if constexpr (kRpeK.slots == 8) {
+  if constexpr (rpe.slots == 8) {
     // A fragment holds two key rows; those that the tile before has used are there.
     const auto fragment = [&](int y) {
       const bool kept = tile > 0 && (first - 1) / kGridW >= y / 2 * 2;
@@ -161,9 +166,10 @@ __device__ __forceinline__ void add_lookup(float* sums, StripLookup& lookup, int
 }
 
 // W of M strips from their queries, into shared memory.
+template <Rpe rpe>
 __device__ __forceinline__ void project_table(uint32_t base, uint32_t w, const RowsA (&q)[M],
                                               int strip_bytes, int lane) {
-  constexpr int kTiles = kRpeK.entries() / 8, kBatch = 14 / M;
+  constexpr int kTiles = rpe.entries() / 8, kBatch = 14 / M;
 #pragma unroll 1
   for (int first = 0; first < kTiles; first += kBatch) {
     // All products before the first store: ptxas moves no ldmatrix over a store to shared memory.
@@ -171,7 +177,7 @@ __device__ __forceinline__ void project_table(uint32_t base, uint32_t w, const R
 #pragma unroll
     for (int n = 0; n < kBatch; ++n) {
       RowsB table;
-      table.load(base + LookupK::table + min(first + n, kTiles - 1) * 8 * kPitch, lane);
+      table.load(base + LookupLayout<rpe>::table + min(first + n, kTiles - 1) * 8 * kPitch, lane);
 #pragma unroll
       for (int m = 0; m < M; ++m) multiply_rows<true>(sums[n][m], q[m], table);
     }
@@ -180,21 +186,22 @@ __device__ __forceinline__ void project_table(uint32_t base, uint32_t w, const R
       if (kTiles % kBatch && first + n >= kTiles) break;
 #pragma unroll
       for (int m = 0; m < M; ++m) {
-        const uint32_t to =
-            w + m * strip_bytes + lane / 4 * LookupK::kWPitch + (first + n) * 16 + lane % 4 * 4;
+        const uint32_t to = w + m * strip_bytes + lane / 4 * LookupLayout<rpe>::kWPitch +
+                            (first + n) * 16 + lane % 4 * 4;
         store_shared(to, pack(sums[n][m][0], sums[n][m][1]));
-        store_shared(to + 8 * LookupK::kWPitch, pack(sums[n][m][2], sums[n][m][3]));
+        store_shared(to + 8 * LookupLayout<rpe>::kWPitch, pack(sums[n][m][2], sums[n][m][3]));
       }
     }
   }
 }
 
 // Prefix tokens have one bucket with every key: their rows of W get it everywhere.
+template <Rpe rpe>
 __device__ __forceinline__ void fill_prefix_rows(uint32_t w, bool is_prefix, int lane) {
   if (lane < 16 && is_prefix) {
-    const uint32_t row = w + lane * LookupK::kWPitch;
-    const uint32_t x = load_shared_u16(row + (kRpeK.slots - 1) * 2) * 0x10001;
-    for (int n = 0; n < kRpeK.entries() / 8; ++n)
+    const uint32_t row = w + lane * LookupLayout<rpe>::kWPitch;
+    const uint32_t x = load_shared_u16(row + (rpe.slots - 1) * 2) * 0x10001;
+    for (int n = 0; n < rpe.entries() / 8; ++n)
       store_shared_x4(row + n * 16, make_uint4(x, x, x, x));
   }
 }

@@ -92,7 +92,7 @@ __device__ __forceinline__ void mma_k8(float* c, uint32_t a0, uint32_t a1, uint3
 
 constexpr uint32_t kOne = kBFloat16 ? 0x3f80 : 0x3c00;
 constexpr uint32_t kOnes = kOne | kOne << 16;
-constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLn2 = 0.6931471805599453f, kLog2E = 1.4426950408889634f;
 #define kInfinity __int_as_float(0x7f800000)
 
 __device__ __forceinline__ uint32_t pack(float low, float high) {
@@ -112,6 +112,27 @@ __device__ __forceinline__ float log2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// The low and the high number of a word.
+__device__ __forceinline__ float2 unpack(uint32_t x) {
+  if constexpr (kBFloat16) return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)};
+  float2 r;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
+      "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+      : "=f"(r.x), "=f"(r.y)
+      : "r"(x));
+  return r;
+}
+__device__ __forceinline__ float dot(uint4 x, uint4 y) {
+  float sum = 0;
+  const uint32_t a[4] = {x.x, x.y, x.z, x.w}, b[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    const float2 u = unpack(a[n]), v = unpack(b[n]);
+    sum = fmaf(u.x, v.x, fmaf(u.y, v.y, sum));
+  }
+  return sum;
 }
 
 // ---- shared memory ----

@@ -49,8 +49,8 @@ __device__ __forceinline__ bool has_prefix(int item) {
 }
 
 // The queries of an item. Free rows keep what is there: no other row sees it.
-__device__ __forceinline__ void copy_queries(const Matrix& x, uint32_t to, int b, int h, int item,
-                                             int lane) {
+__device__ __forceinline__ void copy_queries(const Matrix& x, uint32_t to, int strip_bytes, int b,
+                                             int h, int item, int lane) {
   const uint16_t* q = head_of(x, b, h) + lane % kRowLanes * 8;
   to += lane / kRowLanes * kPitch + lane % kRowLanes * 16;
 #pragma unroll
@@ -60,7 +60,8 @@ __device__ __forceinline__ void copy_queries(const Matrix& x, uint32_t to, int b
 #pragma unroll
     for (int row = 0; row < 8; row += kRowsAtOnce) {
       if (group.is_patch(row + lane / kRowLanes)) {
-        copy_row(to + (n * 8 + row) * kPitch, from + row * kGridW * x.stride_l, lane);
+        copy_row(to + n / 2 * strip_bytes + (n % 2 * 8 + row) * kPitch,
+                 from + row * kGridW * x.stride_l, lane);
       }
     }
   }
@@ -69,7 +70,9 @@ __device__ __forceinline__ void copy_queries(const Matrix& x, uint32_t to, int b
     for (int row = 0; row < 16 * M; row += kRowsAtOnce) {
       const Group group(item, row / 8);
       const int r = row % 8 + lane / kRowLanes;
-      if (group.is_prefix(r)) copy_row(to + row * kPitch, q + group.token(r) * x.stride_l, lane);
+      if (group.is_prefix(r))
+        copy_row(to + row / 16 * strip_bytes + row % 16 * kPitch, q + group.token(r) * x.stride_l,
+                 lane);
     }
   }
   cp_async_commit();

@@ -85,10 +85,7 @@ __device__ __forceinline__ void multiply_columns(float (&sums)[M][kDimTiles][4],
 
 // ---- rows between device memory and shared memory ----
 
-constexpr int kRowLanes = kDimTiles >= 8   ? 8
-                          : kDimTiles >= 4 ? 4
-                          : kDimTiles >= 2 ? 2
-                                           : 1;  // of a row
+constexpr int kRowLanes = kDimTiles >= 8 ? 8 : 4;  // of a row, so that no group is passed at once
 constexpr int kRowsAtOnce = kWarp / kRowLanes;
 
 // `to` and `from` are where the lane's first 16 bytes lie.

@@ -1,0 +1,368 @@
+// The gradient of the queries, and what relative position on keys and values needs of them.
+//
+// Scores and weights P are computed again from the log-sum-exp. With U = grad_out T_V^T looked up,
+// P' the weights that dropout left, scaled up, and b the buckets:
+//
+//   delta_i = grad_out_i . out_i          dP[i,j] = grad_out_i . v_j + U[i, b(i,j)]
+//   dS[i,j] = P[i,j] (dP'[i,j] - delta_i)
+//   grad_q = scale (dS k + sums_k T_K^T)  sums_k = bucket sums of dS, sums_v = those of P'
+//
+// The table's gradients are products of these sums with q and grad_out, left to PyTorch.
+
+#include "bucket_sums.cuh"
+#include "dropout.cuh"
+#include "ring.cuh"
+#include "scores.cuh"
+
+namespace irpe {
+namespace {
+
+using SumsK = BucketSumLayout<kRpeK, !kRpeK.bias>;
+using SumsV = BucketSumLayout<kRpeV, false>;
+
+// Shared memory, in bytes from its beginning.
+constexpr int kFull = 0, kEmpty = kStages * 8, kProjected = kStages * 16;  // mbarriers
+constexpr int kRing = round_up(kStages * 24, 128);
+constexpr int kW = kRing + kStages * kStageBytes;  // of keys
+constexpr int kWBytes = kRpeQ ? kChunkCapacity * KeyLookupLayout::kWPitch : 0;
+constexpr int kConstantsQ = kW + kStages * kWBytes;
+constexpr int kLookupK = round_up(kConstantsQ + (kRpeQ ? KeyLookupLayout::bytes : 0), 16);
+constexpr int kSumsK = round_up(kLookupK + (kRpeK ? LookupLayout<kRpeK>::bytes : 0), 16);
+constexpr int kLookupV = round_up(kSumsK + (kRpeK ? SumsK::bytes : 0), 16);
+constexpr int kSumsV = round_up(kLookupV + (kRpeV ? LookupLayout<kRpeV>::bytes : 0), 16);
+constexpr int kBinsK = round_up(kSumsV + (kRpeV ? SumsV::bytes : 0), 16);
+constexpr int kBinsV = kBinsK + (kRpeK ? kWarps * M * SumsK::kStripBytes : 0);
+// Queries, then W of keys, then grad_q; grad_out, then W of values.
+constexpr int kRows = kBinsV + (kRpeV ? kWarps * M * SumsV::kStripBytes : 0);
+constexpr int kRowsStrip =
+    16 * max(kPitch, kRpeK && !kRpeK.bias ? LookupLayout<kRpeK>::kWPitch : 0);
+constexpr int kGrad = kRows + kWarps * M * kRowsStrip;
+constexpr int kGradStrip = 16 * max(kPitch, kRpeV ? LookupLayout<kRpeV>::kWPitch : 0);
+constexpr int kSharedBytes = kGrad + kWarps * M * kGradStrip;
+static_assert(kSharedBytes == SHARED_BYTES,
+              "backward_queries_bytes of fused_kernels.py counts otherwise");
+
+struct Item : Queries {
+  RowsA grad_out[M];
+  StripLookup<kRpeV> lookup_v[M];
+  BucketSums<kRpeK, !kRpeK.bias> sums_k[M];
+  BucketSums<kRpeV, false> sums_v[M];
+  float grad_q[M][kDimTiles][4];
+  float lse[M][2], delta[M][2];  // the first one in powers of two
+};
+
+// Of two tiles of keys from `tile` on of a chunk of `rows` grid rows.
+template <int tile, int rows, bool last>
+__device__ __forceinline__ void attend(const Params& p, uint32_t keys, uint32_t w, int chunk,
+                                       Item& item, int lane) {
+  float s[2][M][4], grad[2][M][4];
+  for_each<2>([&]<int n>() {
+    score<tile + n, rows, last>(s[n], p, keys, w, chunk, item, lane);
+    RowsB v;
+    v.load(keys + (kChunkCapacity + (tile + n) * 8) * kPitch, lane);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      if constexpr (bool(kRpeV))
+        add_lookup<tile + n, rows, last, true>(grad[n][m], item.lookup_v[m], lane);
+      multiply_rows<!kRpeV>(grad[n][m], item.grad_out[m], v);
+    }
+  });
+  uint32_t a[M][4];
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    uint32_t weights[4];
+    float kept[2][4];  // weights
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        s[n][m][e] = exp2_approx(fmaf(s[n][m][e], p.softmax_scale_log2, -item.lse[m][e / 2]));
+        kept[n][e] = s[n][m][e];
+      }
+    }
+    if constexpr (kDropout) {
+      const int row = (item.number * M + m) * 8 + lane / 4,
+                step = chunk * (kChunkCapacity / 16) + tile / 2;
+      const Dropped dropped(p, item.b * p.H + item.h, row, step, lane);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float factor = dropped(n * 2 + e / 2, e % 2) ? 0.0f : p.dropout_scale;
+          kept[n][e] *= factor, grad[n][m][e] *= factor;
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[n][m][e] *= grad[n][m][e] - item.delta[m][e / 2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        a[m][n * 2 + half] = pack(s[n][m][2 * half], s[n][m][2 * half + 1]);
+        weights[n * 2 + half] = pack(kept[n][2 * half], kept[n][2 * half + 1]);
+      }
+    }
+    if constexpr (bool(kRpeK)) item.sums_k[m].template add<tile, rows, last>(a[m], lane);
+    if constexpr (bool(kRpeV)) item.sums_v[m].template add<tile, rows, last>(weights, lane);
+  }
+  multiply_columns<M>(item.grad_q, a, keys + tile * 8 * kPitch, lane);
+}
+
+// delta of an item's rows, whose grad_out lies at `rows`.
+__device__ __forceinline__ void dot_rows(const Params& p, uint32_t rows, int b, int h, int item,
+                                         int lane) {
+  const uint16_t* out = head_of(p.out, b, h) + lane % kRowLanes * 8;
+  float* delta = p.delta + (static_cast<int64_t>(b) * p.H + h) * kTokens;
+#pragma unroll 1
+  for (int row = 0; row < 16 * M; row += kRowsAtOnce) {
+    const Group group(item, row / 8);
+    const int r = row % 8 + lane / kRowLanes;
+    const bool used = group.is_patch(r) || group.is_prefix(r);
+    const int token = used ? group.token(r) : 0;
+    const uint32_t at = rows + row / 16 * kGradStrip + (row % 16 + lane / kRowLanes) * kPitch +
+                        lane % kRowLanes * 16;
+    float sum = 0;
+#pragma unroll
+    for (int n = 0; n < kDimTiles; n += kRowLanes) {
+      if (n + kRowLanes <= kDimTiles || n + lane % kRowLanes < kDimTiles) {
+        const uint4 x = *reinterpret_cast<const uint4*>(out + token * p.out.stride_l + n * 8);
+        sum += dot(x, load_shared_x4(at + n * 16));
+      }
+    }
+#pragma unroll
+    for (int n = 1; n < kRowLanes; n *= 2) sum += __shfl_xor_sync(~0u, sum, n);
+    if (lane % kRowLanes == 0 && used) delta[token] = sum;
+  }
+}
+
+__device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t base,
+                                           uint32_t rows, uint32_t grad, int warp, int lane) {
+  copy_queries(p.grad_out, grad, kGradStrip, item.b, item.h, item.number, lane);
+  copy_queries(p.q, rows, kRowsStrip, item.b, item.h, item.number, lane);
+  cp_async_wait<0>();
+  __syncwarp();
+  dot_rows(p, grad, item.b, item.h, item.number, lane);
+  __syncwarp();
+  const int64_t head = (static_cast<int64_t>(item.b) * p.H + item.h) * kTokens;
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    item.q[m].load(rows + m * kRowsStrip, lane);
+    item.grad_out[m].load(grad + m * kGradStrip, lane);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Group group(item.number, m * 2 + half);
+      const int g = lane / 4;
+      const bool used = group.is_patch(g) || group.is_prefix(g);
+      // Free rows have no weights.
+      item.lse[m][half] = used ? p.lse[head + group.token(g)] * kLog2E : kInfinity;
+      item.delta[m][half] = used ? p.delta[head + group.token(g)] : 0.0f;
+    }
+#pragma unroll
+    for (int n = 0; n < kDimTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) item.grad_q[m][n][e] = 0;
+    }
+  }
+  __syncwarp();
+  if constexpr (kRpeK && !kRpeK.bias)
+    project_table<kRpeK>(base + kLookupK, rows, item.q, kRowsStrip, lane);
+  if constexpr (bool(kRpeV))
+    project_table<kRpeV>(base + kLookupV, grad, item.grad_out, kGradStrip, lane);
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    const Group groups[2] = {Group(item.number, m * 2), Group(item.number, m * 2 + 1)};
+    const uint32_t w = rows + m * kRowsStrip, w_v = grad + m * kGradStrip;
+    if constexpr (bool(kRpeQ)) item.key_lookup[m].start(base + kConstantsQ, groups, lane);
+    if constexpr (bool(kRpeK)) {
+      item.lookup[m].start(base + kLookupK, w, groups, lane);
+      if (!kRpeK.bias && has_prefix(item.number))
+        fill_prefix_rows<kRpeK>(w, item.lookup[m].is_prefix, lane);
+      item.sums_k[m].start(base + kSumsK, base + kBinsK + (warp * M + m) * SumsK::kStripBytes,
+                           groups, lane);
+    }
+    if constexpr (bool(kRpeV)) {
+      item.lookup_v[m].start(base + kLookupV, w_v, groups, lane);
+      if (has_prefix(item.number)) fill_prefix_rows<kRpeV>(w_v, item.lookup_v[m].is_prefix, lane);
+      item.sums_v[m].start(base + kSumsV, base + kBinsV + (warp * M + m) * SumsV::kStripBytes,
+                           groups, lane);
+    }
+  }
+  __syncwarp();
+}
+
+// Bucket sums 16 `step` to 16 `step` + 15 of strip m.
+template <Rpe rpe>
+__device__ __forceinline__ void store_sums(const Params& p, void* to, const uint32_t (&a)[4],
+                                           const Queries& item, int m, int step, int lane) {
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    const Group group(item.number, m * 2 + n % 2);
+    const int g = lane / 4, entry = step * 16 + n / 2 * 8 + lane % 4 * 2;
+    if (entry < rpe.entries() && (group.is_patch(g) || group.is_prefix(g))) {
+      const int64_t row = (static_cast<int64_t>(item.b) * kTokens + group.token(g)) * p.H + item.h;
+      static_cast<uint32_t*>(to)[(row * rpe.entries() + entry) / 2] = a[n];
+    }
+  }
+}
+
+__device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_t base,
+                                            uint32_t rows, int lane) {
+  const bool prefix = has_prefix(item.number);
+  bool is_prefix[M][2] = {};
+#pragma unroll
+  for (int m = 0; prefix && m < M; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      is_prefix[m][half] = Group(item.number, 2 * m + half).is_prefix(lane / 4);
+    }
+  }
+  if constexpr (bool(kRpeK)) {
+    // A term on keys adds one number to all scores of a prefix query: its gradient is 0, and not
+    // the rounding errors of a sum.
+    const float zero[2] = {0, 0};
+#pragma unroll
+    for (int n = 0; n < SumsK::kTableRows / 16; ++n) {
+      uint32_t a[M][4];
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        item.sums_k[m].operand(a[m], n, prefix, is_prefix[m], zero, lane);
+        store_sums<kRpeK>(p, p.sums_k, a[m], item, m, n, lane);
+      }
+      if constexpr (!kRpeK.bias)
+        multiply_columns<M>(item.grad_q, a, base + kSumsK + n * 16 * kPitch, lane);
+    }
+  }
+  if constexpr (bool(kRpeV)) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      float total[2] = {0, 0};
+      if (prefix) item.sums_v[m].totals(total);
+#pragma unroll
+      for (int n = 0; n < SumsV::kTableRows / 16; ++n) {
+        uint32_t a[4];
+        item.sums_v[m].operand(a, n, prefix, is_prefix[m], total, lane);
+        store_sums<kRpeV>(p, p.sums_v, a, item, m, n, lane);
+      }
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < kDimTiles; ++n) {
+      const float (&x)[4] = item.grad_q[m][n];
+      const uint32_t to = rows + m * kRowsStrip + lane / 4 * kPitch + n * 16 + lane % 4 * 4;
+      store_shared(to, pack(x[0] * p.softmax_scale, x[1] * p.softmax_scale));
+      store_shared(to + 8 * kPitch, pack(x[2] * p.softmax_scale, x[3] * p.softmax_scale));
+    }
+  }
+  __syncwarp();
+  store_queries(p.grad_q, rows, kRowsStrip, item.b, item.h, item.number, lane);
+  __syncwarp();
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    attention_backward_queries(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) unsigned char shared_memory[];
+  const uint32_t base = shared_address(shared_memory);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0);
+  const int h = static_cast<int>(blockIdx.x) % p.H, first_b = static_cast<int>(blockIdx.x) / p.H;
+  const int step_b = static_cast<int>(gridDim.x) / p.H;
+
+  if (threadIdx.x == 0) {
+    for (int n = 0; n < kStages; ++n) {
+      mbarrier_init(base + kFull + n * 8, kThreads);
+      mbarrier_init(base + kEmpty + n * 8, kWarps);
+      mbarrier_init(base + kProjected + n * 8, kWarps);
+    }
+  }
+  if constexpr (bool(kRpeQ)) load_key_lookup_constants(base + kConstantsQ, p.rpe_q, h);
+  if constexpr (bool(kRpeK)) {
+    load_lookup_constants<kRpeK>(base + kLookupK, p.rpe_k, h);
+    load_bucket_sum_constants<kRpeK, !kRpeK.bias>(base + kSumsK, p.rpe_k, h);
+  }
+  if constexpr (bool(kRpeV)) {
+    load_lookup_constants<kRpeV>(base + kLookupV, p.rpe_v, h);
+    load_bucket_sum_constants<kRpeV, false>(base + kSumsV, p.rpe_v, h);
+  }
+  // Free rows are computed too: they must hold numbers.
+  for (int n = static_cast<int>(threadIdx.x) * 16; n < kSharedBytes - kRows; n += kThreads * 16) {
+    store_shared_x4(base + kRows + n, make_uint4(0, 0, 0, 0));
+  }
+  __syncthreads();
+
+  const uint32_t rows = base + kRows + warp * M * kRowsStrip,
+                 grad = base + kGrad + warp * M * kGradStrip;
+  Stream ahead(first_b), now(first_b);
+  int lead = 0;  // chunks of which this warp has started its share, from `now` on
+  // Starts more of them: without waiting, if the one that is needed next is under way.
+  const auto copy_ahead = [&] {
+    while (lead < kAhead && ahead.b < p.B) {
+      const bool is_free = mbarrier_test(base + kEmpty + ahead.stage * 8, ahead.phase ^ 1);
+      if (!__all_sync(~0u, is_free)) {
+        if (lead > 0) return;
+        continue;
+      }
+      const uint32_t to = base + kRing + ahead.stage * kStageBytes;
+      copy_chunk(p, to, base + kFull + ahead.stage * 8, ahead, h, warp, lane);
+      ahead.next(step_b);
+      ++lead;
+    }
+  };
+  copy_ahead();
+  int turn = warp;
+
+#pragma unroll 1
+  while (now.b < p.B) {
+    Item item;
+    item.number = now.pass * kWarps + turn, item.b = now.b, item.h = h;
+    const bool active = item.number < kItems, more = now.pass + 1 < kPasses;
+    if (!more) turn = (turn + kWarps - kItems % kWarps) % kWarps;
+    if (active) start_item(item, p, base, rows, grad, warp, lane);
+    const auto chunk = [&](auto is_last) {
+      constexpr bool last = decltype(is_last)::value;
+      constexpr int kGridRows = last ? kLastRows : kChunkRows;
+      constexpr int kKeys = round_up(kGridRows * kGridW + (last ? kPrefix : 0), 16);
+      copy_ahead();
+      mbarrier_wait(base + kFull + now.stage * 8, now.phase);
+      const uint32_t keys = base + kRing + now.stage * kStageBytes,
+                     w = base + kW + now.stage * kWBytes;
+      if constexpr (bool(kRpeQ)) {
+        const uint32_t projected = base + kProjected + now.stage * 8;
+        project_keys(base + kConstantsQ, keys, w, kKeys, last ? kGridRows * kGridW : kKeys, warp,
+                     lane);
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(projected);
+        mbarrier_wait(projected, now.phase);
+      }
+      if (active) {
+        for_each<kKeys / 16>(
+            [&]<int n>() { attend<2 * n, kGridRows, last>(p, keys, w, now.chunk, item, lane); });
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          item.lookup[m].next_chunk();
+          item.key_lookup[m].next_chunk();
+          item.sums_k[m].next_chunk();
+          item.lookup_v[m].next_chunk();
+          item.sums_v[m].next_chunk();
+        }
+      }
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(base + kEmpty + now.stage * 8);
+      now.next(step_b);
+      --lead;
+    };
+#pragma unroll 1
+    for (int n = 0; n < kChunks - 1; ++n) chunk(Bool<false>{});
+    chunk(Bool<true>{});
+    if (active) finish_item(p, item, base, rows, lane);
+  }
+  cp_async_wait<0>();
+}
+
+}  // namespace irpe
