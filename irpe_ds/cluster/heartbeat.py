@@ -60,6 +60,10 @@ class Heartbeat:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self.ranks.world_size > 1 and kind is not None:
+            # The connection to a rank that has ended over this silence, a moment earlier.
+            if time.monotonic() - self._last_contact > self.silence:
+                self._abort(self._lost(0))
         self._stopping.set()
         if self.ranks.world_size > 1 and kind is None:
             for thread in self._threads:

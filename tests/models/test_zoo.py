@@ -6,9 +6,10 @@ sums. Where this CPU rounds as the one that made the golden data, 1e-3 is asked 
 ROUNDING, for the golden logits may lie on one side of the exact ones and ours on the other.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,12 @@ SMALL_CROSS = "deit_small_patch16_224_ctx_cross_56_shared_k"
 
 Logits = Callable[..., np.ndarray]
 Fill = Callable[[str, tuple[int, ...], float], Tensor]
+
+
+def with_base_slow(names: Iterable[str]) -> list[Any]:
+    """Models of base size are left to `make test-slow`."""
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=slow if "_base_" in name else ()) for name in names]
 
 
 def golden_weight(fill: Fill, key: str, shape: tuple[int, ...]) -> Tensor:
@@ -92,7 +99,7 @@ class TestGolden:
         keys = [f"{k}:{','.join(map(str, w.shape))}" for k, w in model.state_dict().items()]
         assert keys == GOLDEN[f"{name}|keys"].tolist()
 
-    @pytest.mark.parametrize("name", ZOO)
+    @pytest.mark.parametrize("name", with_base_slow(ZOO))
     def test_logits(self, name: str, logits: Logits, monkeypatch: pytest.MonkeyPatch) -> None:
         """With RPE on values in the released order of sums; the others have but one order."""
         if name in WITH_VALUES:
@@ -105,7 +112,7 @@ class TestGolden:
         rounds_alike = distance(logits(of_k), of_k) == 0
         assert distance(ours, name) <= (1e-3 if rounds_alike else 2 * ROUNDING[size])
 
-    @pytest.mark.parametrize("name", WITH_VALUES)
+    @pytest.mark.parametrize("name", with_base_slow(WITH_VALUES))
     def test_logits_by_bucket_sums(self, name: str, logits: Logits) -> None:
         """The real path, and in float64 the mathematics free of any rounding but the golden's."""
         rounding = ROUNDING[size_of(name)]

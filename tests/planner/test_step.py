@@ -158,6 +158,7 @@ class TestPlan:
             assert [row.cluster.gpus for row in rows][:4] == [1, 2, 4, 8]
 
 
+@pytest.mark.slow
 class TestPublished:
     """What others have measured, within 25 % of the plan with the shares assumed by default.
 
@@ -185,6 +186,7 @@ class TestPublished:
         assert row.images_per_s == pytest.approx(images_per_s, rel=0.25)
 
 
+@pytest.mark.slow
 class TestPublishedNodes:
     """ViT g/14 under NVIDIA NeMo on 1 to 16 nodes of 8 GPUs, bf16, global batch 4096.
 
