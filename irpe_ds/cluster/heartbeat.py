@@ -60,12 +60,11 @@ class Heartbeat:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.ranks.world_size > 1 and kind is not None:
-            # The connection to a rank that has ended over this silence, a moment earlier.
-            if time.monotonic() - self._last_contact > self.silence:
-                self._abort(self._lost(0))
+        distributed = self.ranks.world_size > 1
+        if distributed and kind is not None and self._seconds_of_silence() > self.silence:
+            self._abort(self._lost(0))  # the error is that another rank has already ended over it
         self._stopping.set()
-        if self.ranks.world_size > 1 and kind is None:
+        if distributed and kind is None:
             for thread in self._threads:
                 thread.join()
             self.ranks.any_rank(False)  # a barrier: rank 0 serves the store until all are done
@@ -100,9 +99,12 @@ class Heartbeat:
     def _watch(self) -> None:
         """End this rank when rank 0 does not answer."""
         while not self._stopping.wait(self.silence / BEATS):
-            silent = time.monotonic() - self._last_contact
-            if silent > self.silence + 3 * self.silence / BEATS:
+            if self._seconds_of_silence() > self.silence + 3 * self.silence / BEATS:
                 self._abort(self._lost(0))
+
+    def _seconds_of_silence(self) -> float:
+        """For how long rank 0 has not answered."""
+        return time.monotonic() - self._last_contact
 
     def _publish_lost(self, rank: int) -> None:
         self._store.set(FAILURE, self._lost(rank))
