@@ -12,6 +12,7 @@ from torch import Tensor
 from irpe_ds.ops.build import nvrtc
 from irpe_ds.ops.factors import Factors
 from irpe_ds.ops.fused_plan import (
+    MAX_CHUNK_KEYS,
     Needed,
     Rpe,
     Shape,
@@ -159,11 +160,12 @@ def kernel(name: str, shape: Shape, device: Device) -> Kernel:
     """A kernel for this shape, compiled on the first call.
 
     Raises:
-        ValueError: no plan fits in the shared memory of this device.
+        ValueError: no plan fits this device.
     """
     chosen = plan(shape, device.shared_bytes, NEEDED[name])
     if chosen is None:
-        raise ValueError(f"{shape} does not fit in {device.shared_bytes} bytes of shared memory")
+        limits = f"{device.shared_bytes} bytes of shared memory, chunks of {MAX_CHUNK_KEYS} keys"
+        raise ValueError(f"{shape} does not fit: {limits}")
     q, k, v = shape.rpe_q, shape.rpe_k, shape.rpe_v
     shared_bytes = NEEDED[name](shape, chosen)
     defines = {

@@ -8,6 +8,8 @@ import torch
 from irpe_ds.ops.factors import Factors
 
 MAX_SLOTS = 16
+MAX_CHUNK_KEYS = 256
+"""A chunk is unrolled; beyond, arrays leave the registers. An odd width above 16 needs more."""
 
 
 class Rpe(NamedTuple):
@@ -76,9 +78,10 @@ def plan(shape: Shape, shared_bytes: int, needed: "Needed") -> Plan | None:
     Args:
         needed: forward_bytes or backward_queries_bytes.
     """
+    height, width = shape.grid
     for plan in _candidates(2 if shape.head_dim <= 64 and needed is forward_bytes else 1):
         left = shared_bytes - needed(shape, plan)
-        if left >= 0:
+        if left >= 0 and _chunk_rows(height, width, plan.chunk_keys) * width <= MAX_CHUNK_KEYS:
             step = needed(shape, plan._replace(stages=plan.stages + 1)) - needed(shape, plan)
             return plan._replace(stages=min(8, plan.stages + left // step))
     return None

@@ -76,7 +76,7 @@ def test_on_every_gpu(simulator: Simulator, capability: str, num_sms: int) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grid", [(32, 32), (37, 37), (64, 64)])
+@pytest.mark.parametrize("grid", [(32, 32), (36, 36), (64, 64)])
 def test_long(simulator: Simulator, grid: Grid) -> None:
     case = Case("kv", grid=grid, batch=1, heads=1)
     Problem(case).check(simulator, SimulatedDevice(simulator.driver))
@@ -158,6 +158,7 @@ def test_a_multiprocessor_has_8_warps(capability: str, on: str, head_dims: tuple
 def test_what_does_not_fit_has_no_plan() -> None:
     shape = Case("kv", "euclidean", ratio=20).shape()
     assert plan(shape, LIMITS["86"], forward_bytes) is None
+    assert plan(Case("k", grid=(37, 37)).shape(), LIMITS["90"], forward_bytes) is None
     with pytest.raises(ValueError, match="at most 16 column classes, got 28"):
         Case("k", "cross", ratio=20).shape()
 
