@@ -8,8 +8,8 @@ import torch
 from irpe_ds.ops.factors import Factors
 
 MAX_SLOTS = 16
-MAX_CHUNK_KEYS = 256
-"""A chunk is unrolled; beyond, arrays leave the registers. An odd width above 16 needs more."""
+MAX_CHUNK_KEYS = 128
+"""A chunk is unrolled; beyond, arrays leave the registers. Widths as 13, 18 or 37 need more."""
 
 
 class Rpe(NamedTuple):
