@@ -21,12 +21,7 @@ using SumsK = BucketSumLayout<kRpeK, !kRpeK.bias>;
 using SumsV = BucketSumLayout<kRpeV, false>;
 
 // Shared memory, in bytes from its beginning.
-constexpr int kFull = 0, kEmpty = kStages * 8, kProjected = kStages * 16;  // mbarriers
-constexpr int kRing = round_up(kStages * 24, 128);
-constexpr int kW = kRing + kStages * kStageBytes;  // of keys
-constexpr int kWBytes = kRpeQ ? kChunkCapacity * KeyLookupLayout::kWPitch : 0;
-constexpr int kConstantsQ = kW + kStages * kWBytes;
-constexpr int kLookupK = round_up(kConstantsQ + (kRpeQ ? KeyLookupLayout::bytes : 0), 16);
+constexpr int kLookupK = kAfterRing;
 constexpr int kSumsK = round_up(kLookupK + (kRpeK ? LookupLayout<kRpeK>::bytes : 0), 16);
 constexpr int kLookupV = round_up(kSumsK + (kRpeK ? SumsK::bytes : 0), 16);
 constexpr int kSumsV = round_up(kLookupV + (kRpeV ? LookupLayout<kRpeV>::bytes : 0), 16);
@@ -271,17 +266,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t base = shared_address(shared_memory);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0);
-  const int h = static_cast<int>(blockIdx.x) % p.H, first_b = static_cast<int>(blockIdx.x) / p.H;
-  const int step_b = static_cast<int>(gridDim.x) / p.H;
-
-  if (threadIdx.x == 0) {
-    for (int n = 0; n < kStages; ++n) {
-      mbarrier_init(base + kFull + n * 8, kThreads);
-      mbarrier_init(base + kEmpty + n * 8, kWarps);
-      mbarrier_init(base + kProjected + n * 8, kWarps);
-    }
-  }
-  if constexpr (bool(kRpeQ)) load_key_lookup_constants(base + kConstantsQ, p.rpe_q, h);
+  Ring ring(p, base, warp, lane);
+  const int h = ring.h;
   if constexpr (bool(kRpeK)) {
     load_lookup_constants<kRpeK>(base + kLookupK, p.rpe_k, h);
     load_bucket_sum_constants<kRpeK, !kRpeK.bias>(base + kSumsK, p.rpe_k, h);
@@ -298,51 +284,25 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 
   const uint32_t rows = base + kRows + warp * M * kRowsStrip,
                  grad = base + kGrad + warp * M * kGradStrip;
-  Stream ahead(first_b), now(first_b);
-  int lead = 0;  // chunks of which this warp has started its share, from `now` on
-  // Starts more of them: without waiting, if the one that is needed next is under way.
-  const auto copy_ahead = [&] {
-    while (lead < kAhead && ahead.b < p.B) {
-      const bool is_free = mbarrier_test(base + kEmpty + ahead.stage * 8, ahead.phase ^ 1);
-      if (!__all_sync(~0u, is_free)) {
-        if (lead > 0) return;
-        continue;
-      }
-      const uint32_t to = base + kRing + ahead.stage * kStageBytes;
-      copy_chunk(p, to, base + kFull + ahead.stage * 8, ahead, h, warp, lane);
-      ahead.next(step_b);
-      ++lead;
-    }
-  };
-  copy_ahead();
+  ring.copy_ahead();
   int turn = warp;
 
 #pragma unroll 1
-  while (now.b < p.B) {
+  while (ring.now.b < p.B) {
     Item item;
-    item.number = now.pass * kWarps + turn, item.b = now.b, item.h = h;
-    const bool active = item.number < kItems, more = now.pass + 1 < kPasses;
-    if (!more) turn = (turn + kWarps - kItems % kWarps) % kWarps;
+    item.number = ring.now.pass * kWarps + turn, item.b = ring.now.b, item.h = h;
+    const bool active = item.number < kItems;
+    if (ring.now.pass + 1 == kPasses) turn = next_turn(turn);
     if (active) start_item(item, p, base, rows, grad, warp, lane);
     const auto chunk = [&](auto is_last) {
       constexpr bool last = decltype(is_last)::value;
       constexpr int kGridRows = last ? kLastRows : kChunkRows;
-      constexpr int kKeys = round_up(kGridRows * kGridW + (last ? kPrefix : 0), 16);
-      copy_ahead();
-      mbarrier_wait(base + kFull + now.stage * 8, now.phase);
-      const uint32_t keys = base + kRing + now.stage * kStageBytes,
-                     w = base + kW + now.stage * kWBytes;
-      if constexpr (bool(kRpeQ)) {
-        const uint32_t projected = base + kProjected + now.stage * 8;
-        project_keys(base + kConstantsQ, keys, w, kKeys, last ? kGridRows * kGridW : kKeys, warp,
-                     lane);
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(projected);
-        mbarrier_wait(projected, now.phase);
-      }
+      constexpr int kSteps = ceil_div(kGridRows * kGridW + (last ? kPrefix : 0), 16);
+      ring.wait<last>();
       if (active) {
-        for_each<kKeys / 16>(
-            [&]<int n>() { attend<2 * n, kGridRows, last>(p, keys, w, now.chunk, item, lane); });
+        for_each<kSteps>([&]<int n>() {
+          attend<2 * n, kGridRows, last>(p, ring.keys(), ring.w(), ring.now.chunk, item, lane);
+        });
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           item.lookup[m].next_chunk();
@@ -352,10 +312,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           item.sums_v[m].next_chunk();
         }
       }
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(base + kEmpty + now.stage * 8);
-      now.next(step_b);
-      --lead;
+      ring.release();
     };
 #pragma unroll 1
     for (int n = 0; n < kChunks - 1; ++n) chunk(Bool<false>{});

@@ -16,12 +16,7 @@ namespace {
 constexpr float kRescaleThreshold = 8;
 
 // Shared memory, in bytes from its beginning.
-constexpr int kFull = 0, kEmpty = kStages * 8, kProjected = kStages * 16;  // mbarriers
-constexpr int kRing = round_up(kStages * 24, 128);
-constexpr int kW = kRing + kStages * kStageBytes;  // of keys
-constexpr int kWBytes = kRpeQ ? kChunkCapacity * KeyLookupLayout::kWPitch : 0;
-constexpr int kConstantsQ = kW + kStages * kWBytes;
-constexpr int kConstants = round_up(kConstantsQ + (kRpeQ ? KeyLookupLayout::bytes : 0), 16);
+constexpr int kConstants = kAfterRing;
 constexpr int kConstantsV = round_up(kConstants + (kRpeK ? LookupLayout<kRpeK>::bytes : 0), 16);
 constexpr int kBins = round_up(kConstantsV + (kRpeV ? BucketSumLayout<kRpeV>::bytes : 0), 16);
 constexpr int kQ = kBins + (kRpeV ? kWarps * M * BucketSumLayout<kRpeV>::kStripBytes : 0);
@@ -207,17 +202,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t base = shared_address(shared_memory);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0);
-  const int h = static_cast<int>(blockIdx.x) % p.H, first_b = static_cast<int>(blockIdx.x) / p.H;
-  const int step_b = static_cast<int>(gridDim.x) / p.H;
-
-  if (threadIdx.x == 0) {
-    for (int n = 0; n < kStages; ++n) {
-      mbarrier_init(base + kFull + n * 8, kThreads);
-      mbarrier_init(base + kEmpty + n * 8, kWarps);
-      mbarrier_init(base + kProjected + n * 8, kWarps);
-    }
-  }
-  if constexpr (bool(kRpeQ)) load_key_lookup_constants(base + kConstantsQ, p.rpe_q, h);
+  Ring ring(p, base, warp, lane);
+  const int h = ring.h;
   if constexpr (bool(kRpeK)) load_lookup_constants<kRpeK>(base + kConstants, p.rpe_k, h);
   if constexpr (bool(kRpeV)) load_bucket_sum_constants<kRpeV>(base + kConstantsV, p.rpe_v, h);
   // Free rows are computed too: they must hold numbers.
@@ -228,60 +214,31 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 
   const uint32_t scratch = base + kScratch + warp * M * kScratchStrip;
   const uint32_t own_q = kPrefetchQ ? base + kQ + warp * M * kQStrip : scratch;
-  Stream ahead(first_b), now(first_b);
-  int lead = 0;  // chunks of which this warp has started its share, from `now` on
-  // Starts more of them: without waiting, if the one that is needed next is under way.
-  const auto copy_ahead = [&] {
-    while (lead < kAhead && ahead.b < p.B) {
-      const bool is_free = mbarrier_test(base + kEmpty + ahead.stage * 8, ahead.phase ^ 1);
-      if (!__all_sync(~0u, is_free)) {
-        if (lead > 0) return;
-        continue;
-      }
-      const uint32_t to = base + kRing + ahead.stage * kStageBytes;
-      copy_chunk(p, to, base + kFull + ahead.stage * 8, ahead, h, warp, lane);
-      ahead.next(step_b);
-      ++lead;
-    }
-  };
-  copy_ahead();
-  // Items of an image go to the warps by turns, so that each has as many in the long run.
+  ring.copy_ahead();
   int turn = warp;
-  if (kPrefetchQ && turn < kItems) copy_queries(p.q, own_q, kOwnStrip, first_b, h, turn, lane);
+  if (kPrefetchQ && turn < kItems) copy_queries(p.q, own_q, kOwnStrip, ring.first_b, h, turn, lane);
 
 #pragma unroll 1
-  while (now.b < p.B) {
+  while (ring.now.b < p.B) {
     Item item;
-    item.number = now.pass * kWarps + turn, item.b = now.b, item.h = h;
-    const bool active = item.number < kItems;
-    const bool more = now.pass + 1 < kPasses;
-    const int next_turn = more ? turn : (turn + kWarps - kItems % kWarps) % kWarps;
+    item.number = ring.now.pass * kWarps + turn, item.b = ring.now.b, item.h = h;
+    const bool active = item.number < kItems, more = ring.now.pass + 1 < kPasses;
+    if (!more) turn = next_turn(turn);
     if (active) {
       if (!kPrefetchQ) copy_queries(p.q, own_q, kOwnStrip, item.b, h, item.number, lane);
       start_item(item, base, own_q, scratch, warp, lane);
     }
     if (kPrefetchQ) {
-      const int next = (more ? now.pass + 1 : 0) * kWarps + next_turn,
-                next_b = more ? now.b : now.b + step_b;
+      const int next = (more ? ring.now.pass + 1 : 0) * kWarps + turn;
+      const int next_b = more ? item.b : item.b + ring.step_b;
       if (next < kItems && next_b < p.B) copy_queries(p.q, own_q, kOwnStrip, next_b, h, next, lane);
     }
     const auto chunk = [&](auto is_first, auto is_last) {
       constexpr bool first = decltype(is_first)::value, last = decltype(is_last)::value;
-      copy_ahead();
-      mbarrier_wait(base + kFull + now.stage * 8, now.phase);
-      constexpr int kRows = last ? kLastRows : kChunkRows;
-      const uint32_t keys = base + kRing + now.stage * kStageBytes,
-                     w = base + kW + now.stage * kWBytes;
-      if constexpr (bool(kRpeQ)) {
-        const uint32_t projected = base + kProjected + now.stage * 8;
-        constexpr int kKeys = round_up(kRows * kGridW + (last ? kPrefix : 0), 16);
-        project_keys(base + kConstantsQ, keys, w, kKeys, last ? kRows * kGridW : kKeys, warp, lane);
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(projected);
-        mbarrier_wait(projected, now.phase);
-      }
+      ring.wait<last>();
       if (active) {
-        attend<0, kRows, first, last>(p, keys, w, now.chunk, item, lane);
+        attend<0, last ? kLastRows : kChunkRows, first, last>(p, ring.keys(), ring.w(),
+                                                              ring.now.chunk, item, lane);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           item.lookup[m].next_chunk();
@@ -289,17 +246,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           item.sums[m].next_chunk();
         }
       }
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(base + kEmpty + now.stage * 8);
-      now.next(step_b);
-      --lead;
+      ring.release();
     };
     chunk(Bool<true>{}, Bool<kChunks == 1>{});
 #pragma unroll 1
     for (int n = 1; n < kChunks - 1; ++n) chunk(Bool<false>{}, Bool<false>{});
     if constexpr (kChunks > 1) chunk(Bool<false>{}, Bool<true>{});
     if (active) finish_item(p, item, base, scratch, lane);
-    turn = next_turn;
   }
   cp_async_wait<0>();
 }
