@@ -41,8 +41,10 @@ def compile_kernel(source: Path, defines: Mapping[str, int], architecture: str) 
     binary = _compile(source, [*options, f"-I{source.parent}"], architecture)
     with contextlib.suppress(OSError):  # a folder that cannot be written costs only the time
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(kept) as partial:
+        own = kept.with_name(f"{kept.name}.{os.getpid()}")  # ranks compile it at the same time
+        with atomic_write(own) as partial:
             partial.write_bytes(binary)
+        os.replace(own, kept)
     return binary
 
 

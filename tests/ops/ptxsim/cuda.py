@@ -2,12 +2,13 @@
 
 import ctypes
 import functools
+import tempfile
 from pathlib import Path
 
-import nvidia.cu13
 import torch
 from torch import Tensor
 
+from irpe_ds.ops.build.nvrtc import compile_kernel
 from tests.ops.ptxsim.simulator import Simulator
 
 PRELUDE = r"""
@@ -54,28 +55,12 @@ DEVICE void copy_bulk(void* to, const void* from, u32 bytes, u64* b) {
 
 
 @functools.cache
-def _nvrtc() -> ctypes.CDLL:
-    libraries = Path(next(iter(nvidia.cu13.__path__))) / "lib"
-    ctypes.CDLL(str(libraries / "libnvrtc-builtins.so.13.0"), mode=ctypes.RTLD_GLOBAL)
-    return ctypes.CDLL(str(libraries / "libnvrtc.so.13"))
-
-
-@functools.cache
 def compile_ptx(source: str, arch: str) -> bytes:
-    """PTX with line numbers."""
-    nvrtc, program = _nvrtc(), ctypes.c_void_p()
-    text = (PRELUDE + "#line 1\n" + source).encode()
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, b"test.cu", 0, None, None)
-    options = [f"--gpu-architecture=compute_{arch}".encode(), b"-lineinfo", b"--std=c++17"]
-    failed = nvrtc.nvrtcCompileProgram(program, 3, (ctypes.c_char_p * 3)(*options))
-    what = "ProgramLog" if failed else "PTX"
-    size = ctypes.c_size_t()
-    getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
-    result = ctypes.create_string_buffer(size.value)
-    getattr(nvrtc, f"nvrtcGet{what}")(program, result)
-    if failed:
-        raise RuntimeError(result.value.decode())
-    return result.raw
+    """PTX with line numbers, those of `source`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "test.cu"
+        path.write_text(PRELUDE + '#line 1 "test.cu"\n' + source)
+        return compile_kernel(path, {}, f"compute_{arch}")
 
 
 def launch(
