@@ -224,78 +224,75 @@ class Operand(NamedTuple):
     factors: Factors
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpe_q: Operand | None,
-    rpe_k: Operand | None,
-    rpe_v: Operand | None,
-    *,
-    shape: Shape,
-    scale: float,
-    device: Device,
-    key_padding_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention with relative position.
+class Call(NamedTuple):
+    """The arguments of a forward, and of its backward."""
 
-    Args:
-        q, k, v: (B, H, L, D); rows of D numbers next to each other, at multiples of 16 bytes.
-        key_padding_mask: (B, L) bool, True where a key must not be attended to; contiguous.
-        seed: of the dropout, one int64. Probabilities are rounded to multiples of 2^-16.
+    q: Tensor
+    """(B, H, L, D), as k and v; rows of D numbers next to each other, at multiples of 16 bytes."""
+    k: Tensor
+    v: Tensor
+    rpe_q: Operand | None
+    rpe_k: Operand | None
+    rpe_v: Operand | None
+    shape: Shape
+    scale: float
+    key_padding_mask: Tensor | None = None
+    """(B, L) bool, True where a key must not be attended to; contiguous."""
+    dropout_p: float = 0.0
+    """Rounded to a multiple of 2^-16."""
+    seed: Tensor | None = None
+    """Of the dropout, one int64."""
+
+    def params(self, out: Tensor, lse: Tensor) -> Params:
+        threshold = min(round(self.dropout_p * 2**16), 2**16 - 1)
+        params = Params(B=self.q.shape[0], H=self.q.shape[1], dropout_threshold=threshold)
+        params.q, params.k, params.v, params.out = map(Matrix.of, (self.q, self.k, self.v, out))
+        params.lse = lse.data_ptr()
+        params.rpe_q, params.rpe_k, params.rpe_v = map(
+            Table.of, (self.rpe_q, self.rpe_k, self.rpe_v)
+        )
+        params.softmax_scale, params.softmax_scale_log2 = self.scale, self.scale * LOG2_E
+        params.dropout_scale = 2**16 / (2**16 - threshold)
+        if self.key_padding_mask is not None:
+            params.key_padding_mask = self.key_padding_mask.data_ptr()
+        if self.seed is not None:
+            params.seed = self.seed.data_ptr()
+        return params
+
+
+def forward(call: Call, device: Device) -> tuple[Tensor, Tensor]:
+    """Attention with relative position.
 
     Returns:
         (B, H, L, D), in memory (B, L, H, D), and the log-sum-exp of the scores, (B, H, L) float32.
     """
-    out, lse = _empty_like_tokens(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    if q.numel():
-        params = _params(q, rpe_q, rpe_k, rpe_v, scale, key_padding_mask, dropout_p, seed)
-        params.q, params.k, params.v, params.out = map(Matrix.of, (q, k, v, out))
-        params.lse = lse.data_ptr()
-        _launch("forward", shape, device, params)
+    out = _empty_like_tokens(call.q)
+    lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
+    _launch("forward", call, device, call.params(out, lse))
     return out, lse
 
 
 def backward_queries(
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpe_q: Operand | None,
-    rpe_k: Operand | None,
-    rpe_v: Operand | None,
-    *,
-    shape: Shape,
-    scale: float,
-    device: Device,
-    key_padding_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, device: Device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a backward sums up for each query; arguments as of `forward`, and its results.
+    """What a backward sums up for each query; `out` and `lse` are the results of `forward`.
 
     Returns:
         The gradient of q; delta, (B, H, L) float32, the products of grad_out and out; the bucket
         sums of the scores' gradients for the terms on keys, and of the weights for those on values,
         (B, L, H, row classes x slots).
     """
-    batch, heads, length, _ = q.shape
-    grad_q, delta = _empty_like_tokens(q), torch.empty_like(lse)
+    batch, heads, length, _ = call.q.shape
+    grad_q, delta = _empty_like_tokens(call.q), torch.empty_like(lse)
     sums_k, sums_v = (
-        q.new_empty(batch, length, heads, rpe.row_classes * rpe.slots)
-        for rpe in (shape.rpe_k, shape.rpe_v)
+        call.q.new_empty(batch, length, heads, rpe.row_classes * rpe.slots)
+        for rpe in (call.shape.rpe_k, call.shape.rpe_v)
     )
-    if q.numel():
-        params = _params(q, rpe_q, rpe_k, rpe_v, scale, key_padding_mask, dropout_p, seed)
-        params.q, params.k, params.v, params.out = map(Matrix.of, (q, k, v, out))
-        params.grad_out, params.grad_q = Matrix.of(grad_out), Matrix.of(grad_q)
-        params.lse, params.delta = lse.data_ptr(), delta.data_ptr()
-        params.sums_k, params.sums_v = sums_k.data_ptr(), sums_v.data_ptr()
-        _launch("backward_queries", shape, device, params)
+    params = call.params(out, lse)
+    params.grad_out, params.grad_q = Matrix.of(grad_out), Matrix.of(grad_q)
+    params.delta = delta.data_ptr()
+    params.sums_k, params.sums_v = sums_k.data_ptr(), sums_v.data_ptr()
+    _launch("backward_queries", call, device, params)
     return grad_q, delta, sums_k, sums_v
 
 
@@ -305,26 +302,7 @@ def _empty_like_tokens(x: Tensor) -> Tensor:
     return x.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
-def _params(
-    q: Tensor,
-    rpe_q: Operand | None,
-    rpe_k: Operand | None,
-    rpe_v: Operand | None,
-    scale: float,
-    key_padding_mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Params:
-    threshold = round(dropout_p * 2**16)
-    params = Params(B=q.shape[0], H=q.shape[1], dropout_threshold=threshold)
-    params.rpe_q, params.rpe_k, params.rpe_v = (Table.of(rpe) for rpe in (rpe_q, rpe_k, rpe_v))
-    params.softmax_scale, params.softmax_scale_log2 = scale, scale * LOG2_E
-    params.dropout_scale = 2**16 / (2**16 - threshold)
-    params.key_padding_mask = None if key_padding_mask is None else key_padding_mask.data_ptr()
-    params.seed = None if seed is None else seed.data_ptr()
-    return params
-
-
-def _launch(name: str, shape: Shape, device: Device, params: Params) -> None:
-    groups = max(1, min(params.B, device.num_sms // params.H))
-    kernel(name, shape, device).launch(params.H * groups, params)
+def _launch(name: str, call: Call, device: Device, params: Params) -> None:
+    if call.q.numel():
+        groups = max(1, min(params.B, device.num_sms // params.H))
+        kernel(name, call.shape, device).launch(params.H * groups, params)

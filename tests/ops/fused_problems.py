@@ -1,14 +1,14 @@
 """Random problems of the fused kernels on a simulated GPU, and what eager PyTorch makes of them."""
 
 import ctypes
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from irpe_ds.ops import fused_kernels, irpe_attention
 from irpe_ds.ops.factors import Factors, factor, transposed
-from irpe_ds.ops.fused_kernels import Operand, by_slot
+from irpe_ds.ops.fused_kernels import Call, Operand, by_slot
 from irpe_ds.ops.fused_plan import Rpe, Shape
 from irpe_ds.rpe.buckets import BucketMap
 from irpe_ds.rpe.config import RPEConfig
@@ -87,10 +87,8 @@ class Problem:
         }
         self.key_padding_mask: Tensor | None = None
 
-    def arguments(
-        self, device: SimulatedDevice, dropout_p: float = 0.0, seed: Tensor | None = None
-    ) -> tuple[list[Tensor | Operand | None], dict[str, Any]]:
-        """Of fused_kernels.forward."""
+    def call(self, dropout_p: float = 0.0, seed: Tensor | None = None) -> Call:
+        """This problem as the kernels take it."""
         case, scale = self.case, self.case.head_dim**-0.5
         shape = case.shape(has_mask=self.key_padding_mask is not None, has_dropout=dropout_p > 0)
         operands: dict[str, Operand | None] = dict.fromkeys("qkv")
@@ -100,15 +98,13 @@ class Problem:
             if case.mode == "bias":
                 table = (table / scale).squeeze(-1)
             operands[target] = Operand(table, factors)
-        options = {"shape": shape, "scale": scale, "device": device, "dropout_p": dropout_p}
-        options |= {"key_padding_mask": self.key_padding_mask, "seed": seed}
-        return [*self.qkv, *operands.values()], options
+        options = (self.key_padding_mask, dropout_p, seed)
+        return Call(*self.qkv, *operands.values(), shape, scale, *options)
 
     def fused(
         self, device: SimulatedDevice, dropout_p: float = 0.0, seed: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        arguments, options = self.arguments(device, dropout_p, seed)
-        return fused_kernels.forward(*arguments, **options)
+        return fused_kernels.forward(self.call(dropout_p, seed), device)
 
     def expected(self, dtype: torch.dtype) -> Tensor:
         terms = {}
@@ -144,13 +140,13 @@ class Problem:
 
     def fused_grads(self, device: SimulatedDevice) -> dict[str, Tensor]:
         """The same by the kernels, as far as there are."""
-        arguments, options = self.arguments(device)
-        out, lse = fused_kernels.forward(*arguments, **options)
-        backward = fused_kernels.backward_queries
-        grad_q, _, sums_k, sums_v = backward(self.grad_out, out, lse, *arguments, **options)
+        call = self.call()
+        out, lse = fused_kernels.forward(call, device)
+        grad_q, _, sums_k, sums_v = fused_kernels.backward_queries(
+            call, out, lse, self.grad_out, device
+        )
         found = {"q": grad_q}
-        q, scale = self.qkv[0], options["scale"]
-        rows = {"k": (q * scale, sums_k), "v": (self.grad_out, sums_v)}
+        rows = {"k": (call.q * call.scale, sums_k), "v": (self.grad_out, sums_v)}
         for target in set(self.case.on) & set(rows):
             x, sums = rows[target]
             if self.case.mode == "bias":
@@ -160,10 +156,10 @@ class Problem:
             if self.case.shared_heads:
                 grad = grad.sum(0, keepdim=True)
             tables = [table.float().requires_grad_() for table in self.tables[target]]
-            rpe = getattr(options["shape"], f"rpe_{target}")
+            rpe = getattr(call.shape, f"rpe_{target}")
             by_class = by_slot(tables, self.case.factors(target), rpe)
             grads = torch.autograd.grad(by_class, tables, grad)
-            found |= {f"table_{target}{n}": x.to(q.dtype) for n, x in enumerate(grads)}
+            found |= {f"table_{target}{n}": x.to(grad_q.dtype) for n, x in enumerate(grads)}
         return found
 
     def check_grads(self, simulator: Simulator, device: SimulatedDevice) -> None:
