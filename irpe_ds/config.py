@@ -332,6 +332,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return validate(RunConfig, read_values(Path(path), overrides))
 
 
+def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration that a run folder keeps, for the scripts' --run.
+
+    Raises:
+        ConfigError: there is no such folder; and as `load_config`.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError("--run", "a run folder, which holds config.yaml", folder)
+    return load_config(path, overrides)
+
+
 def validate(section: type[Checked], values: dict[str, Any], where: str = "") -> Checked:
     """The section that has these values; `where` it stands in the whole, if not at the top.
 

@@ -39,10 +39,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
 
-    from irpe_ds.config import load_config
+    from irpe_ds.config import load_config, load_run_config
 
     overrides = [f"data.pipeline={args.pipeline}", *args.overrides]
-    config = load_config(args.config or args.run / "config.yaml", overrides)
+    if args.config is not None:
+        config = load_config(args.config, overrides)
+    else:
+        config = load_run_config(args.run, overrides)
     if args.run is None and args.weights is None:
         raise ConfigError("--config needs --weights; --run evaluates the weights of a run")
 

@@ -37,9 +37,12 @@ def main() -> None:
     if args.run is None and args.weights is None:
         raise ConfigError("--config needs --weights, as it names no run")
 
-    from irpe_ds.config import load_config
+    from irpe_ds.config import load_config, load_run_config
 
-    config = load_config(args.config or args.run / "config.yaml", args.overrides)
+    if args.config is not None:
+        config = load_config(args.config, args.overrides)
+    else:
+        config = load_run_config(args.run, args.overrides)
 
     from irpe_ds.plots.tables import draw_tables, read_maps
     from irpe_ds.training import checkpoint

@@ -108,6 +108,8 @@ def test_without_deepspeed() -> None:
         ("plan", [*ON_H100, "--per-node", "0"], "error: --per-node: "),
         ("curves", ["runs/x", "--out", "x.pdf"], "error: --out: "),
         ("tables", [*DEIT, "--weights", "x", "train.epoch=3"], "error: train.epoch: "),
+        ("tables", ["--run", "x", "--out", "x.png"], "error: --run: expected a run folder"),
+        ("evaluate", ["--run", "x"], "error: --run: expected a run folder"),
         (
             "scaling",
             ["--config", "launch/configs/scaling/cpu.yaml", "scaling.repeat=3"],

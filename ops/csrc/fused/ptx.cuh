@@ -93,7 +93,7 @@ __device__ __forceinline__ void mma_k8(float* c, uint32_t a0, uint32_t a1, uint3
 constexpr uint32_t kOne = kBFloat16 ? 0x3f80 : 0x3c00;
 constexpr uint32_t kOnes = kOne | kOne << 16;
 constexpr float kLn2 = 0.6931471805599453f, kLog2E = 1.4426950408889634f;
-#define kInfinity __int_as_float(0x7f800000)
+#define kInfinity __int_as_float(0x7f800000)  // NVRTC knows no constant for it
 
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   uint32_t r;
