@@ -45,7 +45,8 @@ test: $(READY) ## Everything that proves what README promises, without a GPU
 	pytest -q -n 2 --dist loadfile --durations=10 -m "dist and not (gpu or slow)"
 
 test-slow: $(READY) ## The rest: whole matrices, benchmarks, sanitizers, the wheel
-	@pytest -q --durations=10 -m "slow and not gpu"
+	@OMP_NUM_THREADS=1 pytest -q -n logical --maxprocesses 8 --durations=10 -m "slow and not (gpu or dist)"
+	pytest -q -n 2 --dist loadfile --durations=10 -m "slow and dist and not gpu"
 
 test-gpu: $(READY) ## The tests that need an NVIDIA GPU
 	@pytest -q --durations=10 -m gpu
