@@ -76,7 +76,6 @@ with environment:
         package_data={
             "irpe_ds": ["py.typed"],
             "irpe_ds.ops": ["csrc/**/*"],
-            "irpe_ds.ops.bench": ["*.cu"],
         },
         include_package_data=False,
         install_requires=["torch>=2.8", "timm>=1.0.24"],

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from irpe_ds.ops import dispatch
-from irpe_ds.ops.build import library, prebuilt, toolchain
+from irpe_ds.ops.build import library, nvrtc, prebuilt, toolchain
 from irpe_ds.ops.build.toolchain import Unavailable
 
 NAME_WIDTH, STATE_WIDTH = 24, 12
@@ -36,7 +36,9 @@ def implementations() -> Iterator[str]:
     yield _dotted("implementation", _dotted("installed", "compatible", STATE_WIDTH))
     for name, row in dispatch.IMPLEMENTATIONS.items():
         if not row.compiled:
-            yield _dotted(name, _dotted("[YES]", "[OKAY]", STATE_WIDTH))
+            reason = nvrtc.unavailable_reason() if name == "fused" else None
+            states = ("[YES]", "[OKAY]") if reason is None else ("[NO]", f"[NO] {reason}")
+            yield _dotted(name, _dotted(*states, STATE_WIDTH))
             continue
         for device in row.devices:
             reason = missing_build_tool(device)
@@ -55,6 +57,7 @@ def installation() -> Iterator[str]:
     yield _dotted("CUDA compiler", _or_reason(_cuda_version))
     yield _dotted("architectures", toolchain.architectures())
     yield _dotted("ninja", _or_reason(toolchain.ninja))
+    yield _dotted("NVRTC", _or_reason(nvrtc.version))
     yield _dotted("prebuilt", prebuilt.MODULE if find_spec(prebuilt.MODULE) else "no")
     yield _dotted("cache", str(cache()))
     yield _dotted("ready", ready_library() or "no: built on first use, or by --build")

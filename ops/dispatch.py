@@ -25,6 +25,8 @@ class Implementation(NamedTuple):
     """Whether it calls the compiled operators."""
     unsupported_reason: Callable[[DispatchKey], str | None] = lambda key: None
     """Why it cannot compute such a call, whatever is installed; None when it can."""
+    unavailable_reason: Callable[[DispatchKey], str | None] = lambda key: None
+    """Why not here, besides what is not compiled."""
 
 
 IMPLEMENTATIONS = {
@@ -32,7 +34,10 @@ IMPLEMENTATIONS = {
     "gather": Implementation(gather.attention, ("cpu", "cuda"), compiled=True),
     "cpu": Implementation(cpu.attention, ("cpu",), compiled=True),
     "fused": Implementation(
-        fused.attention, ("cuda",), compiled=True, unsupported_reason=fused.unsupported_reason
+        fused.attention,
+        ("cuda",),
+        unsupported_reason=fused.unsupported_reason,
+        unavailable_reason=fused.unavailable_reason,
     ),
     "flex": Implementation(flex.attention, ("cuda",), unsupported_reason=flex.unsupported_reason),
     "low_rank": Implementation(
@@ -106,7 +111,7 @@ def unsupported_reason(impl: str, key: DispatchKey) -> str | None:
     reason = row.unsupported_reason(key)
     if reason is None and row.compiled:
         reason = library.unavailable_reason(key.device_type)
-    return reason
+    return reason or row.unavailable_reason(key)
 
 
 def attention_function(impl: str, key: DispatchKey) -> Callable[[Inputs], Tensor]:

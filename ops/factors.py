@@ -5,23 +5,34 @@ of its columns:
 
     b(i, j) = matrix[row_class[yi - yj]][column_class[xi - xj]]
 
-With 1.9 as ratio a product map of any grid has 7 x 7 classes, an euclidean one 5 x 5. Terms of one
-target are classified together, so that cross, rows plus columns, has 7 x 7 too.
+With 1.9 as ratio a product map of any grid has 7 x 7 classes, an euclidean one 5 x 5. Maps that are
+looked up together are classified together, so that cross, rows plus columns, has 7 x 7 too.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from irpe_ds.rpe.buckets import BucketMap
+from irpe_ds.rpe.buckets import bucket_of, num_buckets
+
+
+class MapSpec(NamedTuple):
+    """What determines a BucketMap, and how it is read."""
+
+    method: str
+    height: int
+    width: int
+    skip: int
+    ratio: float
+    negated: bool = False
+    """Whether the offset is that of the second token from the first, b(j, i)."""
 
 
 class Factors(NamedTuple):
-    """Of the maps of one target, of the same grid."""
+    """Of maps of one grid."""
 
     buckets: Tensor
     """(maps, row classes, column classes + 1) int64; the last column is the prefix tokens' bucket,
@@ -32,47 +43,39 @@ class Factors(NamedTuple):
     """(2 width - 1,) uint8, by xi - xj + width - 1."""
 
 
-def transposed(factors: Factors) -> Factors:
-    """With rows and columns in each other's places in `buckets`, the prefix tokens' bucket last."""
-    buckets, last = factors.buckets[:, :, :-1].mT, factors.buckets[:, :1, -1:]
-    buckets = torch.cat([buckets, last.expand(-1, buckets.shape[1], -1)], 2)
-    return factors._replace(buckets=buckets)
+@functools.cache
+def factor(maps: tuple[MapSpec, ...], device: torch.device, *, transposed: bool = False) -> Factors:
+    """The factors of these maps, made once for each device.
 
-
-def factor(maps: Sequence[BucketMap]) -> Factors:
-    """The factors of these maps on their device, made once for each device.
+    Args:
+        transposed: rows and columns in each other's places in `buckets`.
 
     Raises:
         ValueError: the maps are of different grids or numbers of prefix tokens.
     """
-    places = {(each.grid, each.skip) for each in maps}
+    places = {each[1:4] for each in maps}
     if len(places) != 1:
         raise ValueError(f"expected maps of one grid and number of prefix tokens, got {places}")
-    keys = tuple((each.method, *each.grid, each.skip, each.ratio) for each in maps)
-    return _factor_on(keys, maps[0].ids.device)
-
-
-@functools.cache
-def _factor_on(keys: tuple[tuple[str, int, int, int, float], ...], device: torch.device) -> Factors:
-    """Never freed, so that captured CUDA graphs stay valid."""
-    # Real, normal tensors whatever the first call is: see packed_ids.
+    # Never freed, so that captured CUDA graphs stay valid. Real, normal tensors whatever the first
+    # call is: torch.export (2.6 to 2.14) traces under a mode that makes fake ones, and inference
+    # tensors cannot be saved for a backward pass.
     with _disable_current_modes(), torch.inference_mode(False):
-        maps = [BucketMap.build(*key) for key in keys]
         offsets = torch.stack([_by_offset(each) for each in maps])  # (maps, 2 h - 1, 2 w - 1)
         rows, row_class = offsets.transpose(0, 1).flatten(1).unique(dim=0, return_inverse=True)
         rows = rows.view(len(rows), len(maps), -1)  # (row classes, maps, 2 w - 1)
         columns, column_class = rows.unique(dim=2, return_inverse=True)
         buckets = columns.transpose(0, 1)  # (maps, row classes, column classes)
-        prefix = [each.num_buckets - 1 if each.skip else 0 for each in maps]
-        last = torch.tensor(prefix).view(-1, 1, 1).expand(-1, buckets.shape[1], 1)
+        buckets = buckets.mT if transposed else buckets
+        prefix = [num_buckets(x.method, x.skip, x.ratio) - 1 if x.skip else 0 for x in maps]
+        last = torch.tensor(prefix, device="cpu").view(-1, 1, 1).expand(-1, buckets.shape[1], 1)
         factors = (torch.cat([buckets, last], 2), row_class.byte(), column_class.byte())
         return Factors(*(each.to(device) for each in factors))
 
 
-def _by_offset(buckets: BucketMap) -> Tensor:
+def _by_offset(spec: MapSpec) -> Tensor:
     """(2 height - 1, 2 width - 1) int64: the bucket of a patch against one so many before it."""
-    height, width = buckets.grid
-    rows, columns = torch.arange(1 - height, height), torch.arange(1 - width, width)
-    query = rows.clamp(min=0)[:, None] * width + columns.clamp(min=0)
-    key = (-rows).clamp(min=0)[:, None] * width + (-columns).clamp(min=0)
-    return buckets.ids[query + buckets.skip, key + buckets.skip].long()
+    rows = torch.arange(1 - spec.height, spec.height, device="cpu")[:, None]
+    columns = torch.arange(1 - spec.width, spec.width, device="cpu")
+    shape = (2 * spec.height - 1, 2 * spec.width - 1)
+    buckets = bucket_of(spec.method, rows.expand(shape), columns.expand(shape), spec.ratio)
+    return buckets.flip(0, 1) if spec.negated else buckets

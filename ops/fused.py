@@ -1,34 +1,55 @@
 """Attention with relative position in fused CUDA kernels: no (L, L) tensor leaves the chip.
 
-`csrc/cuda/attention_forward.cu` and `attention_backward.cu` hold the kernels. Saved for the
-backward pass: the inputs, the output, and the log-sum-exp of the scores, (B, H, L) float32.
+`csrc/fused` holds the kernels, and says how they work. NVRTC, which comes with PyTorch, compiles
+them for one model's shapes on their first call. Saved for the backward pass: the inputs, the
+output, and the log-sum-exp of the scores, (B, H, L) float32.
 """
 
 import torch
 from torch import Tensor
 
+from irpe_ds.errors import ConfigError
+from irpe_ds.ops import fused_kernels, fused_op
+from irpe_ds.ops.build import nvrtc
+from irpe_ds.ops.fused_plan import Shape, no_plan_reason
 from irpe_ds.ops.inputs import DispatchKey, Inputs
-from irpe_ds.ops.packed_ids import packed_ids
-from irpe_ds.rpe.buckets import BucketMap
 
 DTYPES = (torch.float16, torch.bfloat16)
-HEAD_DIMS = (32, 64)
-MAX_TERMS = 2
-MAX_BUCKETS = 128
-"""For each of queries, keys and values; more would not fit into shared memory."""
+MAX_HEAD_DIM = 128
 
 
 def unsupported_reason(key: DispatchKey) -> str | None:
-    """Why the kernels cannot run such a call; None when they can."""
+    """Why the kernels cannot run such a call on any GPU; None when they can."""
     if key.dtype not in DTYPES:
         return f"dtype must be float16 or bfloat16, got {key.dtype}".replace("torch.", "")
-    if key.head_dim not in HEAD_DIMS:
-        return f"head_dim must be 32 or 64, got {key.head_dim}"
-    for target in "qkv":
-        used = [term.num_used for term in key.terms if term.target == target]
-        if len(used) > MAX_TERMS or sum(used) > MAX_BUCKETS:
-            limit = f"at most {MAX_TERMS} terms with {MAX_BUCKETS} used buckets"
-            return f"rpe_{target} must have {limit}, got {len(used)} with {sum(used)}"
+    if key.head_dim % 8 or not 8 <= key.head_dim <= MAX_HEAD_DIM:
+        return f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {key.head_dim}"
+    scored = {term.is_bias for term in key.terms if term.target != "v"}
+    if len(scored) > 1:
+        return "terms on queries and keys must all be contextual or all biases"
+    try:
+        for keys in (False, True):
+            _shape(key, keys=keys)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def unavailable_reason(key: DispatchKey) -> str | None:
+    """Why they cannot run it here; None when they can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
+    reason = nvrtc.unavailable_reason()
+    if reason is not None:
+        return reason
+    device = fused_kernels.device_of(torch.cuda.current_device())
+    if int(device.architecture.removeprefix("sm_")) < 80:
+        return f"it needs a GPU of compute capability 8.0 or later, got {device.architecture}"
+    for name, needed in fused_kernels.NEEDED.items():
+        shape = _shape(key, keys=name == "backward_keys")
+        reason = no_plan_reason(shape, device.shared_bytes, needed) if shape else None
+        if reason is not None:
+            return reason
     return None
 
 
@@ -37,21 +58,36 @@ def attention(x: Inputs) -> Tensor:
 
     Sums are accumulated in float32; lookups and bucket sums are rounded to the dtype of q.
     """
+    if x.scale <= 0:
+        raise ConfigError("scale", "a positive number for impl='fused'", x.scale)
     terms = [
-        (_used(table, buckets, dim=-2 if target == 2 else -1), packed_ids(buckets), target)
-        for target, of_target in enumerate((x.rpe_q, x.rpe_k, x.rpe_v))
-        for table, buckets in of_target
+        (*term, target) for target, of in enumerate((x.rpe_q, x.rpe_k, x.rpe_v)) for term in of
     ]
-    tables, tiles, targets = ([term[n] for term in terms] for n in range(3))
+    maps = [buckets for _, buckets, _ in terms]
+    tables = [table.mT if table.dim() == 3 and target < 2 else table for table, _, target in terms]
+    grid = [*maps[0].grid, maps[0].skip] if maps else [x.q.shape[2], 1, 0]
     seed = torch.randint(2**63 - 1, (1,), device=x.q.device) if x.dropout_p else None
-    mask = None if x.key_padding_mask is None else x.key_padding_mask.contiguous()
-    skip = min([buckets.skip for _, buckets in x.rpe_k]) if x.rpe_k else 0
-    options = (mask, seed, x.scale, x.dropout_p, skip)
-    out, _ = torch.ops.irpe_ds.attention_forward(x.q, x.k, x.v, tables, tiles, targets, *options)
+    out, _ = torch.ops.irpe_ds.fused_forward(
+        x.q,
+        x.k,
+        x.v,
+        tables,
+        [target for _, _, target in terms],
+        [each.method for each in maps],
+        [each.ratio for each in maps],
+        [table.dim() == 2 for table in tables],
+        grid,
+        x.key_padding_mask,
+        seed,
+        x.scale,
+        x.dropout_p,
+    )
     return out
 
 
-def _used(table: Tensor, buckets: BucketMap, dim: int) -> Tensor:
-    """The entries of a table whose buckets occur on the grid."""
-    all_used = len(buckets.used_ids) == buckets.num_buckets
-    return table if all_used else table.index_select(dim, buckets.used_ids)
+def _shape(key: DispatchKey, *, keys: bool) -> Shape | None:
+    """What the kernels are compiled for; None without terms, where it depends on the length."""
+    if not key.terms:
+        return None
+    grid = (*key.terms[0].grid, key.terms[0].skip)
+    return fused_op.shape(grid, key.terms, key.dtype, key.head_dim, keys=keys)

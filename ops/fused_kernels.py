@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -12,13 +11,15 @@ from torch import Tensor
 from irpe_ds.ops.build import nvrtc
 from irpe_ds.ops.factors import Factors
 from irpe_ds.ops.fused_plan import (
-    MAX_CHUNK_KEYS,
     Needed,
-    Rpe,
+    Plan,
     Shape,
+    backward_keys_bytes,
     backward_queries_bytes,
     forward_bytes,
+    no_plan_reason,
     plan,
+    ring_width,
 )
 
 SOURCES = Path(__file__).parent / "csrc" / "fused"
@@ -152,6 +153,7 @@ class Kernel:
 NEEDED: dict[str, Needed] = {
     "forward": forward_bytes,
     "backward_queries": backward_queries_bytes,
+    "backward_keys": backward_keys_bytes,
 }
 
 
@@ -162,27 +164,41 @@ def kernel(name: str, shape: Shape, device: Device) -> Kernel:
     Raises:
         ValueError: no plan fits this device.
     """
-    chosen = plan(shape, device.shared_bytes, NEEDED[name])
+    chosen, defines = compile_options(name, shape, device.shared_bytes)
+    return Kernel(name, defines, device, chosen.warps * 32, defines["SHARED_BYTES"])
+
+
+def compile_options(name: str, shape: Shape, shared_bytes: int) -> tuple[Plan, dict[str, int]]:
+    """How a kernel is divided up, and the macros that it is compiled with.
+
+    Args:
+        shared_bytes: that a block can have.
+
+    Raises:
+        ValueError: no plan fits.
+    """
+    chosen = plan(shape, shared_bytes, NEEDED[name])
     if chosen is None:
-        limits = f"{device.shared_bytes} bytes of shared memory, chunks of {MAX_CHUNK_KEYS} keys"
-        raise ValueError(f"{shape} does not fit: {limits}")
+        raise ValueError(no_plan_reason(shape, shared_bytes, NEEDED[name]))
     q, k, v = shape.rpe_q, shape.rpe_k, shape.rpe_v
-    shared_bytes = NEEDED[name](shape, chosen)
-    defines = {
+    return chosen, {
         "BFLOAT16": shape.dtype == torch.bfloat16,
         "HEAD_DIM": shape.head_dim,
         "GRID_H": shape.grid[0],
         "GRID_W": shape.grid[1],
+        "RING_WIDTH": ring_width(shape.grid),
         "NUM_PREFIX_TOKENS": shape.num_prefix,
         "KEY_PADDING_MASK": shape.has_mask,
         "DROPOUT": shape.has_dropout,
-        "RPE_Q_CLASSES": q.row_classes,
+        "RPE_Q_ROWS": q.row_classes,
         "RPE_Q_SLOTS": q.slots,
+        "RPE_Q_BIAS": q.is_bias,
         "RPE_K_ROWS": k.row_classes,
         "RPE_K_SLOTS": k.slots,
         "RPE_K_BIAS": k.is_bias,
         "RPE_V_ROWS": v.row_classes,
         "RPE_V_SLOTS": v.slots,
+        "SAME_CLASSES": shape.same_classes,
         "WARPS": chosen.warps,
         "STRIPS": chosen.strips,
         "STAGES": chosen.stages,
@@ -190,30 +206,8 @@ def kernel(name: str, shape: Shape, device: Device) -> Kernel:
         "STEP_TILES": 6 if chosen.strips == 2 and not v.row_classes else 4,
         "PREFETCH_Q": chosen.prefetch_q,
         "CHUNK_KEYS": chosen.chunk_keys,
-        "SHARED_BYTES": shared_bytes,
+        "SHARED_BYTES": NEEDED[name](shape, chosen),
     }
-    return Kernel(name, defines, device, chosen.warps * 32, shared_bytes)
-
-
-def by_slot(tables: Sequence[Tensor], factors: Factors, rpe: Rpe) -> Tensor:
-    """The terms' tables by class and slot, added up, as the kernels read them.
-
-    A product with constant one-hots: exact, and its gradient is summed in a fixed order.
-
-    Args:
-        tables: (H or 1, buckets, X) for each map of `factors`.
-
-    Returns:
-        (H or 1, row classes x slots, X)
-    """
-    buckets, prefix = factors.buckets[:, :, :-1], factors.buckets[:, :, -1:]
-    free = rpe.slots - buckets.shape[2]  # the prefix tokens' bucket comes last
-    slots = torch.cat([buckets, prefix.expand(-1, -1, free)], 2).flatten(1)
-    terms = [
-        torch.nn.functional.one_hot(ids, table.shape[1]).to(table.dtype) @ table
-        for table, ids in zip(tables, slots, strict=True)
-    ]
-    return torch.stack(terms).sum(0)
 
 
 class Operand(NamedTuple):
@@ -243,10 +237,11 @@ class Call(NamedTuple):
     seed: Tensor | None = None
     """Of the dropout, one int64."""
 
-    def params(self, out: Tensor, lse: Tensor) -> Params:
+    def params(self, lse: Tensor, **matrices: Tensor) -> Params:
         threshold = min(round(self.dropout_p * 2**16), 2**16 - 1)
         params = Params(B=self.q.shape[0], H=self.q.shape[1], dropout_threshold=threshold)
-        params.q, params.k, params.v, params.out = map(Matrix.of, (self.q, self.k, self.v, out))
+        for name, x in {"q": self.q, "k": self.k, "v": self.v, **matrices}.items():
+            setattr(params, name, Matrix.of(x))
         params.lse = lse.data_ptr()
         params.rpe_q, params.rpe_k, params.rpe_v = map(
             Table.of, (self.rpe_q, self.rpe_k, self.rpe_v)
@@ -266,9 +261,9 @@ def forward(call: Call, device: Device) -> tuple[Tensor, Tensor]:
     Returns:
         (B, H, L, D), in memory (B, L, H, D), and the log-sum-exp of the scores, (B, H, L) float32.
     """
-    out = _empty_like_tokens(call.q)
+    out = empty_like_tokens(call.q)
     lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
-    _launch("forward", call, device, call.params(out, lse))
+    _launch("forward", call, device, call.params(lse, out=out))
     return out, lse
 
 
@@ -283,20 +278,44 @@ def backward_queries(
         (B, L, H, row classes x slots).
     """
     batch, heads, length, _ = call.q.shape
-    grad_q, delta = _empty_like_tokens(call.q), torch.empty_like(lse)
+    grad_q, delta = empty_like_tokens(call.q), torch.empty_like(lse)
     sums_k, sums_v = (
         call.q.new_empty(batch, length, heads, rpe.row_classes * rpe.slots)
         for rpe in (call.shape.rpe_k, call.shape.rpe_v)
     )
-    params = call.params(out, lse)
-    params.grad_out, params.grad_q = Matrix.of(grad_out), Matrix.of(grad_q)
+    params = call.params(lse, out=out, grad_out=grad_out, grad_q=grad_q)
     params.delta = delta.data_ptr()
     params.sums_k, params.sums_v = sums_k.data_ptr(), sums_v.data_ptr()
     _launch("backward_queries", call, device, params)
     return grad_q, delta, sums_k, sums_v
 
 
-def _empty_like_tokens(x: Tensor) -> Tensor:
+def backward_keys(
+    call: Call, lse: Tensor, delta: Tensor, grad_out: Tensor, device: Device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a backward sums up for each key.
+
+    Args:
+        call: with factors on queries as they are, and those on keys and values transposed. A bias
+            on keys is given in place of a term on queries, by negated offsets.
+        delta: of `backward_queries`.
+
+    Returns:
+        The gradients of k and v, and the bucket sums of the scores' gradients for the terms on
+        queries, (B, L, H, row classes x slots).
+    """
+    batch, heads, length, _ = call.q.shape
+    grad_k, grad_v = empty_like_tokens(call.q), empty_like_tokens(call.q)
+    rpe = call.shape.rpe_q
+    entries = 0 if rpe.is_bias else rpe.row_classes * rpe.slots
+    sums_q = call.q.new_empty(batch, length, heads, entries)
+    params = call.params(lse, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v)
+    params.delta, params.sums_q = delta.data_ptr(), sums_q.data_ptr()
+    _launch("backward_keys", call, device, params)
+    return grad_k, grad_v, sums_q
+
+
+def empty_like_tokens(x: Tensor) -> Tensor:
     """(B, H, L, D) in memory as (B, L, H, D): the heads of a token lie next to each other."""
     batch, heads, length, dim = x.shape
     return x.new_empty(batch, length, heads, dim).transpose(1, 2)

@@ -9,7 +9,7 @@ from irpe_ds.ops.factors import Factors
 
 MAX_SLOTS = 16
 MAX_CHUNK_KEYS = 128
-"""A chunk is unrolled; beyond, arrays leave the registers. Widths as 13, 18 or 37 need more."""
+"""A chunk is unrolled; beyond, arrays leave the registers."""
 
 
 class Rpe(NamedTuple):
@@ -31,6 +31,9 @@ class Rpe(NamedTuple):
         return cls(rows, 8 if needed <= 8 else 16, is_bias)
 
 
+NO_RPE = Rpe()
+
+
 class Shape(NamedTuple):
     """What a model never changes."""
 
@@ -38,10 +41,13 @@ class Shape(NamedTuple):
     head_dim: int
     grid: tuple[int, int]
     num_prefix: int
-    rpe_q: Rpe = Rpe()
-    """Keys own these lookups, so classes of rows and columns change places: `transposed`."""
-    rpe_k: Rpe = Rpe()
-    rpe_v: Rpe = Rpe()
+    # Of `transposed` factors where the lookups belong to the tokens that pass by: on queries in a
+    # pass over queries, on keys and values in the pass over keys.
+    rpe_q: Rpe = NO_RPE
+    rpe_k: Rpe = NO_RPE
+    rpe_v: Rpe = NO_RPE
+    same_classes: bool = False
+    """Whether the terms on keys and on values have the same classes of rows and of columns."""
     has_mask: bool = False
     has_dropout: bool = False
 
@@ -76,15 +82,24 @@ def plan(shape: Shape, shared_bytes: int, needed: "Needed") -> Plan | None:
     more where there is room, and one where it must be.
 
     Args:
-        needed: forward_bytes or backward_queries_bytes.
+        needed: forward_bytes, backward_queries_bytes or backward_keys_bytes.
     """
-    height, width = shape.grid
-    for plan in _candidates(2 if shape.head_dim <= 64 and needed is forward_bytes else 1):
+    for plan in _candidates(2 if shape.head_dim <= 64 and needed is not backward_keys_bytes else 1):
         left = shared_bytes - needed(shape, plan)
-        if left >= 0 and _chunk_rows(height, width, plan.chunk_keys) * width <= MAX_CHUNK_KEYS:
+        if left >= 0 and chunk_keys(shape, plan) <= MAX_CHUNK_KEYS:
             step = needed(shape, plan._replace(stages=plan.stages + 1)) - needed(shape, plan)
             return plan._replace(stages=min(8, plan.stages + left // step))
     return None
+
+
+def no_plan_reason(shape: Shape, shared_bytes: int, needed: "Needed") -> str | None:
+    """Why no plan fits; None when one does."""
+    if plan(shape, shared_bytes, needed) is not None:
+        return None
+    grid = f"a grid of {shape.grid[0]} x {shape.grid[1]} patches"
+    if min(shape.grid[0], 2) * ring_width(shape.grid) > MAX_CHUNK_KEYS:
+        return f"{grid} has rows of more than {MAX_CHUNK_KEYS // 2} patches"
+    return f"{grid} does not fit in {shared_bytes // 1024} KiB of shared memory"
 
 
 def _candidates(max_strips: int) -> Iterator[Plan]:
@@ -100,7 +115,7 @@ def _candidates(max_strips: int) -> Iterator[Plan]:
 def forward_bytes(shape: Shape, plan: Plan) -> int:
     """Of the forward."""
     k, v, pitch = shape.rpe_k, shape.rpe_v, _pitch(shape.head_dim * 2)
-    count = _ring_bytes(shape, plan)
+    count = _ring_bytes(shape, plan, shape.rpe_q)
     if k.row_classes:
         count = _up(count + _lookup_bytes(shape, k), 16)
     if v.row_classes:
@@ -113,7 +128,7 @@ def forward_bytes(shape: Shape, plan: Plan) -> int:
 def backward_queries_bytes(shape: Shape, plan: Plan) -> int:
     """Of the backward's pass over queries."""
     k, v = shape.rpe_k, shape.rpe_v
-    count = _ring_bytes(shape, plan)
+    count = _ring_bytes(shape, plan, shape.rpe_q)
     if k.row_classes:
         count = _up(count + _lookup_bytes(shape, k), 16)
         count = _up(count + _sums_bytes(shape, k, with_table=not k.is_bias), 16)
@@ -124,23 +139,38 @@ def backward_queries_bytes(shape: Shape, plan: Plan) -> int:
     return count + plan.warps * plan.strips * 16 * (_row_pitch(shape, k) + _row_pitch(shape, v))
 
 
+def backward_keys_bytes(shape: Shape, plan: Plan) -> int:
+    """Of the backward's pass over keys."""
+    q, pitch = shape.rpe_q, _pitch(shape.head_dim * 2)
+    count = _ring_bytes(shape, plan, shape.rpe_k, shape.rpe_v, sums=2)
+    if q.row_classes:
+        count = _up(count + _lookup_bytes(shape, q), 16)
+    if q.row_classes and not q.is_bias:
+        count = _up(count + _sums_bytes(shape, q, with_table=True), 16) + _bins_bytes(plan, q)
+    return count + plan.warps * plan.strips * 16 * (_row_pitch(shape, q) + pitch)
+
+
 Needed = Callable[[Shape, Plan], int]
 
 
-def _ring_bytes(shape: Shape, plan: Plan) -> int:
-    """mbarriers, chunks of keys and values, and what relative position on queries needs."""
+def _ring_bytes(
+    shape: Shape, plan: Plan, lookup_x: Rpe, lookup_y: Rpe = NO_RPE, sums: int = 0
+) -> int:
+    """mbarriers, chunks of two matrices and of `sums` numbers a row, and what lookups need."""
     (height, width), pitch = shape.grid, _pitch(shape.head_dim * 2)
-    rows = _chunk_rows(height, width, plan.chunk_keys)
+    row = ring_width(shape.grid)
+    rows = _chunk_rows(height, row, plan.chunk_keys)
     chunks = -(-height // rows)
-    last = (height - (chunks - 1) * rows) * width + shape.num_prefix
-    capacity = _up(max(rows * width if chunks > 1 else 0, last), 16)
-    count = _up(plan.stages * 24, 128) + plan.stages * 2 * capacity * pitch
-    q = shape.rpe_q
-    if q.row_classes:
-        entries = q.row_classes * q.slots
-        count += plan.stages * capacity * _pitch(entries * 2)
-        count += _up(entries * pitch + (2 * width - 1) * 4, 16) + 2 * height * q.slots * 2
-    return _up(count, 16)
+    last = (height - (chunks - 1) * rows) * row + shape.num_prefix
+    capacity = _up(max(rows * row if chunks > 1 else 0, last), 16)
+    count = _up(plan.stages * 24, 128) + plan.stages * capacity * (2 * pitch + 4 * sums)
+    for rpe in (lookup_x, lookup_y):
+        if rpe.row_classes:
+            entries = rpe.row_classes * rpe.slots
+            count += plan.stages * capacity * _pitch(entries * 2)
+            constants = _up(entries * pitch + (2 * width - 1) * 4, 16)
+            count = _up(count + constants + 2 * height * rpe.slots * 2, 16)
+    return count
 
 
 def _lookup_bytes(shape: Shape, rpe: Rpe) -> int:
@@ -175,7 +205,19 @@ def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
+def ring_width(grid: tuple[int, int]) -> int:
+    """Places of a grid row in the ring: padded where its width makes no chunks of whole tiles."""
+    height, width = grid
+    return width if _chunk_rows(height, width, 0) * width <= MAX_CHUNK_KEYS else _up(width, 8)
+
+
+def chunk_keys(shape: Shape, plan: Plan) -> int:
+    """Places for patches in a chunk."""
+    row = ring_width(shape.grid)
+    return _chunk_rows(shape.grid[0], row, plan.chunk_keys) * row
+
+
 def _chunk_rows(height: int, width: int, target: int) -> int:
-    """Grid rows of a chunk: an even number, of a multiple of 16 keys, unless one holds all."""
+    """Grid rows of a chunk: an even number, of a multiple of 16 places, unless one holds all."""
     step = next(rows for rows in range(2, 18, 2) if rows * width % 16 == 0)
     return min(height, step * max(1, target // (step * width)))

@@ -29,10 +29,11 @@ class TermSpec(NamedTuple):
 
     target: str
     """q, k or v."""
+    # Those of its BucketMap.
     method: str
-    """That of its BucketMap."""
-    num_used: int
-    """Buckets that occur on the grid."""
+    grid: tuple[int, int]
+    skip: int
+    ratio: float
     is_bias: bool
 
 
@@ -56,7 +57,9 @@ class DispatchKey(NamedTuple):
     ) -> "DispatchKey":
         """The key of a call with these terms."""
         terms = tuple(
-            TermSpec(target, buckets.method, len(buckets.used_ids), table.dim() == 2)
+            TermSpec(
+                target, buckets.method, buckets.grid, buckets.skip, buckets.ratio, table.dim() == 2
+            )
             for target, terms in zip("qkv", (rpe_q, rpe_k, rpe_v), strict=True)
             for table, buckets in terms
         )

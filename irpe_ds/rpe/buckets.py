@@ -54,13 +54,14 @@ class BucketMap(nn.Module):
     def __init__(self, method: str, height: int, width: int, skip: int, ratio: float) -> None:
         super().__init__()
         self.method, self.grid, self.skip, self.ratio = method, (height, width), skip, ratio
-        index = _index(method, height, width, ratio)
-        self.num_buckets = (2 * int(2 * ratio) + 1) ** (2 if method == "product" else 1)
+        row = torch.arange(height, device="cpu").repeat_interleave(width)
+        col = torch.arange(width, device="cpu").repeat(height)
+        index = bucket_of(method, row[:, None] - row, col[:, None] - col, ratio)
+        self.num_buckets = num_buckets(method, skip, ratio)
         if skip:
             length = skip + height * width
-            patches, index = index, torch.full((length, length), self.num_buckets, device="cpu")
+            patches, index = index, torch.full((length, length), self.num_buckets - 1, device="cpu")
             index[skip:, skip:] = patches
-            self.num_buckets += 1
         self.register_buffer("ids", index.int(), persistent=False)
         self.register_buffer("used_ids", index.unique(), persistent=False)
 
@@ -102,16 +103,18 @@ class BucketMap(nn.Module):
         return f"{self.method}, {height}x{width}, skip={self.skip}, buckets={self.num_buckets}"
 
 
-def _index(method: str, height: int, width: int, ratio: float) -> Tensor:
-    """Ids of the patches without prefix tokens, (height * width, height * width) int64 >= 0."""
+def num_buckets(method: str, skip: int, ratio: float) -> int:
+    """Entries of a table; the last one is for the prefix tokens, if any."""
+    return (2 * int(2 * ratio) + 1) ** (2 if method == "product" else 1) + (skip > 0)
+
+
+def bucket_of(method: str, rows: Tensor, cols: Tensor, ratio: float) -> Tensor:
+    """The bucket of an offset between two patches, int64 >= 0; integers of any one shape."""
     largest = int(2 * ratio)
 
     def piecewise(offset: Tensor) -> Tensor:
         return piecewise_index(offset, alpha=ratio, beta=2 * ratio, gamma=8 * ratio) + largest
 
-    row = torch.arange(height, device="cpu").repeat_interleave(width)
-    col = torch.arange(width, device="cpu").repeat(height)
-    rows, cols = row[:, None] - row, col[:, None] - col
     match method:
         case "euclidean":
             return piecewise((rows**2 + cols**2).float().sqrt().round())

@@ -1,25 +1,28 @@
 """GPU resources of the CUDA kernels: `python -m irpe_ds.ops.bench.resources`.
 
-Registers, stack and spills of every kernel for every architecture, and the launch configurations of
-the fused passes for DeiT's attention. Needs nvcc, no GPU.
+Registers, stack and spills of every kernel for every architecture, and how the fused kernels are
+divided up for some models. Needs nvcc and NVRTC, no GPU.
 """
 
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-from irpe_ds.cli import run
-from irpe_ds.ops.build import toolchain
+import torch
 
-ARCHITECTURES = ("sm_80", "sm_90")
-PASSES = ("forward", "backward, queries", "backward, keys")
-GPUS = {"A100": (108, 164 * 1024, 163 * 1024), "H200": (132, 228 * 1024, 227 * 1024)}
-"""Multiprocessors, and bytes of shared memory per multiprocessor and per block."""
-MAX_WARPS = 64
-"""Per multiprocessor."""
+from irpe_ds.cli import run
+from irpe_ds.ops import fused_kernels, fused_op
+from irpe_ds.ops.build import nvrtc, toolchain
+from irpe_ds.ops.fused_plan import Plan
+from irpe_ds.ops.inputs import TermSpec
+
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+"""That a block can have, by architecture."""
+ARCHITECTURES = tuple(SHARED_BYTES)
+FUSED = tuple(fused_kernels.NEEDED)
+"""The kernels of csrc/fused."""
 
 
 class KernelResources(NamedTuple):
@@ -34,39 +37,60 @@ class KernelResources(NamedTuple):
     """Bytes stored plus bytes loaded."""
 
 
-class LaunchConfig(NamedTuple):
-    """How one pass is launched."""
+class FusedResources(NamedTuple):
+    """A kernel of csrc/fused, compiled for one model and architecture."""
 
-    warps: int
-    """Per block."""
-    blocks: int
-    """Resident blocks per multiprocessor."""
-    shared: int
-    """Bytes of shared memory per block."""
-    grid: int
-    """Blocks of the launch."""
+    kernel: KernelResources
+    plan: Plan
+    shared_bytes: int
+    """Of a block."""
+
+
+class Model(NamedTuple):
+    """Its attention: heads of 64 numbers in bfloat16, a class token, contextual product maps."""
+
+    name: str
+    grid: tuple[int, int]
+    on: str
+    """Where relative position is: some of q, k, v."""
+
+
+DEIT_K = Model("DeiT, K", (14, 14), "k")
+DEIT_QKV = Model("DeiT, QKV", (14, 14), "qkv")
+MODELS = (DEIT_K, DEIT_QKV, Model("DeiT at 384 pixels, K", (24, 24), "k"))
 
 
 def kernel_resources(architecture: str) -> Iterator[KernelResources]:
-    """Compile every .cu file and parse the report of ptxas.
+    """Those of csrc/cuda, as nvcc compiles them.
 
     Raises:
         Unavailable: no CUDA compiler.
         subprocess.CalledProcessError: a file does not compile.
     """
-    options = ["-O3", f"-arch={architecture}", "-Xptxas", "-v", "-cubin"]
+    toolkit = toolchain.cuda()
+    nvcc = [str(toolkit.home / "bin" / "nvcc"), f"-I{toolkit.include}", "-std=c++17", "-O3"]
+    options = [f"-arch={architecture}", "-Xptxas", "-v", "-cubin"]
     for source in sorted((toolchain.CSRC / "cuda").glob("*.cu")):
         with tempfile.TemporaryDirectory() as folder:
-            report = _nvcc(*options, str(source), "-o", f"{folder}/kernels.cubin")
-        yield from _parse(report)
+            command = [*nvcc, *options, str(source), "-o", f"{folder}/kernels.cubin"]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        yield from _parse(done.stderr)
 
 
-def _nvcc(*arguments: str) -> str:
-    """Compile; returns what nvcc prints."""
-    toolkit = toolchain.cuda()
-    nvcc = [str(toolkit.home / "bin" / "nvcc"), f"-I{toolkit.include}", "-std=c++17"]
-    command = [*nvcc, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def fused_resources(name: str, model: Model, architecture: str) -> FusedResources:
+    """Those of one of `FUSED`, as NVRTC compiles it.
+
+    Raises:
+        Unavailable: no NVRTC.
+        ValueError: no plan fits.
+    """
+    terms = tuple(TermSpec(x, "product", model.grid, 1, 1.9, False) for x in model.on)
+    keys = name == "backward_keys"
+    shape = fused_op.shape((*model.grid, 1), terms, torch.bfloat16, 64, keys=keys)
+    plan, defines = fused_kernels.compile_options(name, shape, SHARED_BYTES[architecture])
+    source = fused_kernels.SOURCES / f"{name}.cu"
+    (kernel,) = _parse(nvrtc.resource_report(source, defines, architecture))
+    return FusedResources(kernel._replace(name=name), plan, defines["SHARED_BYTES"])
 
 
 def _parse(report: str) -> Iterator[KernelResources]:
@@ -85,47 +109,28 @@ def _parse(report: str) -> Iterator[KernelResources]:
 
 
 def _readable(name: str, arguments: str) -> str:
-    """`backward_kernel`, `N..4bf16ELi64ELb1` -> `backward<bf16, 64, true>`."""
+    """`gather_kernel`, `N..4bf16ELb1` -> `gather<bf16, true>`."""
     letters = {"d": "double", "f": "float"}
-    values = re.findall(r"(f16|bf16)E|Li(\d+)E?|Lb([01])E?|^([df])", arguments + "E")
+    values = re.findall(r"(f16|bf16)E|Lb([01])E?|^([df])", arguments + "E")
     texts = (
-        kind or number or letters.get(letter) or ("false", "true")[int(flag)]
-        for kind, number, flag, letter in values
+        kind or letters.get(letter) or ("false", "true")[int(flag)] for kind, flag, letter in values
     )
     return f"{name.removesuffix('_kernel')}<{', '.join(texts)}>"
 
 
-def launch_configs(
-    gpu: str, batch: int, heads: int, length: int, dim: int, buckets: tuple[int, int, int]
-) -> list[LaunchConfig]:
-    """Those of `PASSES`, given the buckets on queries, keys and values."""
-    with tempfile.TemporaryDirectory() as folder:
-        program, source = f"{folder}/plan", Path(__file__).with_name("plan.cu")
-        cudart = toolchain.cuda().runtime
-        link = ["-cudart=none", str(cudart), "-Xlinker", f"-rpath={cudart.parent}"]
-        _nvcc(f"-I{toolchain.CSRC}", str(source), *link, "-o", program)
-        numbers = map(str, (*GPUS[gpu], batch, heads, length, dim, *buckets))
-        done = subprocess.run([program, *numbers], capture_output=True, text=True, check=True)
-    return [LaunchConfig(*map(int, line.split())) for line in done.stdout.splitlines()]
-
-
 def main() -> None:
-    print(f"{'kernel':32} {'':6} {'registers':>9} {'stack':>6} {'spills':>6}")
+    print(f"{'kernel':40} {'':6} {'registers':>9} {'stack':>6} {'spills':>6}", end="")
+    print(f" {'warps':>6} {'strips':>6} {'stages':>6} {'chunk_keys':>10} {'shared KiB':>10}")
+    row = "{:40} {:6} {:9} {:6} {:6}"
     for architecture in ARCHITECTURES:
         for kernel in kernel_resources(architecture):
-            print("{:32} {:6} {:9} {:6} {:6}".format(*kernel))
-    print(f"\n{'DeiT-S, B = 256':40} {'warps':>5} {'blocks':>6} {'KiB':>6} {'grid':>5} occupancy")
-    for gpu in GPUS:
-        for length in (197, 577, 1025):
-            for on, buckets in (("K", (0, 50, 0)), ("QKV", (50, 50, 50))):
-                found = launch_configs(gpu, 256, 6, length, 64, buckets)
-                for name, at in zip(PASSES, found, strict=True):
-                    title = f"{gpu}, L = {length}, {on}, {name}"
-                    occupancy = at.warps * at.blocks / MAX_WARPS
-                    print(
-                        f"{title:40} {at.warps:5} {at.blocks:6} {at.shared / 1024:6.1f}"
-                        f" {at.grid:5} {occupancy:8.0%}"
-                    )
+            print(row.format(*kernel))
+        for model in MODELS:
+            for name in FUSED:
+                kernel, plan, shared = fused_resources(name, model, architecture)
+                print(row.format(f"{model.name}: {name}", *kernel[1:]), end="")
+                print(f" {plan.warps:6} {plan.strips:6} {plan.stages:6}", end="")
+                print(f" {plan.chunk_keys:10} {shared / 1024:10.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -68,10 +68,7 @@ class IRPEBuilder(CUDAOpBuilder):
         """Absolute paths; the files for nvcc include none of PyTorch's headers."""
         names = ["binding.cpp", "cpu/rpe.cpp"]
         if self.toolkit:
-            names += ["cuda/attention.cpp"]
-            names += [
-                f"cuda/{name}.cu" for name in ("rpe", "attention_forward", "attention_backward")
-            ]
+            names.append("cuda/rpe.cu")
         return [str(toolchain.CSRC / name) for name in names]
 
     def include_paths(self) -> list[str]:

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -30,15 +30,14 @@ def compile_kernel(source: Path, defines: Mapping[str, int], architecture: str) 
         Unavailable: there is no NVRTC, or it knows no such architecture.
         RuntimeError: the source does not compile.
     """
-    macros = [f"-D{name}={int(value)}" for name, value in sorted(defines.items())]
-    options = [*OPTIONS, *macros, f"--gpu-architecture={architecture}"]
+    options = _options(defines, architecture)
     digest = hashlib.sha256("\0".join([version(), *options]).encode())
     for path in sorted({source, *source.parent.glob("*.cuh")}):
         digest.update(path.read_bytes())
     kept = cache_folder() / f"{source.stem}-{architecture}-{digest.hexdigest()[:32]}"
     with contextlib.suppress(OSError):
         return kept.read_bytes()
-    binary = _compile(source, [*options, f"-I{source.parent}"], architecture)
+    binary = _compile(source, options, architecture)
     with contextlib.suppress(OSError):  # a folder that cannot be written costs only the time
         kept.parent.mkdir(parents=True, exist_ok=True)
         own = kept.with_name(f"{kept.name}.{os.getpid()}")  # ranks compile it at the same time
@@ -46,6 +45,20 @@ def compile_kernel(source: Path, defines: Mapping[str, int], architecture: str) 
             partial.write_bytes(binary)
         os.replace(own, kept)
     return binary
+
+
+def resource_report(source: Path, defines: Mapping[str, int], architecture: str) -> str:
+    """What ptxas says of a kernel: registers, stack and spills. It is compiled anew.
+
+    Args:
+        architecture: of machine code, `sm_90`.
+
+    Raises:
+        Unavailable, RuntimeError: as `compile_kernel`.
+    """
+    options = [*_options(defines, architecture), "--ptxas-options=-v"]
+    with _program(source, options, architecture) as program:
+        return _log(program)
 
 
 def cache_folder() -> Path:
@@ -61,6 +74,15 @@ def version() -> str:
     major, minor = ctypes.c_int(), ctypes.c_int()
     _library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     return f"{major.value}.{minor.value}"
+
+
+def unavailable_reason() -> str | None:
+    """Why nothing can be compiled here; None when it can."""
+    try:
+        _library()
+    except Unavailable as error:
+        return str(error)
+    return None
 
 
 @functools.cache
@@ -80,26 +102,42 @@ def _library() -> ctypes.CDLL:
         raise Unavailable(f"cannot load NVRTC: {error}") from None
 
 
+def _options(defines: Mapping[str, int], architecture: str) -> list[str]:
+    macros = [f"-D{name}={int(value)}" for name, value in sorted(defines.items())]
+    return [*OPTIONS, *macros, f"--gpu-architecture={architecture}"]
+
+
 def _compile(source: Path, options: list[str], architecture: str) -> bytes:
-    nvrtc = _library()
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    text = source.read_bytes()
+    with _program(source, options, architecture) as program:
+        return _get(program, "PTX" if architecture.startswith("compute_") else "CUBIN")
+
+
+@contextlib.contextmanager
+def _program(source: Path, options: list[str], architecture: str) -> Iterator[ctypes.c_void_p]:
+    """NVRTC's, compiled."""
+    nvrtc, program, text = _library(), ctypes.c_void_p(), source.read_bytes()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, str(source).encode(), 0, None, None)
     try:
+        options = [*options, f"-I{source.parent}"]
         arguments = (ctypes.c_char_p * len(options))(*map(str.encode, options))
-        error = nvrtc.nvrtcCompileProgram(program, len(options), arguments)
-        if error:
-            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-            log = ctypes.create_string_buffer(size.value)
-            nvrtc.nvrtcGetProgramLog(program, log)
-            said = log.value.decode(errors="replace").strip()
+        if nvrtc.nvrtcCompileProgram(program, len(options), arguments):
+            said = _log(program)
             if "gpu-architecture" in said:
                 raise Unavailable(f"NVRTC {version()} does not compile for {architecture}")
             raise RuntimeError(f"cannot compile {source.name} {' '.join(options)}:\n{said}")
-        kind = "PTX" if architecture.startswith("compute_") else "CUBIN"
-        getattr(nvrtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
-        binary = ctypes.create_string_buffer(size.value)
-        getattr(nvrtc, f"nvrtcGet{kind}")(program, binary)
-        return binary.raw
+        yield program
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _get(program: ctypes.c_void_p, what: str) -> bytes:
+    """PTX, CUBIN or ProgramLog."""
+    nvrtc, size = _library(), ctypes.c_size_t()
+    getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, f"nvrtcGet{what}")(program, buffer)
+    return buffer.raw
+
+
+def _log(program: ctypes.c_void_p) -> str:
+    return _get(program, "ProgramLog").rstrip(b"\0").decode(errors="replace").strip()

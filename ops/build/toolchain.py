@@ -71,10 +71,11 @@ class CUDAToolkit(NamedTuple):
 
 
 def sources() -> str:
-    """A hash of all sources and compiler options."""
+    """A hash of the sources of this build and its compiler options."""
     key = hashlib.sha256()
     options = [Path(__file__).with_name("builder.py"), Path(__file__)]
-    code = sorted(x for x in CSRC.rglob("*.*") if x.suffix != ".md")
+    folders = (CSRC, CSRC / "cpu", CSRC / "cuda")
+    code = sorted(path for folder in folders for path in folder.glob("*.*"))
     for source in [*code, *options]:
         key.update(source.read_bytes())
     return key.hexdigest()[:16]

@@ -254,15 +254,6 @@ TORCH_LIBRARY(irpe_ds, library) {
   library.def(
       "softmax_backward(Tensor grad, Tensor probs, Tensor[] ids, int[] num_buckets, int num_rows)"
       " -> Tensor[]");
-  // Implemented in cuda/attention.cpp, which says what a term is.
-  library.def(
-      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor[] tables, Tensor[] tiles,"
-      " int[] targets, Tensor? hidden, Tensor? seed, float scale, float dropout_p, int skip)"
-      " -> (Tensor, Tensor)");
-  library.def(
-      "attention_backward(Tensor grad_out, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,"
-      " Tensor[] tables, Tensor[] tiles, int[] targets, Tensor? hidden, Tensor? seed, float scale,"
-      " float dropout_p, int skip) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(irpe_ds, CPU, library) {

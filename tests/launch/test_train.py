@@ -16,7 +16,7 @@ from irpe_ds.models.build import build_model
 from irpe_ds.ops.build.builder import IRPEBuilder
 from tests.launch.outcomes import slow
 from tests.launch.ranks import Ranks, free_port
-from tests.ops.kernels.host import build_attention
+from tests.ops.ptxsim.simulator import build
 
 pytestmark = pytest.mark.dist
 UPDATES = 18
@@ -257,7 +257,8 @@ def test_fused_attention_under_zero_3(
     settings = json.loads(Path("ds_configs/zero3.json").read_text())
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (tmp_path / "zero3.json").write_text(json.dumps(settings))
-    monkeypatch.setenv("IRPE_TEST_KERNELS", str(build_attention(tmp_path)))
+    build(tmp_path / "ptxsim")
+    monkeypatch.setenv("IRPE_TEST_SIMULATOR", str(tmp_path / "ptxsim"))
     common = (
         *(f"output={tmp_path}", f"train.max_updates={UPDATES}", "train.log_every=1"),
         *(f"data.train={digits}/train.beton", f"data.val={digits}/val.beton", "model.drop_path=0"),

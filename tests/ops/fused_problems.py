@@ -1,15 +1,19 @@
 """Random problems of the fused kernels on a simulated GPU, and what eager PyTorch makes of them."""
 
 import ctypes
-from typing import NamedTuple
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from irpe_ds.ops import fused_kernels, irpe_attention
-from irpe_ds.ops.factors import Factors, factor, transposed
-from irpe_ds.ops.fused_kernels import Call, Operand, by_slot
-from irpe_ds.ops.fused_plan import Rpe, Shape
+from irpe_ds.ops import dispatch, fused_op, irpe_attention
+from irpe_ds.ops.fused_op import Arguments
+from irpe_ds.ops.fused_plan import Shape
+from irpe_ds.ops.inputs import TermSpec
 from irpe_ds.rpe.buckets import BucketMap
 from irpe_ds.rpe.config import RPEConfig
 from irpe_ds.rpe.tables import build_maps
@@ -31,8 +35,31 @@ class SimulatedDevice:
         return None
 
 
+@contextmanager
+def simulated(device: SimulatedDevice) -> Iterator[None]:
+    """impl="fused" runs on CPU tensors, by this GPU."""
+    _register_for_cpu()
+    row = dispatch.IMPLEMENTATIONS["fused"]
+    here = row._replace(devices=("cpu", "cuda"), unavailable_reason=lambda key: None)
+    dispatch._resolve_and_warn.cache_clear()
+    with (
+        mock.patch.dict(dispatch.IMPLEMENTATIONS, fused=here),
+        mock.patch.object(fused_op, "device_of", return_value=device),
+    ):
+        yield
+    dispatch._resolve_and_warn.cache_clear()
+
+
+@functools.cache
+def _register_for_cpu() -> torch.library.Library:
+    library = torch.library.Library("irpe_ds", "IMPL")
+    for function in (fused_op.fused_forward, fused_op.fused_backward):
+        library.impl(function.__name__, function, "CPU")
+    return library
+
+
 class Case(NamedTuple):
-    """A call of the forward: what relative position is on, and the shape."""
+    """A call: what relative position is on, and the shape."""
 
     on: str = "k"
     method: str = "product"
@@ -51,148 +78,119 @@ class Case(NamedTuple):
         rpe = RPEConfig(method=self.method, mode=self.mode, on="k", ratio=self.ratio)
         return build_maps(rpe, *self.grid, self.num_prefix)
 
-    def factors(self, target: str) -> Factors:
-        found = factor(self.maps)
-        return transposed(found) if target == "q" else found
+    @property
+    def specs(self) -> tuple[TermSpec, ...]:
+        is_bias = self.mode == "bias"
+        return tuple(
+            TermSpec(target, each.method, self.grid, self.num_prefix, self.ratio, is_bias)
+            for target in self.on
+            for each in self.maps
+        )
 
-    def shape(self, **options: bool) -> Shape:
-        rpes = [
-            Rpe.of(self.factors(target), self.num_prefix, self.mode == "bias")
-            if target in self.on
-            else Rpe()
-            for target in "qkv"
-        ]
-        return Shape(self.dtype, self.head_dim, self.grid, self.num_prefix, *rpes, **options)
+    def shape(self, *, keys: bool = False) -> Shape:
+        """What the kernels for queries are compiled for, or that for keys."""
+        grid = (*self.grid, self.num_prefix)
+        return fused_op.shape(grid, self.specs, self.dtype, self.head_dim, keys=keys)
 
 
 class Problem:
     """Random inputs of a case, in its precision."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: str = "cpu") -> None:
         self.case = case
         length = case.shape().tokens
 
         def numbers(*shape: int, std: float = 1.0) -> Tensor:
-            return (torch.randn(shape) * std).to(case.dtype)
+            return (torch.randn(shape) * std).to(device, case.dtype)
 
-        self.qkv = [
-            numbers(case.batch, length, case.heads, case.head_dim).transpose(1, 2) for _ in "qkv"
-        ]
+        # As of a projection: the heads of a token lie next to each other.
+        self.leaves = {
+            name: numbers(case.batch, length, case.heads, case.head_dim).transpose(1, 2)
+            for name in "qkv"
+        }
         self.grad_out = numbers(case.batch, length, case.heads, case.head_dim).transpose(1, 2)
         heads = 1 if case.shared_heads else case.heads
-        dim = 1 if case.mode == "bias" else case.head_dim
-        self.tables = {
-            target: [numbers(heads, m.num_buckets, dim, std=0.5) for m in case.maps]
-            for target in case.on
-        }
-        self.key_padding_mask: Tensor | None = None
-
-    def call(self, dropout_p: float = 0.0, seed: Tensor | None = None) -> Call:
-        """This problem as the kernels take it."""
-        case, scale = self.case, self.case.head_dim**-0.5
-        shape = case.shape(has_mask=self.key_padding_mask is not None, has_dropout=dropout_p > 0)
-        operands: dict[str, Operand | None] = dict.fromkeys("qkv")
+        self.maps = {}
         for target in case.on:
-            factors = case.factors(target)
-            table = by_slot(self.tables[target], factors, getattr(shape, f"rpe_{target}"))
-            if case.mode == "bias":
-                table = (table / scale).squeeze(-1)
-            operands[target] = Operand(table, factors)
-        options = (self.key_padding_mask, dropout_p, seed)
-        return Call(*self.qkv, *operands.values(), shape, scale, *options)
+            for n, buckets in enumerate(case.maps):
+                shape = [case.head_dim, buckets.num_buckets]
+                shape = shape[1:] if case.mode == "bias" else shape[:: -1 if target == "v" else 1]
+                self.leaves[f"rpe_{target}{n}"] = numbers(heads, *shape, std=0.5)
+                self.maps[f"rpe_{target}{n}"] = buckets.to(device)
+        self.options: dict[str, Any] = {}
 
-    def fused(
-        self, device: SimulatedDevice, dropout_p: float = 0.0, seed: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return fused_kernels.forward(self.call(dropout_p, seed), device)
-
-    def expected(self, dtype: torch.dtype) -> Tensor:
-        terms = {}
-        for target in self.case.on:
-            tables = [table.to(dtype) for table in self.tables[target]]
-            if target != "v":
-                tables = [table.transpose(1, 2) for table in tables]
-            if self.case.mode == "bias":
-                tables = [table.squeeze(1) for table in tables]
-            terms[f"rpe_{target}"] = tuple(zip(tables, self.case.maps, strict=True))
-        return irpe_attention(
-            *(x.to(dtype) for x in self.qkv),
-            **terms,
-            key_padding_mask=self.key_padding_mask,
-            impl="reference",
-        )
-
-    def expected_grads(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Of q, k, v and of every target's tables, in the order of the maps."""
-        before = self.qkv, self.tables
-        self.qkv = [x.detach().to(dtype).requires_grad_() for x in self.qkv]
-        self.tables = {
-            target: [table.detach().to(dtype).requires_grad_() for table in tables]
-            for target, tables in self.tables.items()
+    def run(
+        self, impl: str = "fused", dtype: torch.dtype | None = None, *, backward: bool = True
+    ) -> dict[str, Tensor]:
+        """Output, and the gradient of every input."""
+        leaves = {
+            name: x.detach().to(dtype or x.dtype).requires_grad_(backward)
+            for name, x in self.leaves.items()
         }
-        leaves = dict(zip("qkv", self.qkv, strict=True))
-        for target, tables in self.tables.items():
-            leaves |= {f"table_{target}{n}": table for n, table in enumerate(tables)}
-        grad_out = self.grad_out.to(dtype)
-        grads = torch.autograd.grad(self.expected(dtype), list(leaves.values()), grad_out)
-        self.qkv, self.tables = before
-        return dict(zip(leaves, grads, strict=True))
+        terms = {
+            f"rpe_{target}": tuple(
+                (leaves[f"rpe_{target}{n}"], self.maps[f"rpe_{target}{n}"])
+                for n in range(len(self.case.maps))
+            )
+            for target in self.case.on
+        }
+        out = irpe_attention(*(leaves[name] for name in "qkv"), **terms, **self.options, impl=impl)
+        results = {"out": out.detach()}
+        if backward:
+            grad_out = self.grad_out.to(out.dtype)
+            grads = torch.autograd.grad(out, list(leaves.values()), grad_out)
+            results |= dict(zip(leaves, grads, strict=True))
+        return results
 
-    def fused_grads(self, device: SimulatedDevice) -> dict[str, Tensor]:
-        """The same by the kernels, as far as there are."""
-        call = self.call()
-        out, lse = fused_kernels.forward(call, device)
-        grad_q, _, sums_k, sums_v = fused_kernels.backward_queries(
-            call, out, lse, self.grad_out, device
-        )
-        found = {"q": grad_q}
-        rows = {"k": (call.q * call.scale, sums_k), "v": (self.grad_out, sums_v)}
-        for target in set(self.case.on) & set(rows):
-            x, sums = rows[target]
-            if self.case.mode == "bias":
-                grad = sums.float().sum((0, 1)).unsqueeze(-1)
-            else:
-                grad = torch.einsum("bhld,blhr->hrd", x.float(), sums.float())
-            if self.case.shared_heads:
-                grad = grad.sum(0, keepdim=True)
-            tables = [table.float().requires_grad_() for table in self.tables[target]]
-            rpe = getattr(call.shape, f"rpe_{target}")
-            by_class = by_slot(tables, self.case.factors(target), rpe)
-            grads = torch.autograd.grad(by_class, tables, grad)
-            found |= {f"table_{target}{n}": x.to(grad_q.dtype) for n, x in enumerate(grads)}
-        return found
+    def check(
+        self, simulator: Simulator, device: SimulatedDevice, *, backward: bool = True
+    ) -> dict[str, Tensor]:
+        """Errors are at most twice eager PyTorch's, and every order of warps gives one result.
 
-    def check_grads(self, simulator: Simulator, device: SimulatedDevice) -> None:
-        """As `check`, of every gradient."""
-        results = []
+        Errors are root mean squares. A quarter of the dtype's epsilon, what rounding the result
+        costs, is granted on top.
+        """
+        runs = []
         for order in ORDERS:
-            with simulator.options(order=order):
-                results.append(self.fused_grads(device))
+            with simulator.options(order=order), simulated(device):
+                runs.append(self.run(backward=backward))
         assert not simulator.findings()
-        exact, eager = (self.expected_grads(x) for x in (torch.float64, self.case.dtype))
-        for name, got in results[0].items():
-            assert all(torch.equal(other[name], got) for other in results[1:]), name
-            error, allowed = (rms(x.double() - exact[name]) for x in (got, eager[name]))
-            rounding = torch.finfo(self.case.dtype).eps / 4 * rms(exact[name])
+        for name, x in runs[0].items():
+            assert all(torch.equal(run[name], x) for run in runs[1:]), name
+        self.check_errors(runs[0])
+        return runs[0]
+
+    def check_errors(self, results: dict[str, Tensor]) -> None:
+        """Of `run`."""
+        backward = len(results) > 1
+        exact = self.run("reference", torch.float64, backward=backward)
+        eager = self.run("reference", backward=backward)
+        for name, want in exact.items():
+            got = results[name]
+            assert got.dtype == self.case.dtype
+            assert got.shape == want.shape
+            error, allowed = (rms(x.double() - want) for x in (got, eager[name]))
+            rounding = torch.finfo(got.dtype).eps / 4 * rms(want)
             assert error <= 2 * allowed + rounding, f"{name}: {error:.2e}, eager {allowed:.2e}"
 
-    def check(self, simulator: Simulator, device: SimulatedDevice) -> None:
-        """The error is at most twice eager PyTorch's, and every order of warps gives one result."""
-        results = []
-        for order in ORDERS:
-            with simulator.options(order=order):
-                results.append(self.fused(device))
-        assert not simulator.findings()
-        for out, lse in results[1:]:
-            assert torch.equal(out, results[0][0])
-            assert torch.equal(lse, results[0][1])
-        (got, lse), exact = results[0], self.expected(torch.float64)
-        assert got.shape == exact.shape
-        assert not lse.isnan().any()
-        eager = self.expected(self.case.dtype)
-        error, allowed = (rms(x.double() - exact) for x in (got, eager))
-        rounding = torch.finfo(got.dtype).eps / 4 * rms(exact)
-        assert error <= 2 * allowed + rounding, f"{error:.2e}, eager {allowed:.2e}"
+    def arguments(self) -> Arguments:
+        """This problem as the operators take it."""
+        terms = [(name, x) for name, x in self.leaves.items() if name.startswith("rpe")]
+        tables = [x.mT if x.dim() == 3 and "v" not in name else x for name, x in terms]
+        maps = [self.maps[name] for name, _ in terms]
+        return Arguments(
+            *(self.leaves[name] for name in "qkv"),
+            tables,
+            ["qkv".index(name[4]) for name, _ in terms],
+            [each.method for each in maps],
+            [each.ratio for each in maps],
+            [table.dim() == 2 for table in tables],
+            [*self.case.grid, self.case.num_prefix],
+            self.options.get("key_padding_mask"),
+            None,
+            self.options.get("scale", self.case.head_dim**-0.5),
+            self.options.get("dropout_p", 0.0),
+        )
 
 
 def rms(x: Tensor) -> Tensor:

@@ -3,13 +3,20 @@
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.ops import DispatchKey, dispatch, fused, irpe_attention, resolve_impl
+from irpe_ds.ops import (
+    DispatchKey,
+    dispatch,
+    fused,
+    fused_kernels,
+    irpe_attention,
+    resolve_impl,
+)
 from irpe_ds.ops.build import library
 from irpe_ds.ops.inputs import TermSpec
 
@@ -56,8 +63,10 @@ def test_an_implementation_of_another_device() -> None:
         resolve_impl("cpu", CASE._replace(device_type="cuda"))
 
 
-def spec(target: str, num_used: int) -> TermSpec:
-    return TermSpec(target, "product", num_used, is_bias=False)
+def spec(
+    target: str, method: str = "product", ratio: float = 1.9, *, is_bias: bool = False
+) -> TermSpec:
+    return TermSpec(target, method, (14, 14), 1, ratio, is_bias)
 
 
 @pytest.mark.parametrize(
@@ -65,22 +74,60 @@ def spec(target: str, num_used: int) -> TermSpec:
     [
         ({"device_type": "cpu"}, "it runs on cuda"),
         ({"dtype": torch.float32}, "dtype must be float16 or bfloat16, got float32"),
-        ({"head_dim": 48}, "head_dim must be 32 or 64, got 48"),
+        ({"head_dim": 36}, "head_dim must be a multiple of 8 up to 128, got 36"),
+        ({"head_dim": 136}, "head_dim must be a multiple of 8 up to 128, got 136"),
         (
-            {"terms": (spec("q", 50), spec("v", 129))},
-            "rpe_v must have at most 2 terms with 128 used buckets, got 1 with 129",
+            {"terms": (spec("k", "cross_rows", 20), spec("k", "cross_cols", 20))},
+            "expected at most 16 column classes, got 28",
         ),
         (
-            {"terms": (spec("k", 8), spec("k", 8), spec("k", 8))},
-            "rpe_k must have at most 2 terms with 128 used buckets, got 3 with 24",
+            {"terms": (spec("q"), spec("k", is_bias=True))},
+            "terms on queries and keys must all be contextual or all biases",
         ),
     ],
 )
 def test_what_the_fused_kernels_do_not_take(change: dict[str, Any], reason: str) -> None:
-    key = DispatchKey("cuda", torch.bfloat16, 64, (spec("k", 50),))
+    key = DispatchKey("cuda", torch.bfloat16, 64, (spec("k"),))
     with pytest.raises(ConfigError, match=re.escape(f"got 'fused': {reason}")):
         resolve_impl("fused", key._replace(**change))
     assert fused.unsupported_reason(key) is None
+
+
+class Gpu(NamedTuple):
+    """What `fused` asks about a GPU."""
+
+    architecture: str
+    shared_bytes: int
+
+
+@pytest.mark.parametrize(
+    ("gpu", "terms", "reason"),
+    [
+        (Gpu("sm_75", 64 << 10), (spec("k"),), "it needs a GPU of compute capability 8.0 or later"),
+        (
+            Gpu("sm_86", 99 << 10),
+            (spec("k", "euclidean", 20), spec("v", "euclidean", 20)),
+            "a grid of 14 x 14 patches does not fit in 99 KiB of shared memory",
+        ),
+        (
+            Gpu("sm_90", 227 << 10),
+            (spec("k")._replace(grid=(3, 65)),),
+            "a grid of 3 x 65 patches has rows of more than 64 patches",
+        ),
+        (Gpu("sm_90", 227 << 10), (spec("q"), spec("k"), spec("v")), None),
+    ],
+)
+def test_what_a_gpu_has_no_room_for(
+    gpu: Gpu, terms: tuple[TermSpec, ...], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` takes the next implementation, instead of failing in the launch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(fused_kernels, "device_of", lambda index: gpu)
+    monkeypatch.setattr(library, "unavailable_reason", lambda device_type: None)
+    resolved = resolve_impl("auto", DispatchKey("cuda", torch.bfloat16, 64, terms))
+    assert resolved.name == ("fused" if reason is None else "gather")
+    assert f"not fused: {reason}" in resolved.why or reason is None
 
 
 @pytest.mark.usefixtures("without_operators")

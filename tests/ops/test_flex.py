@@ -116,13 +116,15 @@ class TestOnTheCPU:
         ({"dtype": torch.float64}, "dtype must be float32, float16 or bfloat16, got float64"),
         ({"head_dim": 8}, "head_dim must be at least 16, got 8"),
         (
-            {"terms": (TermSpec("v", "product", 50, False),)},
+            {"terms": (TermSpec("v", "product", (7, 7), 1, 1.9, False),)},
             "it supports RPE on queries and keys, not on values",
         ),
     ],
 )
 def test_what_it_does_not_take(change: dict[str, Any], reason: str) -> None:
-    key = DispatchKey("cuda", torch.bfloat16, 64, (TermSpec("k", "product", 50, False),))
+    key = DispatchKey(
+        "cuda", torch.bfloat16, 64, (TermSpec("k", "product", (7, 7), 1, 1.9, False),)
+    )
     with pytest.raises(ConfigError, match=re.escape(f"got 'flex': {reason}") + "$"):
         resolve_impl("flex", key._replace(**change))
     assert resolve_impl("flex", key).name == "flex"

@@ -12,8 +12,7 @@ from irpe_ds.models import equip
 from irpe_ds.rpe.config import RPEConfig
 
 DTYPES = [torch.bfloat16, torch.float16]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-pytestmark = [pytest.mark.usefixtures("host"), pytest.mark.parametrize("device", DEVICES)]
+pytest_plugins = ["tests.ops.fused_devices"]
 
 Results = dict[str, Tensor]
 

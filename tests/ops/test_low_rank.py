@@ -134,16 +134,24 @@ def test_compiles_as_one_graph(make_inputs: Callable, mode: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        (TermSpec("k", "product", 50, False), "it supports the method cross, not product"),
-        (TermSpec("q", "euclidean", 8, True), "it supports the method cross, not euclidean"),
         (
-            TermSpec("v", "cross_rows", 8, False),
+            TermSpec("k", "product", (7, 7), 1, 1.9, False),
+            "it supports the method cross, not product",
+        ),
+        (
+            TermSpec("q", "euclidean", (7, 7), 1, 1.9, True),
+            "it supports the method cross, not euclidean",
+        ),
+        (
+            TermSpec("v", "cross_rows", (7, 7), 1, 1.9, False),
             "it supports RPE on queries and keys, not on values",
         ),
     ],
 )
 def test_what_it_does_not_take(spec: TermSpec, reason: str) -> None:
-    key = DispatchKey("cpu", torch.float32, 64, (TermSpec("k", "cross_rows", 8, False),))
+    key = DispatchKey(
+        "cpu", torch.float32, 64, (TermSpec("k", "cross_rows", (7, 7), 1, 1.9, False),)
+    )
     with pytest.raises(ConfigError, match=re.escape(f"got 'low_rank': {reason}") + "$"):
         resolve_impl("low_rank", key._replace(terms=(*key.terms, spec)))
     assert resolve_impl("low_rank", key).name == "low_rank"

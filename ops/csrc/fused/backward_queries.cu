@@ -9,10 +9,8 @@
 //
 // The table's gradients are products of these sums with q and grad_out, left to PyTorch.
 
-#include "bucket_sums.cuh"
 #include "dropout.cuh"
-#include "ring.cuh"
-#include "scores.cuh"
+#include "gradients.cuh"
 
 namespace irpe {
 namespace {
@@ -21,7 +19,8 @@ using SumsK = BucketSumLayout<kRpeK, !kRpeK.bias>;
 using SumsV = BucketSumLayout<kRpeV, false>;
 
 // Shared memory, in bytes from its beginning.
-constexpr int kLookupK = kAfterRing;
+using KeyRing = Ring<KeysAndValues>;
+constexpr int kLookupK = KeyRing::Layout::end;
 constexpr int kSumsK = round_up(kLookupK + (kRpeK ? LookupLayout<kRpeK>::bytes : 0), 16);
 constexpr int kLookupV = round_up(kSumsK + (kRpeK ? SumsK::bytes : 0), 16);
 constexpr int kSumsV = round_up(kLookupV + (kRpeV ? LookupLayout<kRpeV>::bytes : 0), 16);
@@ -35,9 +34,9 @@ constexpr int kGrad = kRows + kWarps * M * kRowsStrip;
 constexpr int kGradStrip = 16 * max(kPitch, kRpeV ? LookupLayout<kRpeV>::kWPitch : 0);
 constexpr int kSharedBytes = kGrad + kWarps * M * kGradStrip;
 static_assert(kSharedBytes == SHARED_BYTES,
-              "backward_queries_bytes of fused_kernels.py counts otherwise");
+              "backward_queries_bytes of fused_plan.py counts otherwise");
 
-struct Item : Queries {
+struct Item : Strips<kRpeK, kRpeQ> {
   RowsA grad_out[M];
   StripLookup<kRpeV> lookup_v[M];
   BucketSums<kRpeK, !kRpeK.bias> sums_k[M];
@@ -48,17 +47,23 @@ struct Item : Queries {
 
 // Of two tiles of keys from `tile` on of a chunk of `rows` grid rows.
 template <int tile, int rows, bool last>
-__device__ __forceinline__ void attend(const Params& p, uint32_t keys, uint32_t w, int chunk,
-                                       Item& item, int lane) {
+__device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& item, int lane) {
   float s[2][M][4], grad[2][M][4];
   for_each<2>([&]<int n>() {
-    score<tile + n, rows, last>(s[n], p, keys, w, chunk, item, lane);
+    OneHots<tile + n, rows, last, kRpeK.slots> one_hots[M];
+    score(s[n], c, item, one_hots, lane);
+    if constexpr (kMask) mask_keys<tile + n>(s[n], p, item.b, c.number, lane);
     RowsB v;
-    v.load(keys + (kChunkCapacity + (tile + n) * 8) * kPitch, lane);
+    v.load(c.y + (tile + n) * 8 * kPitch, lane);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      if constexpr (bool(kRpeV))
-        add_lookup<tile + n, rows, last, true>(grad[n][m], item.lookup_v[m], lane);
+      if constexpr (kSameClasses) {
+        add_lookup<true>(grad[n][m], item.lookup_v[m], one_hots[m]);
+      } else if constexpr (bool(kRpeV)) {
+        OneHots<tile + n, rows, last, kRpeV.slots> one_hots_v;
+        one_hots_v.load(item.lookup_v[m], lane);
+        add_lookup<true>(grad[n][m], item.lookup_v[m], one_hots_v);
+      }
       multiply_rows<!kRpeV>(grad[n][m], item.grad_out[m], v);
     }
   });
@@ -77,7 +82,7 @@ __device__ __forceinline__ void attend(const Params& p, uint32_t keys, uint32_t 
     }
     if constexpr (kDropout) {
       const int row = (item.number * M + m) * 8 + lane / 4,
-                step = chunk * (kChunkCapacity / 16) + tile / 2;
+                step = (c.number * kChunkKeys + tile * 8) / 16;
       const Dropped dropped(p, item.b * p.H + item.h, row, step, lane);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
@@ -98,60 +103,98 @@ __device__ __forceinline__ void attend(const Params& p, uint32_t keys, uint32_t 
         weights[n * 2 + half] = pack(kept[n][2 * half], kept[n][2 * half + 1]);
       }
     }
-    if constexpr (bool(kRpeK)) item.sums_k[m].template add<tile, rows, last>(a[m], lane);
-    if constexpr (bool(kRpeV)) item.sums_v[m].template add<tile, rows, last>(weights, lane);
+    SumOneHots<tile, rows, last, kRpeK.slots> one_hots;
+    if constexpr (bool(kRpeK)) {
+      one_hots.load(item.sums_k[m], lane);
+      item.sums_k[m].add(a[m], one_hots);
+    }
+    if constexpr (kSameClasses) {
+      item.sums_v[m].add(weights, one_hots);
+    } else if constexpr (bool(kRpeV)) {
+      SumOneHots<tile, rows, last, kRpeV.slots> one_hots_v;
+      one_hots_v.load(item.sums_v[m], lane);
+      item.sums_v[m].add(weights, one_hots_v);
+    }
   }
-  multiply_columns<M>(item.grad_q, a, keys + tile * 8 * kPitch, lane);
+  multiply_columns<M>(item.grad_q, a, c.x + tile * 8 * kPitch, lane);
 }
 
-// delta of an item's rows, whose grad_out lies at `rows`.
-__device__ __forceinline__ void dot_rows(const Params& p, uint32_t rows, int b, int h, int item,
-                                         int lane) {
-  const uint16_t* out = head_of(p.out, b, h) + lane % kRowLanes * 8;
-  float* delta = p.delta + (static_cast<int64_t>(b) * p.H + h) * kTokens;
-#pragma unroll 1
-  for (int row = 0; row < 16 * M; row += kRowsAtOnce) {
-    const Group group(item, row / 8);
-    const int r = row % 8 + lane / kRowLanes;
-    const bool used = group.is_patch(r) || group.is_prefix(r);
-    const int token = used ? group.token(r) : 0;
-    const uint32_t at = rows + row / 16 * kGradStrip + (row % 16 + lane / kRowLanes) * kPitch +
-                        lane % kRowLanes * 16;
-    float sum = 0;
+// The output at an item's rows, of which each lane has a share, and its product with grad_out.
+struct Output {
+  static constexpr int kSteps = 16 * M / kRowsAtOnce;
+  uint4 x[kSteps][ceil_div(kDimTiles, kRowLanes)];
+
+  __device__ __forceinline__ void load(const Params& p, const Item& item, int lane) {
+    const uint16_t* out = head_of(p.out, item.b, item.h) + lane % kRowLanes * 8;
 #pragma unroll
-    for (int n = 0; n < kDimTiles; n += kRowLanes) {
-      if (n + kRowLanes <= kDimTiles || n + lane % kRowLanes < kDimTiles) {
-        const uint4 x = *reinterpret_cast<const uint4*>(out + token * p.out.stride_l + n * 8);
-        sum += dot(x, load_shared_x4(at + n * 16));
+    for (int step = 0; step < kSteps; ++step) {
+      const Group group(item.number, step * kRowsAtOnce / 8);
+      const int r = step * kRowsAtOnce % 8 + lane / kRowLanes;
+      const bool used = group.is_patch(r) || group.is_prefix(r);
+      const uint16_t* from = out + (used ? group.token(r) : 0) * p.out.stride_l;
+#pragma unroll
+      for (int n = 0; n < kDimTiles; n += kRowLanes) {
+        if (n + kRowLanes <= kDimTiles || n + lane % kRowLanes < kDimTiles)
+          x[step][n / kRowLanes] = *reinterpret_cast<const uint4*>(from + n * 8);
       }
     }
-#pragma unroll
-    for (int n = 1; n < kRowLanes; n *= 2) sum += __shfl_xor_sync(~0u, sum, n);
-    if (lane % kRowLanes == 0 && used) delta[token] = sum;
   }
-}
+  // delta of rows g and g + 8 of every strip, with grad_out at `rows`.
+  __device__ __forceinline__ void dot(float (&delta)[M][2], uint32_t rows, int lane) const {
+    float sums[kSteps];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int row = step * kRowsAtOnce + lane / kRowLanes;
+      const uint32_t at = rows + row / 16 * kGradStrip + row % 16 * kPitch + lane % kRowLanes * 16;
+      sums[step] = 0;
+#pragma unroll
+      for (int n = 0; n < kDimTiles; n += kRowLanes) {
+        if (n + kRowLanes <= kDimTiles || n + lane % kRowLanes < kDimTiles)
+          sums[step] += irpe::dot(x[step][n / kRowLanes], load_shared_x4(at + n * 16));
+      }
+#pragma unroll
+      for (int n = 1; n < kRowLanes; n *= 2) sums[step] += __shfl_xor_sync(~0u, sums[step], n);
+    }
+#pragma unroll
+    for (int n = 0; n < 2 * M; ++n) {  // 8 rows lie in one step or in two
+      const int first = n * 8 / kRowsAtOnce, from = lane / 4 % kRowsAtOnce * kRowLanes;
+      float x = __shfl_sync(~0u, sums[first], from);
+      if constexpr (kRowsAtOnce < 8) {
+        const float y = __shfl_sync(~0u, sums[first + 1], from);
+        if (lane / 4 >= kRowsAtOnce) x = y;
+      }
+      delta[n / 2][n % 2] = x;
+    }
+  }
+};
 
 __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t base,
                                            uint32_t rows, uint32_t grad, int warp, int lane) {
-  copy_queries(p.grad_out, grad, kGradStrip, item.b, item.h, item.number, lane);
-  copy_queries(p.q, rows, kRowsStrip, item.b, item.h, item.number, lane);
-  cp_async_wait<0>();
-  __syncwarp();
-  dot_rows(p, grad, item.b, item.h, item.number, lane);
-  __syncwarp();
+  copy_strips(p.grad_out, grad, kGradStrip, item.b, item.h, item.number, lane);
+  copy_strips(p.q, rows, kRowsStrip, item.b, item.h, item.number, lane);
+  Output out;
+  out.load(p, item, lane);
   const int64_t head = (static_cast<int64_t>(item.b) * p.H + item.h) * kTokens;
 #pragma unroll
   for (int m = 0; m < M; ++m) {
-    item.q[m].load(rows + m * kRowsStrip, lane);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Free rows have no weights.
+      const bool used = item.has_token(m, half, lane);
+      item.lse[m][half] = used ? p.lse[head + item.token(m, half, lane)] * kLog2E : kInfinity;
+    }
+  }
+  cp_async_wait<0>();
+  __syncwarp();
+  out.dot(item.delta, grad, lane);
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    item.rows[m].load(rows + m * kRowsStrip, lane);
     item.grad_out[m].load(grad + m * kGradStrip, lane);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Group group(item.number, m * 2 + half);
-      const int g = lane / 4;
-      const bool used = group.is_patch(g) || group.is_prefix(g);
-      // Free rows have no weights.
-      item.lse[m][half] = used ? p.lse[head + group.token(g)] * kLog2E : kInfinity;
-      item.delta[m][half] = used ? p.delta[head + group.token(g)] : 0.0f;
+      if (lane % 4 == 0 && item.has_token(m, half, lane))
+        p.delta[head + item.token(m, half, lane)] = item.delta[m][half];
     }
 #pragma unroll
     for (int n = 0; n < kDimTiles; ++n) {
@@ -161,7 +204,7 @@ __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t
   }
   __syncwarp();
   if constexpr (kRpeK && !kRpeK.bias)
-    project_table<kRpeK>(base + kLookupK, rows, item.q, kRowsStrip, lane);
+    project_table<kRpeK>(base + kLookupK, rows, item.rows, kRowsStrip, lane);
   if constexpr (bool(kRpeV))
     project_table<kRpeV>(base + kLookupV, grad, item.grad_out, kGradStrip, lane);
   __syncwarp();
@@ -169,7 +212,8 @@ __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t
   for (int m = 0; m < M; ++m) {
     const Group groups[2] = {Group(item.number, m * 2), Group(item.number, m * 2 + 1)};
     const uint32_t w = rows + m * kRowsStrip, w_v = grad + m * kGradStrip;
-    if constexpr (bool(kRpeQ)) item.key_lookup[m].start(base + kConstantsQ, groups, lane);
+    if constexpr (bool(kRpeQ))
+      item.ring_lookup[m].start(base + KeyRing::Layout::constants_x, groups, lane);
     if constexpr (bool(kRpeK)) {
       item.lookup[m].start(base + kLookupK, w, groups, lane);
       if (!kRpeK.bias && has_prefix(item.number))
@@ -185,21 +229,6 @@ __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t
     }
   }
   __syncwarp();
-}
-
-// Bucket sums 16 `step` to 16 `step` + 15 of strip m.
-template <Rpe rpe>
-__device__ __forceinline__ void store_sums(const Params& p, void* to, const uint32_t (&a)[4],
-                                           const Queries& item, int m, int step, int lane) {
-#pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    const Group group(item.number, m * 2 + n % 2);
-    const int g = lane / 4, entry = step * 16 + n / 2 * 8 + lane % 4 * 2;
-    if (entry < rpe.entries() && (group.is_patch(g) || group.is_prefix(g))) {
-      const int64_t row = (static_cast<int64_t>(item.b) * kTokens + group.token(g)) * p.H + item.h;
-      static_cast<uint32_t*>(to)[(row * rpe.entries() + entry) / 2] = a[n];
-    }
-  }
 }
 
 __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_t base,
@@ -223,7 +252,7 @@ __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         item.sums_k[m].operand(a[m], n, prefix, is_prefix[m], zero, lane);
-        store_sums<kRpeK>(p, p.sums_k, a[m], item, m, n, lane);
+        store_sums<kRpeK>(p.sums_k, a[m], p, item, m, n, lane);
       }
       if constexpr (!kRpeK.bias)
         multiply_columns<M>(item.grad_q, a, base + kSumsK + n * 16 * kPitch, lane);
@@ -238,23 +267,12 @@ __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_
       for (int n = 0; n < SumsV::kTableRows / 16; ++n) {
         uint32_t a[4];
         item.sums_v[m].operand(a, n, prefix, is_prefix[m], total, lane);
-        store_sums<kRpeV>(p, p.sums_v, a, item, m, n, lane);
+        store_sums<kRpeV>(p.sums_v, a, p, item, m, n, lane);
       }
     }
   }
   __syncwarp();
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int n = 0; n < kDimTiles; ++n) {
-      const float (&x)[4] = item.grad_q[m][n];
-      const uint32_t to = rows + m * kRowsStrip + lane / 4 * kPitch + n * 16 + lane % 4 * 4;
-      store_shared(to, pack(x[0] * p.softmax_scale, x[1] * p.softmax_scale));
-      store_shared(to + 8 * kPitch, pack(x[2] * p.softmax_scale, x[3] * p.softmax_scale));
-    }
-  }
-  __syncwarp();
-  store_queries(p.grad_q, rows, kRowsStrip, item.b, item.h, item.number, lane);
+  store_gradient(p.grad_q, item.grad_q, p.softmax_scale, rows, kRowsStrip, item, lane);
   __syncwarp();
 }
 
@@ -266,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t base = shared_address(shared_memory);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0);
-  Ring ring(p, base, warp, lane);
+  KeyRing ring(p, base, warp, lane);
   const int h = ring.h;
   if constexpr (bool(kRpeK)) {
     load_lookup_constants<kRpeK>(base + kLookupK, p.rpe_k, h);
@@ -297,16 +315,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const auto chunk = [&](auto is_last) {
       constexpr bool last = decltype(is_last)::value;
       constexpr int kGridRows = last ? kLastRows : kChunkRows;
-      constexpr int kSteps = ceil_div(kGridRows * kGridW + (last ? kPrefix : 0), 16);
+      constexpr int kSteps = ceil_div(kGridRows * kRingWidth + (last ? kPrefix : 0), 16);
       ring.wait<last>();
       if (active) {
-        for_each<kSteps>([&]<int n>() {
-          attend<2 * n, kGridRows, last>(p, ring.keys(), ring.w(), ring.now.chunk, item, lane);
-        });
+        for_each<kSteps>(
+            [&]<int n>() { attend<2 * n, kGridRows, last>(p, ring.chunk(), item, lane); });
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           item.lookup[m].next_chunk();
-          item.key_lookup[m].next_chunk();
+          item.ring_lookup[m].next_chunk();
           item.sums_k[m].next_chunk();
           item.lookup_v[m].next_chunk();
           item.sums_v[m].next_chunk();

@@ -2,7 +2,7 @@
 // and then their product with the table. See README.md.
 #pragma once
 
-#include "queries.cuh"
+#include "strips.cuh"
 
 namespace irpe {
 
@@ -50,6 +50,47 @@ __device__ inline void load_bucket_sum_constants(uint32_t base, const Table& t, 
                  word);
   }
 }
+
+// C^T for the 16 keys from tile `tile` of a chunk on, as the right operand, and where the sums of a
+// key row go that ends there.
+template <int tile, int rows, bool last, int slots>
+struct SumOneHots {
+  static constexpr int first = tile * 8, patches = rows * kRingWidth,
+                       keys = patches + (last ? kPrefix : 0);
+  static constexpr int y0 = min(first / kRingWidth, rows - 1);
+  static constexpr int y1 = min((first + 15) / kRingWidth, rows - 1);
+  uint32_t words[y1 - y0 + 1][kTwoColumns ? 2 : 1][slots / 8][2];
+  uint32_t row_offsets[y1 - y0 + 1][2];
+
+  static constexpr bool ends(int y) {
+    return y < y1 || first + 16 >= (y == rows - 1 ? keys : (y + 1) * kRingWidth);
+  }
+
+  template <typename Sums>
+  __device__ __forceinline__ void load(const Sums& sums, int lane) {
+    const int g = lane / 4, t = lane % 4;
+    constexpr int kHalves = slots / 8;
+#pragma unroll
+    for (int y = y0; y <= y1; ++y) {
+#pragma unroll
+      for (int n = 0; n < (kTwoColumns ? 2 : 1) * kHalves * 2; ++n) {
+        const int eight = n % 2, half = n / 2 % kHalves, group = n / 2 / kHalves;
+        const int begin = first + eight * 8, x0 = begin - y * kRingWidth;
+        uint32_t x = -8 < x0 && x0 < kGridW ? sums.one_hot(group, x0, half, t) : 0;
+        if (y == rows - 1 && begin + 8 > patches) {  // prefix tokens have the last slot
+          const auto is = [&](int key) { return begin + key >= patches && begin + key < keys; };
+          if (g == 7 && half == kHalves - 1)
+            x |= (is(2 * t) ? kOne : 0) | (is(2 * t + 1) ? kOne << 16 : 0);
+        }
+        words[y - y0][group][half][eight] = x;
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        if (ends(y)) row_offsets[y - y0][n] = load_shared(sums.row_offset[n] - y * 4);
+      }
+    }
+  }
+};
 
 // The sums of a strip so far. Those of the key row under way are in registers, the others in shared
 // memory, of which each lane has its own.
@@ -101,49 +142,34 @@ struct BucketSums {
     return x & ((inside(2 * t) ? 0xffff : 0) | (inside(2 * t + 1) ? 0xffff0000 : 0));
   }
 
-  // Adds the weights of the 16 keys from tile `tile` of a chunk on; tiles come in order.
+  // Adds the weights of the 16 keys of `one_hots`; tiles come in order.
   template <int tile, int rows, bool last>
-  __device__ __forceinline__ void add(const uint32_t (&a)[4], int lane) {
-    constexpr int first = tile * 8, patches = rows * kGridW, keys = patches + (last ? kPrefix : 0);
-    constexpr int y0 = min(first / kGridW, rows - 1), y1 = min((first + 15) / kGridW, rows - 1);
-    const int g = lane / 4, t = lane % 4;
-    const auto word = [&](int group, int y, int half, int n) {  // of tile n of the two
-      const int x0 = first + n * 8 - y * kGridW;
-      uint32_t x = -8 < x0 && x0 < kGridW ? one_hot(group, x0, half, t) : 0;
-      if (y == rows - 1 && first + n * 8 + 8 > patches) {  // prefix tokens have the last slot
-        const auto is = [&](int key) {
-          return first + n * 8 + key >= patches && first + n * 8 + key < keys;
-        };
-        if (g == 7 && half == Layout::kHalves - 1) {
-          x |= (is(2 * t) ? kOne : 0) | (is(2 * t + 1) ? kOne << 16 : 0);
-        }
-      }
-      return x;
-    };
+  __device__ __forceinline__ void add(const uint32_t (&a)[4],
+                                      const SumOneHots<tile, rows, last, rpe.slots>& one_hots) {
+    using Tile = SumOneHots<tile, rows, last, rpe.slots>;
 #pragma unroll
-    for (int y = y0; y <= y1; ++y) {
-      const bool begins = tile == 0 ? true : (first - 1) / kGridW < y && first >= 0;
-      const bool ends = y < y1 || first + 16 >= (y == rows - 1 ? keys : (y + 1) * kGridW);
+    for (int y = Tile::y0; y <= Tile::y1; ++y) {
+      const bool begins = tile == 0 ? true : (Tile::first - 1) / kRingWidth < y;
 #pragma unroll
       for (int half = 0; half < Layout::kHalves; ++half) {
 #pragma unroll
         for (int n = 0; n < (kTwoColumns ? 2 : 1); ++n) {
-          const uint32_t b0 = word(n, y, half, 0), b1 = word(n, y, half, 1);
+          const uint32_t (&b)[2] = one_hots.words[y - Tile::y0][n][half];
           if (begins)
-            mma_k16<true>(part[n][half], a[0], a[1], a[2], a[3], b0, b1);
+            mma_k16<true>(part[n][half], a[0], a[1], a[2], a[3], b[0], b[1]);
           else
-            mma_k16(part[n][half], a[0], a[1], a[2], a[3], b0, b1);
+            mma_k16(part[n][half], a[0], a[1], a[2], a[3], b[0], b[1]);
         }
       }
-      if (ends) flush(y);
+      if (Tile::ends(y)) flush(one_hots.row_offsets[y - Tile::y0]);
     }
   }
 
-  // The sums of key row y of the chunk are complete.
-  __device__ __forceinline__ void flush(int y) {
+  // The sums of a key row are complete.
+  __device__ __forceinline__ void flush(const uint32_t (&offsets)[2]) {
 #pragma unroll
     for (int rows = 0; rows < 2; ++rows) {
-      const uint32_t at = bins + load_shared(row_offset[rows] - y * 4) + rows * kWarp * 8;
+      const uint32_t at = bins + offsets[rows] + rows * kWarp * 8;
 #pragma unroll
       for (int half = 0; half < Layout::kHalves; ++half) {
         const float* x = part[kTwoColumns ? rows : 0][half] + 2 * rows;

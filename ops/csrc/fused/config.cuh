@@ -1,5 +1,5 @@
 // What these kernels are compiled for. Nothing that a model never changes is tested at run time:
-// NVRTC gets one value for each macro, from irpe_ds/ops/fused.py.
+// NVRTC gets one value for each macro, from compile_options of ops/fused_kernels.py.
 #pragma once
 
 #ifdef __CUDACC_RTC__
@@ -22,8 +22,8 @@ constexpr int kPrefix =
     NUM_PREFIX_TOKENS;  // class token, distillation token, registers; they come first
 constexpr int kPatches = kGridH * kGridW, kTokens = kPrefix + kPatches;
 
-// Relative position on queries, keys or values: b(i, j) = M[row_class(yi - yj)][column_class(xi -
-// xj)].
+// Relative position on queries, keys or values. The bucket of two tokens, of which the first one
+// has the lookup: b(u, w) = M[row_class(yu - yw)][column_class(xu - xw)].
 struct Rpe {
   int row_classes;  // 0: none
   int slots;        // column classes and, in the last one, the bucket of prefix tokens; 8 or 16
@@ -32,18 +32,20 @@ struct Rpe {
   constexpr explicit operator bool() const { return row_classes > 0; }
   constexpr int entries() const { return row_classes * slots; }
 };
-// On queries the classes change places: row_classes counts those of columns, slots hold those of
-// rows.
-constexpr Rpe kRpeQ = {RPE_Q_CLASSES, RPE_Q_SLOTS, false};
+// Where lookups belong to the tokens of the ring (ring_lookup.cuh), the classes change places:
+// row_classes counts those of columns, slots hold those of rows.
+constexpr Rpe kRpeQ = {RPE_Q_ROWS, RPE_Q_SLOTS, RPE_Q_BIAS};
 constexpr Rpe kRpeK = {RPE_K_ROWS, RPE_K_SLOTS, RPE_K_BIAS};
 constexpr Rpe kRpeV = {RPE_V_ROWS, RPE_V_SLOTS, false};
+// The terms on keys and on values have the same classes, so what is constant is loaded once.
+constexpr bool kSameClasses = SAME_CLASSES;
 constexpr bool kMask = KEY_PADDING_MASK, kDropout = DROPOUT;
 
 // The block.
 constexpr int kWarp = 32;
-constexpr int kWarps = WARPS;  // that compute; one more copies
+constexpr int kWarps = WARPS;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kStripsPerWarp = STRIPS;  // strips of 16 queries that a warp works on at a time
+constexpr int kStripsPerWarp = STRIPS;           // that a warp works on at a time
 constexpr int kStages = STAGES, kAhead = AHEAD;  // of the ring of chunks; how far ahead copies are
 constexpr int kStepTiles = STEP_TILES;           // tiles of 8 keys in a step of the online softmax
 constexpr bool kPrefetchQ = PREFETCH_Q;
@@ -70,9 +72,9 @@ constexpr int min(int a, int b) { return a < b ? a : b; }
 constexpr int pitch_of(int bytes) { return bytes / 16 % 2 ? bytes : bytes + 16; }
 constexpr int kPitch = pitch_of(kHeadDim * 2);
 
-// ---- queries ----
+// ---- strips: the tokens that belong to a warp ----
 //
-// A strip of 16 queries is two groups of 8; a group has queries of one grid column, whose columns'
+// A strip of 16 tokens is two groups of 8; a group has tokens of one grid column, whose columns'
 // one-hots are then the same. Free rows at the end of a column take the prefix tokens.
 constexpr int kColumnGroups = ceil_div(kGridH, 8);
 constexpr bool kTwoColumns = kColumnGroups % 2;  // the groups of a strip may have two grid columns
@@ -84,21 +86,43 @@ constexpr int kItems =
     ceil_div(kStrips, kStripsPerWarp);  // of an image: what a warp takes at a time
 constexpr int kPasses = ceil_div(kItems, kWarps);
 
-// ---- keys: patches row by row, then the prefix tokens ----
+// ---- the ring: patches row by row, then the prefix tokens ----
 //
 // They come in chunks of whole grid rows, so that the places of row ends are known at compile time.
+// Rows of a width that makes no chunks of whole tiles are padded.
+constexpr int kRingWidth = RING_WIDTH;
+constexpr int kRingPatches = kGridH * kRingWidth;
 constexpr int chunk_rows(int target) {
   int step = 2;
-  while (step * kGridW % 16) step += 2;
+  while (step * kRingWidth % 16) step += 2;
   int rows = step;
-  while ((rows + step) * kGridW <= target) rows += step;
+  while ((rows + step) * kRingWidth <= target) rows += step;
   return min(rows, kGridH);
 }
-constexpr int kChunkRows = chunk_rows(CHUNK_KEYS), kChunkKeys = kChunkRows * kGridW;
+constexpr int kChunkRows = chunk_rows(CHUNK_KEYS), kChunkKeys = kChunkRows * kRingWidth;
 constexpr int kChunks = ceil_div(kGridH, kChunkRows);
 constexpr int kLastRows = kGridH - (kChunks - 1) * kChunkRows;
-constexpr int kLastKeys = kLastRows * kGridW + kPrefix;
+constexpr int kLastKeys = kLastRows * kRingWidth + kPrefix;
 constexpr int kChunkCapacity = round_up(max(kChunks > 1 ? kChunkKeys : 0, kLastKeys), 16);
+
+// The token at a position, -1 if there is none; and a token's position.
+__device__ __forceinline__ int token_at(int position) {
+  if (position >= kRingPatches)
+    return position - kRingPatches < kPrefix ? position - kRingPatches : -1;
+  if constexpr (kRingWidth == kGridW) return kPrefix + position;
+  const int y = position / kRingWidth, x = position % kRingWidth;
+  return x < kGridW ? kPrefix + y * kGridW + x : -1;
+}
+__device__ __forceinline__ int position_of(int token) {
+  if (token < kPrefix) return kRingPatches + token;
+  return (token - kPrefix) / kGridW * kRingWidth + (token - kPrefix) % kGridW;
+}
+// Whether a place in a chunk of so many grid rows holds a token.
+template <int rows, bool last>
+__host__ __device__ constexpr bool has_token(int place) {
+  if (place < rows * kRingWidth) return place % kRingWidth < kGridW;
+  return last && place < rows * kRingWidth + kPrefix;
+}
 
 struct Matrix {  // (B, H, L, D), D numbers next to each other
   void* data;
@@ -107,8 +131,8 @@ struct Matrix {  // (B, H, L, D), D numbers next to each other
 struct Table {  // (H or 1, row_classes * slots, D); of a bias (H or 1, row_classes * slots)
   const void* data;
   int64_t stride_h;
-  const uint8_t* row_class;     // by yi - yj + kGridH - 1
-  const uint8_t* column_class;  // by xi - xj + kGridW - 1
+  const uint8_t* row_class;     // by yu - yw + kGridH - 1
+  const uint8_t* column_class;  // by xu - xw + kGridW - 1
 };
 struct Params {
   Matrix q, k, v, out, grad_out, grad_q, grad_k, grad_v;

@@ -1,7 +1,7 @@
 // Which attention weights are dropped: the same in every kernel, by a counter-based generator.
 #pragma once
 
-#include "config.cuh"
+#include "strips.cuh"
 
 namespace irpe {
 
@@ -46,5 +46,28 @@ struct Dropped {
     }
   }
 };
+
+// The same of one weight, for a kernel whose tiles lie otherwise; `key` is a position of the ring.
+__device__ __forceinline__ bool is_dropped(const Params& p, int bh, int query, int key) {
+  int group, row;
+  if (query >= kPrefix) {
+    const int y = (query - kPrefix) / kGridW, x = (query - kPrefix) % kGridW;
+    group = x * kColumnGroups + y / 8, row = y % 8;
+  } else if (query < kGridW * kFreeRows) {
+    const int column = query / max(kFreeRows, 1);
+    group = (column + 1) * kColumnGroups - 1, row = 8 - kFreeRows + query - column * kFreeRows;
+  } else {
+    const int n = query - kGridW * kFreeRows;
+    group = kPatchGroups + n / 8, row = n % 8;
+  }
+  const Dropped tile(p, bh, group / 2 * 8 + row, key / 16, key % 8 / 2);
+  const int place = key % 16 / 8 * 2 + group % 2;
+  bool dropped = false;
+#pragma unroll
+  for (int word = 0; word < 4; ++word) {  // an array with a variable index would leave registers
+    if (word == place) dropped = key % 2 ? tile(word, 1) : tile(word, 0);
+  }
+  return dropped;
+}
 
 }  // namespace irpe

@@ -7,7 +7,6 @@
 
 #include "bucket_sums.cuh"
 #include "dropout.cuh"
-#include "ring.cuh"
 #include "scores.cuh"
 
 namespace irpe {
@@ -16,7 +15,8 @@ namespace {
 constexpr float kRescaleThreshold = 8;
 
 // Shared memory, in bytes from its beginning.
-constexpr int kConstants = kAfterRing;
+using KeyRing = Ring<KeysAndValues>;
+constexpr int kConstants = KeyRing::Layout::end;
 constexpr int kConstantsV = round_up(kConstants + (kRpeK ? LookupLayout<kRpeK>::bytes : 0), 16);
 constexpr int kBins = round_up(kConstantsV + (kRpeV ? BucketSumLayout<kRpeV>::bytes : 0), 16);
 constexpr int kQ = kBins + (kRpeV ? kWarps * M * BucketSumLayout<kRpeV>::kStripBytes : 0);
@@ -26,10 +26,10 @@ constexpr int kScratchStrip =
 constexpr int kScratch = kQ + (kPrefetchQ ? kWarps * M * kQStrip : 0);
 constexpr int kSharedBytes = kScratch + kWarps * M * kScratchStrip;
 constexpr int kOwnStrip = kPrefetchQ ? kQStrip : kScratchStrip;  // queries come to
-static_assert(kSharedBytes == SHARED_BYTES, "forward_bytes of fused_kernels.py counts otherwise");
+static_assert(kSharedBytes == SHARED_BYTES, "forward_bytes of fused_plan.py counts otherwise");
 
 // Queries and their output so far.
-struct Item : Queries {
+struct Item : Strips<kRpeK, kRpeQ> {
   BucketSums<kRpeV> sums[M];
   float out[M][kDimTiles][4];
   // Times softmax_scale_log2, and behind the true one by at most kRescaleThreshold.
@@ -85,8 +85,8 @@ __device__ __forceinline__ void weigh(float (&s)[count][M][4], const Params& p, 
 
 // Products of two tiles of weights, from `tile` on, with the values.
 template <int tile, int rows, bool last>
-__device__ __forceinline__ void add_values(const float (*s)[M][4], const Params& p, uint32_t values,
-                                           int chunk, Item& item, int lane) {
+__device__ __forceinline__ void add_values(const float (*s)[M][4], const Params& p, const Chunk& c,
+                                           Item& item, int lane) {
   uint32_t a[M][4];
 #pragma unroll
   for (int m = 0; m < M; ++m) {
@@ -95,31 +95,35 @@ __device__ __forceinline__ void add_values(const float (*s)[M][4], const Params&
     mma_k16(item.row_sum[m], a[m][0], a[m][1], a[m][2], a[m][3], kOnes, kOnes);
     if constexpr (kDropout) {
       const int row = (item.number * M + m) * 8 + lane / 4,
-                step = chunk * (kChunkCapacity / 16) + tile / 2;
+                step = (c.number * kChunkKeys + tile * 8) / 16;
       Dropped(p, item.b * p.H + item.h, row, step, lane).apply(a[m]);
     }
-    if constexpr (bool(kRpeV)) item.sums[m].template add<tile, rows, last>(a[m], lane);
+    if constexpr (bool(kRpeV)) {
+      SumOneHots<tile, rows, last, kRpeV.slots> one_hots;
+      one_hots.load(item.sums[m], lane);
+      item.sums[m].add(a[m], one_hots);
+    }
   }
-  multiply_columns<M>(item.out, a, values + tile * 8 * kPitch, lane);
+  multiply_columns<M>(item.out, a, c.y + tile * 8 * kPitch, lane);
 }
 
 // A chunk, in steps of kStepTiles tiles from number `first` on.
 template <int first, int rows, bool is_first, bool last>
-__device__ __forceinline__ void attend(const Params& p, uint32_t keys, uint32_t w, int chunk,
-                                       Item& item, int lane) {
-  constexpr int kTiles = round_up(rows * kGridW + (last ? kPrefix : 0), 16) / 8;
+__device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& item, int lane) {
+  constexpr int kTiles = round_up(rows * kRingWidth + (last ? kPrefix : 0), 16) / 8;
   constexpr int kCount = min(kStepTiles, kTiles - first);
   float s[kCount][M][4];
-  for_each<kCount>(
-      [&]<int n>() { score<first + n, rows, last>(s[n], p, keys, w, chunk, item, lane); });
+  for_each<kCount>([&]<int n>() {
+    OneHots<first + n, rows, last, kRpeK.slots> one_hots[M];
+    score(s[n], c, item, one_hots, lane);
+    if constexpr (kMask) mask_keys<first + n>(s[n], p, item.b, c.number, lane);
+  });
 #pragma unroll
   for (int m = 0; m < M; ++m) weigh<kCount, is_first && first == 0>(s, p, item, m);
-  const uint32_t values = keys + kChunkCapacity * kPitch;
-  for_each<kCount / 2>([&]<int n>() {
-    add_values<first + 2 * n, rows, last>(s + 2 * n, p, values, chunk, item, lane);
-  });
+  for_each<kCount / 2>(
+      [&]<int n>() { add_values<first + 2 * n, rows, last>(s + 2 * n, p, c, item, lane); });
   if constexpr (first + kCount < kTiles)
-    attend<first + kCount, rows, is_first, last>(p, keys, w, chunk, item, lane);
+    attend<first + kCount, rows, is_first, last>(p, c, item, lane);
 }
 
 // The queries of an item, and what relative position needs of them.
@@ -129,7 +133,7 @@ __device__ __forceinline__ void start_item(Item& item, uint32_t base, uint32_t q
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < M; ++m) {
-    item.q[m].load(q + m * kOwnStrip, lane);
+    item.rows[m].load(q + m * kOwnStrip, lane);
 #pragma unroll
     for (int e = 0; e < 4; ++e) item.row_sum[m][e] = 0;
 #pragma unroll
@@ -140,12 +144,13 @@ __device__ __forceinline__ void start_item(Item& item, uint32_t base, uint32_t q
   }
   __syncwarp();
   if constexpr (kRpeK && !kRpeK.bias)
-    project_table<kRpeK>(base + kConstants, scratch, item.q, kScratchStrip, lane);
+    project_table<kRpeK>(base + kConstants, scratch, item.rows, kScratchStrip, lane);
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     const Group groups[2] = {Group(item.number, m * 2), Group(item.number, m * 2 + 1)};
-    if constexpr (bool(kRpeQ)) item.key_lookup[m].start(base + kConstantsQ, groups, lane);
+    if constexpr (bool(kRpeQ))
+      item.ring_lookup[m].start(base + KeyRing::Layout::constants_x, groups, lane);
     if constexpr (bool(kRpeV)) {
       const uint32_t bins = base + kBins + (warp * M + m) * BucketSumLayout<kRpeV>::kStripBytes;
       item.sums[m].start(base + kConstantsV, bins, groups, lane);
@@ -175,10 +180,9 @@ __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_
       const float sum = item.row_sum[m][2 * half];
       const bool none = kMask && sum == 0;  // all keys are masked
       share[half] = none ? 0.0f : __fdividef(kDropout ? p.dropout_scale : 1.0f, sum);
-      const Group group(item.number, m * 2 + half);
-      if (t == 0 && (group.is_patch(g) || group.is_prefix(g))) {
+      if (t == 0 && item.has_token(m, half, lane)) {
         const float log_sum = (item.row_max[m][half] + log2_approx(sum)) * kLn2;
-        lse[group.token(g)] = none ? kInfinity : log_sum;
+        lse[item.token(m, half, lane)] = none ? kInfinity : log_sum;
       }
     }
 #pragma unroll
@@ -190,7 +194,7 @@ __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_
     }
   }
   __syncwarp();
-  store_queries(p.out, scratch, kScratchStrip, item.b, item.h, item.number, lane);
+  store_strips(p.out, scratch, kScratchStrip, item.b, item.h, item.number, lane);
   __syncwarp();
 }
 
@@ -202,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t base = shared_address(shared_memory);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0);
-  Ring ring(p, base, warp, lane);
+  KeyRing ring(p, base, warp, lane);
   const int h = ring.h;
   if constexpr (bool(kRpeK)) load_lookup_constants<kRpeK>(base + kConstants, p.rpe_k, h);
   if constexpr (bool(kRpeV)) load_bucket_sum_constants<kRpeV>(base + kConstantsV, p.rpe_v, h);
@@ -216,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t own_q = kPrefetchQ ? base + kQ + warp * M * kQStrip : scratch;
   ring.copy_ahead();
   int turn = warp;
-  if (kPrefetchQ && turn < kItems) copy_queries(p.q, own_q, kOwnStrip, ring.first_b, h, turn, lane);
+  if (kPrefetchQ && turn < kItems) copy_strips(p.q, own_q, kOwnStrip, ring.first_b, h, turn, lane);
 
 #pragma unroll 1
   while (ring.now.b < p.B) {
@@ -225,24 +229,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const bool active = item.number < kItems, more = ring.now.pass + 1 < kPasses;
     if (!more) turn = next_turn(turn);
     if (active) {
-      if (!kPrefetchQ) copy_queries(p.q, own_q, kOwnStrip, item.b, h, item.number, lane);
+      if (!kPrefetchQ) copy_strips(p.q, own_q, kOwnStrip, item.b, h, item.number, lane);
       start_item(item, base, own_q, scratch, warp, lane);
     }
     if (kPrefetchQ) {
       const int next = (more ? ring.now.pass + 1 : 0) * kWarps + turn;
       const int next_b = more ? item.b : item.b + ring.step_b;
-      if (next < kItems && next_b < p.B) copy_queries(p.q, own_q, kOwnStrip, next_b, h, next, lane);
+      if (next < kItems && next_b < p.B) copy_strips(p.q, own_q, kOwnStrip, next_b, h, next, lane);
     }
     const auto chunk = [&](auto is_first, auto is_last) {
       constexpr bool first = decltype(is_first)::value, last = decltype(is_last)::value;
       ring.wait<last>();
       if (active) {
-        attend<0, last ? kLastRows : kChunkRows, first, last>(p, ring.keys(), ring.w(),
-                                                              ring.now.chunk, item, lane);
+        attend<0, last ? kLastRows : kChunkRows, first, last>(p, ring.chunk(), item, lane);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           item.lookup[m].next_chunk();
-          item.key_lookup[m].next_chunk();
+          item.ring_lookup[m].next_chunk();
           item.sums[m].next_chunk();
         }
       }

@@ -182,6 +182,12 @@ __device__ __forceinline__ void cp_async(uint32_t to, const void* from) {
 __device__ __forceinline__ void cp_async_zeros(uint32_t to, const void* readable) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, 0;" ::"r"(to), "l"(readable) : "memory");
 }
+__device__ __forceinline__ void cp_async_4(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void cp_async_4_zeros(uint32_t to, const void* readable) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, 0;" ::"r"(to), "l"(readable) : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

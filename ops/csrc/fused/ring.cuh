@@ -1,19 +1,56 @@
-// Chunks of keys and values on their way through a ring of shared memory, which all warps fill and
+// Chunks of two matrices on their way through a ring of shared memory, which all warps fill and
 // empty at their own pace.
 #pragma once
 
-#include "key_lookup.cuh"
+#include "ring_lookup.cuh"
 
 namespace irpe {
 
-// Shared memory, in bytes from its beginning; what a kernel has besides begins at kAfterRing.
-constexpr int kStageBytes = 2 * kChunkCapacity * kPitch;                   // keys, then values
-constexpr int kFull = 0, kEmpty = kStages * 8, kProjected = kStages * 16;  // mbarriers
-constexpr int kRing = round_up(kStages * 24, 128);
-constexpr int kW = kRing + kStages * kStageBytes;  // of the keys
-constexpr int kWBytes = kRpeQ ? kChunkCapacity * KeyLookupLayout::kWPitch : 0;
-constexpr int kConstantsQ = kW + kStages * kWBytes;
-constexpr int kAfterRing = round_up(kConstantsQ + (kRpeQ ? KeyLookupLayout::bytes : 0), 16);
+// What a ring carries: x and y, for each of which there may be lookups, and numbers of every row.
+struct KeysAndValues {
+  static constexpr Rpe lookup_x = kRpeQ, lookup_y = {0, 8, false};
+  static constexpr bool has_sums = false;
+  __device__ static const Matrix& x(const Params& p) { return p.k; }
+  __device__ static const Matrix& y(const Params& p) { return p.v; }
+  __device__ static const Table& table_x(const Params& p) { return p.rpe_q; }
+  __device__ static const Table& table_y(const Params& p) { return p.rpe_v; }
+};
+struct QueriesAndGradients {
+  static constexpr Rpe lookup_x = kRpeK, lookup_y = kRpeV;
+  static constexpr bool has_sums = true;  // lse and delta
+  __device__ static const Matrix& x(const Params& p) { return p.q; }
+  __device__ static const Matrix& y(const Params& p) { return p.grad_out; }
+  __device__ static const Table& table_x(const Params& p) { return p.rpe_k; }
+  __device__ static const Table& table_y(const Params& p) { return p.rpe_v; }
+};
+
+// A chunk in shared memory: where its parts lie.
+struct Chunk {
+  uint32_t x, y;
+  uint32_t lse, delta;  // floats
+  uint32_t w_x, w_y;
+  int number;
+};
+
+// Shared memory, in bytes from its beginning; what a kernel has besides begins at `end`.
+template <typename Source>
+struct RingLayout {
+  using LookupX = RingLookupLayout<Source::lookup_x>;
+  using LookupY = RingLookupLayout<Source::lookup_y>;
+  static constexpr int kMatrix = kChunkCapacity * kPitch;
+  static constexpr int kSums = Source::has_sums ? kChunkCapacity * 4 : 0;
+  static constexpr int kStage = 2 * kMatrix + 2 * kSums;
+  static constexpr int kWX = Source::lookup_x ? kChunkCapacity * LookupX::kWPitch : 0;
+  static constexpr int kWY = Source::lookup_y ? kChunkCapacity * LookupY::kWPitch : 0;
+
+  static constexpr int full = 0, empty = kStages * 8, projected = kStages * 16;  // mbarriers
+  static constexpr int stages = round_up(kStages * 24, 128);
+  static constexpr int w = stages + kStages * kStage;
+  static constexpr int constants_x = w + kStages * (kWX + kWY);
+  static constexpr int constants_y =
+      round_up(constants_x + (Source::lookup_x ? LookupX::bytes : 0), 16);
+  static constexpr int end = round_up(constants_y + (Source::lookup_y ? LookupY::bytes : 0), 16);
+};
 
 // The chunks that a block sees: of every image, as often as its warps pass over it.
 struct Stream {
@@ -30,52 +67,68 @@ struct Stream {
   }
 };
 
-// A warp's share of the copies of a chunk.
+__device__ __forceinline__ void copy_zeros(uint32_t to, const uint16_t* readable, int lane) {
+#pragma unroll
+  for (int n = 0; n < kDimTiles; n += kRowLanes) {
+    if (n + lane % kRowLanes < kDimTiles) cp_async_zeros(to + n * 16, readable);
+  }
+}
+
+// A warp's share of the copies of a chunk of a matrix.
 template <bool last>
-__device__ __forceinline__ void copy_keys(uint32_t to, const uint16_t* from, int stride, int chunk,
+__device__ __forceinline__ void copy_rows(uint32_t to, const uint16_t* from, int stride, int chunk,
                                           int warp, int lane) {
-  constexpr int kRows = kWarps * kRowsAtOnce, kKeys = (last ? kLastRows : kChunkRows) * kGridW;
+  constexpr int kRows = kWarps * kRowsAtOnce;
+  constexpr int kPatchRows = (last ? kLastRows : kChunkRows) * kRingWidth;
   const int own = warp * kRowsAtOnce + lane / kRowLanes;
-  const uint16_t* row = from + (kPrefix + chunk * kChunkKeys + own) * stride + lane % kRowLanes * 8;
+  const uint16_t* patches =
+      from + (kPrefix + chunk * kChunkRows * kGridW) * stride + lane % kRowLanes * 8;
   const uint32_t at = to + own * kPitch + lane % kRowLanes * 16;
 #pragma unroll
-  for (int n = 0; n < kKeys; n += kRows) {
-    if (n + kRows <= kKeys || n + own < kKeys) copy_row(at + n * kPitch, row + n * stride, lane);
+  for (int n = 0; n < kPatchRows; n += kRows) {
+    const int place = n + own;
+    if (n + kRows > kPatchRows && place >= kPatchRows) continue;
+    if constexpr (kRingWidth == kGridW) {
+      copy_row(at + n * kPitch, patches + own * stride + n * stride, lane);
+    } else {
+      const int y = place / kRingWidth, x = place % kRingWidth;
+      if (x < kGridW)
+        copy_row(at + n * kPitch, patches + (y * kGridW + x) * stride, lane);
+      else
+        copy_zeros(at + n * kPitch, from, lane);
+    }
   }
   if constexpr (last) {  // prefix tokens, and zeros up to a whole tile
-    constexpr int kRest = round_up(kLastKeys, 16) - kKeys;
+    constexpr int kRest = round_up(kLastKeys, 16) - kPatchRows;
 #pragma unroll
     for (int n = 0; n < kRest; n += kRows) {
-      const uint32_t rest = at + (kKeys + n) * kPitch;
+      const uint32_t rest = at + (kPatchRows + n) * kPitch;
       if (n + own < kPrefix)
         copy_row(rest, from + (n + own) * stride + lane % kRowLanes * 8, lane);
-      else if (n + own < kRest) {
-#pragma unroll
-        for (int d = 0; d < kDimTiles; d += kRowLanes) {
-          if (d + lane % kRowLanes < kDimTiles) cp_async_zeros(rest + d * 16, from);
-        }
-      }
+      else if (n + own < kRest)
+        copy_zeros(rest, from, lane);
     }
   }
 }
 
-// The same of keys and values; the mbarrier `full` tracks it.
-__device__ __forceinline__ void copy_chunk(const Params& p, uint32_t to, uint32_t full,
-                                           const Stream& s, int h, int warp, int lane) {
-  const uint16_t *k = head_of(p.k, s.b, h), *v = head_of(p.v, s.b, h);
-  const uint32_t to_v = to + kChunkCapacity * kPitch;
-  if (kChunks == 1 || s.chunk == kChunks - 1) {
-    copy_keys<true>(to, k, p.k.stride_l, s.chunk, warp, lane);
-    copy_keys<true>(to_v, v, p.v.stride_l, s.chunk, warp, lane);
-  } else {
-    copy_keys<false>(to, k, p.k.stride_l, s.chunk, warp, lane);
-    copy_keys<false>(to_v, v, p.v.stride_l, s.chunk, warp, lane);
+// The same of a number for each row.
+template <bool last>
+__device__ __forceinline__ void copy_sums(uint32_t to, const float* from, int chunk) {
+  constexpr int kRows = last ? round_up(kLastKeys, 16) : kChunkKeys;
+  for (int n = static_cast<int>(threadIdx.x); n < kRows; n += kThreads) {
+    const int token = token_at(chunk * kChunkKeys + n);
+    if (token >= 0)
+      cp_async_4(to + n * 4, from + token);
+    else
+      cp_async_4_zeros(to + n * 4, from);
   }
-  mbarrier_arrive_after_copies(full);
 }
 
 // A warp's view of the ring.
+template <typename Source>
 struct Ring {
+  using Layout = RingLayout<Source>;
+  static constexpr bool kProjects = Source::lookup_x || Source::lookup_y;
   const Params& p;
   const uint32_t base;
   const int h, first_b, step_b, warp, lane;
@@ -95,52 +148,81 @@ struct Ring {
         now(first_b) {
     if (threadIdx.x == 0) {
       for (int n = 0; n < kStages; ++n) {
-        mbarrier_init(base + kFull + n * 8, kThreads);
-        mbarrier_init(base + kEmpty + n * 8, kWarps);
-        mbarrier_init(base + kProjected + n * 8, kWarps);
+        mbarrier_init(base + Layout::full + n * 8, kThreads);
+        mbarrier_init(base + Layout::empty + n * 8, kWarps);
+        mbarrier_init(base + Layout::projected + n * 8, kWarps);
       }
     }
-    if constexpr (bool(kRpeQ)) load_key_lookup_constants(base + kConstantsQ, p.rpe_q, h);
+    if constexpr (bool(Source::lookup_x))
+      load_ring_lookup_constants<Source::lookup_x>(base + Layout::constants_x, Source::table_x(p),
+                                                   h);
+    if constexpr (bool(Source::lookup_y))
+      load_ring_lookup_constants<Source::lookup_y>(base + Layout::constants_y, Source::table_y(p),
+                                                   h);
   }
+
+  __device__ __forceinline__ Chunk at(const Stream& s) const {
+    const uint32_t x = base + Layout::stages + s.stage * Layout::kStage;
+    const uint32_t y = x + Layout::kMatrix, lse = y + Layout::kMatrix;
+    const uint32_t w = base + Layout::w + s.stage * (Layout::kWX + Layout::kWY);
+    return {x, y, lse, lse + Layout::kSums, w, w + Layout::kWX, s.chunk};
+  }
+  __device__ __forceinline__ Chunk chunk() const { return at(now); }
 
   // Starts more copies: without waiting, if the chunk that is needed next is under way.
   __device__ __forceinline__ void copy_ahead() {
     while (lead < kAhead && ahead.b < p.B) {
-      const bool is_free = mbarrier_test(base + kEmpty + ahead.stage * 8, ahead.phase ^ 1);
+      const bool is_free = mbarrier_test(base + Layout::empty + ahead.stage * 8, ahead.phase ^ 1);
       if (!__all_sync(~0u, is_free)) {
         if (lead > 0) return;
         continue;
       }
-      const uint32_t to = base + kRing + ahead.stage * kStageBytes;
-      copy_chunk(p, to, base + kFull + ahead.stage * 8, ahead, h, warp, lane);
+      if (kChunks == 1 || ahead.chunk == kChunks - 1)
+        copy<true>(at(ahead));
+      else
+        copy<false>(at(ahead));
+      mbarrier_arrive_after_copies(base + Layout::full + ahead.stage * 8);
       ahead.next(step_b);
       ++lead;
     }
   }
-
-  __device__ __forceinline__ uint32_t keys() const {
-    return base + kRing + now.stage * kStageBytes;
+  template <bool last>
+  __device__ __forceinline__ void copy(const Chunk& to) const {
+    const Matrix &x = Source::x(p), &y = Source::y(p);
+    copy_rows<last>(to.x, head_of(x, ahead.b, h), x.stride_l, to.number, warp, lane);
+    copy_rows<last>(to.y, head_of(y, ahead.b, h), y.stride_l, to.number, warp, lane);
+    if constexpr (Source::has_sums) {
+      const int64_t head = (static_cast<int64_t>(ahead.b) * p.H + h) * kTokens;
+      copy_sums<last>(to.lse, p.lse + head, to.number);
+      copy_sums<last>(to.delta, p.delta + head, to.number);
+    }
   }
-  __device__ __forceinline__ uint32_t w() const { return base + kW + now.stage * kWBytes; }
 
   // Waits for the chunk, and for its W, of which every warp projects a share.
   template <bool last>
   __device__ __forceinline__ void wait() {
     copy_ahead();
-    mbarrier_wait(base + kFull + now.stage * 8, now.phase);
-    if constexpr (bool(kRpeQ)) {
-      constexpr int kPatchKeys = (last ? kLastRows : kChunkRows) * kGridW;
-      constexpr int kKeys = round_up(kPatchKeys + (last ? kPrefix : 0), 16);
-      project_keys(base + kConstantsQ, keys(), w(), kKeys, last ? kPatchKeys : kKeys, warp, lane);
+    mbarrier_wait(base + Layout::full + now.stage * 8, now.phase);
+    if constexpr (kProjects) {
+      constexpr int kPatchRows = (last ? kLastRows : kChunkRows) * kRingWidth;
+      constexpr int kRows = round_up(kPatchRows + (last ? kPrefix : 0), 16);
+      constexpr int kNoPrefix = last ? kPatchRows : kRows;
+      const Chunk c = chunk();
+      if constexpr (bool(Source::lookup_x))
+        project_ring<Source::lookup_x>(base + Layout::constants_x, c.x, c.w_x, kRows, kNoPrefix,
+                                       warp, lane);
+      if constexpr (bool(Source::lookup_y))
+        project_ring<Source::lookup_y>(base + Layout::constants_y, c.y, c.w_y, kRows, kNoPrefix,
+                                       warp, lane);
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(base + kProjected + now.stage * 8);
-      mbarrier_wait(base + kProjected + now.stage * 8, now.phase);
+      if (lane == 0) mbarrier_arrive(base + Layout::projected + now.stage * 8);
+      mbarrier_wait(base + Layout::projected + now.stage * 8, now.phase);
     }
   }
   // The warp has read the chunk.
   __device__ __forceinline__ void release() {
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(base + kEmpty + now.stage * 8);
+    if (lane == 0) mbarrier_arrive(base + Layout::empty + now.stage * 8);
     now.next(step_b);
     --lead;
   }

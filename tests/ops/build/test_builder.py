@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,11 @@ from irpe_ds.ops.build.builder import IRPEBuilder
 from irpe_ds.ops.build.toolchain import Unavailable
 
 ROOT = Path(__file__).parents[3]
+
+
+def slow(*case: Any) -> Any:
+    """A case that `make test-slow` runs."""
+    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 def script(path: Path, text: str) -> Path:
@@ -258,28 +264,44 @@ class TestCUDAToolkit:
 
 
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
-def test_every_kernel_stays_in_registers(architecture: str) -> None:
+def test_gather_and_bucket_sum_stay_in_registers(architecture: str) -> None:
     kernels = list(resources.kernel_resources(architecture))
     names = {kernel.name for kernel in kernels}
-    assert len(names) == len(kernels) == 28
-    assert names >= {"forward<bf16, 64>", "backward<f16, 32, true>", "gather<double, false>"}
+    assert len(names) == len(kernels) == 16
+    assert names >= {"gather<double, false>", "bucket_sum<bf16, true>"}
     for kernel in kernels:
         assert kernel.architecture == architecture
         assert (kernel.stack, kernel.spills) == (0, 0), kernel
 
 
-def test_blocks_of_the_fused_passes() -> None:
-    configs = resources.launch_configs("H200", 256, 6, 197, 64, (0, 50, 0))
-    assert len(configs) == len(resources.PASSES)
-    kernels = list(resources.kernel_resources("sm_90"))
-    names = ("forward<bf16, 64>", "backward<bf16, 64, false>", "backward<bf16, 64, true>")
-    for name, pass_ in zip(names, configs, strict=True):
-        (registers,) = (kernel.registers for kernel in kernels if kernel.name == name)
-        of_warp = -(-registers * 32 // 256) * 256  # what the GPU gives them, in steps
-        assert pass_.warps * pass_.blocks <= 4 * (65536 // 4 // of_warp)  # its four parts
-        assert pass_.blocks >= 2  # one computes while the other waits
-        assert pass_.blocks * (pass_.shared + 1024) <= resources.GPUS["H200"][1]
-        assert pass_.grid <= 132 * pass_.blocks
+@pytest.mark.parametrize(
+    ("architecture", "name", "model", "stack"),
+    [
+        ("sm_80", "forward", resources.DEIT_K, 0),
+        ("sm_90", "forward", resources.DEIT_K, 0),
+        slow("sm_80", "forward", resources.DEIT_QKV, 0),
+        slow("sm_90", "forward", resources.DEIT_QKV, 64),
+        slow("sm_80", "backward_queries", resources.DEIT_K, 64),
+        slow("sm_90", "backward_queries", resources.DEIT_K, 64),
+        slow("sm_80", "backward_queries", resources.DEIT_QKV, 128),
+        slow("sm_90", "backward_queries", resources.DEIT_QKV, 64),
+        slow("sm_80", "backward_keys", resources.DEIT_K, 96),
+        slow("sm_90", "backward_keys", resources.DEIT_K, 32),
+        slow("sm_80", "backward_keys", resources.DEIT_QKV, 128),
+        slow("sm_90", "backward_keys", resources.DEIT_QKV, 128),
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_the_fused_kernels_spill_little(
+    architecture: str, name: str, model: resources.Model, stack: int
+) -> None:
+    """At most `stack` bytes of a thread, each stored and loaded once."""
+    kernel, plan, shared_bytes = resources.fused_resources(name, model, architecture)
+    assert (kernel.name, kernel.architecture) == (name, architecture)
+    assert kernel.stack <= stack, kernel
+    assert kernel.spills <= 2 * stack, kernel
+    assert plan.warps * 32 * kernel.registers <= 65536  # what a multiprocessor has
+    assert 0 < shared_bytes <= resources.SHARED_BYTES[architecture]
 
 
 class TestReport:
@@ -340,7 +362,9 @@ class TestAheadOfTime:
                 "CXX": "no-such-compiler",
                 "TORCH_EXTENSIONS_DIR": str(tmp_path),
             }
-            code = "from irpe_ds.ops.build import library as l; print(l.load().cpu or l.load().origin)"
+            code = (
+                "from irpe_ds.ops.build import library as l; print(l.load().cpu or l.load().origin)"
+            )
             command = [sys.executable, "-c", code]
             done = subprocess.run(
                 command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True

@@ -1,7 +1,7 @@
 // The kernels as they are in ops/csrc, compiled for the host, with names that Python finds.
 
 #include "cuda/rpe.cu"
-#include "primitives.cu"
+#include "faults.cu"
 
 extern "C" {
 

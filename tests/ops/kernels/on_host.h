@@ -2,8 +2,9 @@
 //
 // A fiber gives way only where threads meet, and a warp runs until it waits for its block, so a
 // kernel that forgets to synchronise reads what the others have not written yet; g_reversed runs
-// warps and lanes from the last to the first, and a result that depends on it is a race. Threads that meet at different places, or
-// not at all, are an error. With AddressSanitizer, shared memory has exactly the size asked for.
+// warps and lanes from the last to the first, and a result that depends on it is a race. Threads
+// that meet at different places, or not at all, are an error. With AddressSanitizer, shared memory
+// has exactly the size asked for.
 // Included by primitives.cuh, which says what each primitive does.
 #pragma once
 
@@ -24,11 +25,7 @@
 #include <vector>
 
 #define __global__
-#define __host__
 #define __device__
-#define __restrict__
-#define __grid_constant__
-#define __launch_bounds__(...)
 
 namespace irpe::cuda {
 
@@ -85,32 +82,15 @@ inline void start_context(Context& context, char* stack, void (*main)()) {
 
 enum class Waits { kNot, kForWarp, kForBlock, kDone };
 
-struct Copy {
-  void* to;
-  const void* from;
-  bool inside;
-};
-
 struct Fiber {
   Context context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   void* shadow_stack = nullptr;  // AddressSanitizer's
   Waits waits = Waits::kNot;
-  std::vector<std::vector<Copy>> copies;  // closed groups, oldest first
-  std::vector<Copy> open_copies;
-  int turn = 0;
-};
-
-// What the lanes of one warp show each other; `result` is what one of them made of it for all.
-struct Exchange {
-  alignas(16) unsigned char shown[kWarp][32];
-  alignas(16) unsigned char result[512];
-  bool has_result;
 };
 
 struct Block {
   std::vector<Fiber> fibers;
-  std::vector<Exchange> exchanges;  // two for each warp, in turn
   std::unique_ptr<unsigned char[]> shared;
   std::function<void()> body;
   Context scheduler;
@@ -192,8 +172,6 @@ inline void run_warp(Block& block, int warp, int threads) {
 inline void run_block(Block& block, int threads) {
   for (Fiber& fiber : block.fibers) {
     fiber.waits = Waits::kNot;
-    fiber.copies.clear();
-    fiber.open_copies.clear();
     start_context(fiber.context, fiber.stack.get(), fiber_main);
   }
   const int warps = (threads + kWarp - 1) / kWarp;
@@ -205,27 +183,6 @@ inline void run_block(Block& block, int threads) {
   }
 }
 
-// Shows `mine` to the warp; returns when every lane has shown its own. What is returned lasts
-// until this lane's next exchange: the warp's other Exchange serves that one.
-template <typename T>
-Exchange& exchange(const T& mine) {
-  static_assert(sizeof(T) <= sizeof(Exchange::shown[0]));
-  Fiber& fiber = g_block->fibers[g_block->current];
-  fiber.turn ^= 1;
-  Exchange& all = g_block->exchanges[g_block->current / kWarp * 2 + fiber.turn];
-  std::memcpy(all.shown[g_block->current % kWarp], &mine, sizeof mine);
-  all.has_result = false;
-  give_way(Waits::kForWarp);
-  return all;
-}
-
-template <typename T>
-T shown_by(const Exchange& all, int lane) {
-  T theirs;
-  std::memcpy(&theirs, all.shown[lane], sizeof theirs);
-  return theirs;
-}
-
 }  // namespace host
 
 #define blockIdx (::irpe::cuda::host::g_block_index)
@@ -234,14 +191,11 @@ T shown_by(const Exchange& all, int lane) {
 inline void __syncthreads() { host::give_way(host::Waits::kForBlock); }
 inline void __syncwarp() { host::give_way(host::Waits::kForWarp); }
 
-inline Device device() { return {2, 228 * 1024, 227 * 1024}; }
-
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, void*,
            Arguments... arguments) {
   host::Block block;
   block.fibers.resize(threads);
-  block.exchanges.resize((threads + host::kWarp - 1) / host::kWarp * 2);
   block.body = [=] { kernel(arguments...); };
   host::g_block = &block;
   for (unsigned z = 0; z < grid.z; ++z) {
@@ -288,101 +242,6 @@ inline void from_float(float x, bf16& to) {
   std::memcpy(&bits, &x, sizeof bits);
   const uint32_t half_to_even = 0x7FFF + (bits >> 16 & 1);
   to.bits = std::isnan(x) ? 0x7FFF : static_cast<uint16_t>((bits + half_to_even) >> 16);
-}
-
-template <typename T>
-uint32_t pack(float low, float high) {
-  T both[2];
-  from_float(low, both[0]);
-  from_float(high, both[1]);
-  uint32_t word;
-  std::memcpy(&word, both, sizeof word);
-  return word;
-}
-
-inline float exp2_fast(float x) { return std::exp2(x); }
-inline float log2_fast(float x) { return std::log2(x); }
-
-template <typename T>
-T shuffle_xor(T x, int mask) {
-  const int lane = host::g_block->current % host::kWarp;
-  return host::shown_by<T>(host::exchange(x), lane ^ mask);
-}
-
-template <bool transpose = false>
-void load_matrices(uint32_t (&words)[4], const void* row) {
-  if (reinterpret_cast<uintptr_t>(row) % 16) host::fail("a row of a matrix is not aligned");
-  const int lane = host::g_block->current % host::kWarp;
-  const host::Exchange& rows = host::exchange(row);
-  for (int m = 0; m < 4; ++m) {
-    uint16_t pair[2];
-    for (int e = 0; e < 2; ++e) {
-      const int r = lane / 4, c = lane % 4 * 2 + e;
-      const auto* from = host::shown_by<const uint16_t*>(rows, m * 8 + (transpose ? c : r));
-      pair[e] = from[transpose ? r : c];
-    }
-    std::memcpy(&words[m], pair, sizeof pair);
-  }
-}
-
-template <typename T>
-void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  struct Factors {
-    T a[8], b[4];
-  };
-  Factors mine;
-  std::memcpy(mine.a, a, sizeof mine.a);
-  std::memcpy(mine.b, b, sizeof mine.b);
-  host::Exchange& all = host::exchange(mine);
-  float(&product)[16][8] = *reinterpret_cast<float(*)[16][8]>(all.result);
-  if (!all.has_result) {
-    float left[16][16], right[16][8];
-    for (int lane = 0; lane < host::kWarp; ++lane) {
-      const Factors theirs = host::shown_by<Factors>(all, lane);
-      const int g = lane / 4, t = lane % 4;
-      for (int e = 0; e < 8; ++e) {
-        left[g + e / 2 % 2 * 8][t * 2 + e % 2 + e / 4 * 8] = to_float(theirs.a[e]);
-      }
-      for (int e = 0; e < 4; ++e) right[t * 2 + e % 2 + e / 2 * 8][g] = to_float(theirs.b[e]);
-    }
-    for (int r = 0; r < 16; ++r) {
-      for (int c = 0; c < 8; ++c) product[r][c] = 0;
-      for (int k = 0; k < 16; ++k) {
-        for (int c = 0; c < 8; ++c) product[r][c] += left[r][k] * right[k][c];
-      }
-    }
-    all.has_result = true;
-  }
-  const int lane = host::g_block->current % host::kWarp;
-  for (int e = 0; e < 4; ++e) sums[e] += product[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2];
-}
-
-inline void copy_start(void* shared, const void* from, bool inside = true) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
-    host::fail("a copy of 16 bytes is not aligned to 16 bytes");
-  }
-  host::g_block->fibers[host::g_block->current].open_copies.push_back({shared, from, inside});
-}
-
-inline void copies_commit() {
-  host::Fiber& fiber = host::g_block->fibers[host::g_block->current];
-  fiber.copies.push_back(std::move(fiber.open_copies));
-  fiber.open_copies.clear();
-}
-
-template <int groups>
-void copies_wait() {
-  auto& copies = host::g_block->fibers[host::g_block->current].copies;
-  while (copies.size() > groups) {
-    for (const host::Copy& copy : copies.front()) {
-      if (copy.inside) {
-        std::memcpy(copy.to, copy.from, 16);
-      } else {
-        std::memset(copy.to, 0, 16);
-      }
-    }
-    copies.erase(copies.begin());
-  }
 }
 
 }  // namespace irpe::cuda

@@ -1,8 +1,10 @@
-// Relative position on keys as one more matrix product: W C, where W[i][r][s] = q_i . T[:, M[r][s]]
-// and C[s][j] = (column_class(xi - xj) == s) is constant. See README.md.
+// Relative position whose lookups belong to the strips, as one more matrix product: W C, where
+// W[u][r][s] = x_u . T[:, M[r][s]] and C[s][w] = (column_class(xu - xw) == s) is constant. That is
+// the term on keys in a pass over queries, and the one on queries in the pass over keys. See
+// README.md.
 #pragma once
 
-#include "queries.cuh"
+#include "strips.cuh"
 
 namespace irpe {
 
@@ -100,22 +102,44 @@ struct StripLookup {
   }
 };
 
-// sums += W C for tile `tile` of a chunk with `keys` keys in `rows` grid rows; the rest are prefix
-// tokens. Called with tiles in order: fragments are kept for the tiles that share a key row.
-template <int tile, int rows, bool last, bool zero, Rpe rpe>
-__device__ __forceinline__ void add_lookup(float* sums, StripLookup<rpe>& lookup, int lane) {
-  constexpr int first = tile * 8, patches = rows * kGridW, keys = patches + (last ? kPrefix : 0);
-  constexpr int y0 = min(first / kGridW, rows - 1), y1 = min((first + 7) / kGridW, rows - 1);
-  const int g = lane / 4, t = lane % 4;
-  const auto word = [&](int group, int y, int half) {
-    uint32_t x = lookup.one_hot(group, first - y * kGridW, half, g);
-    if (first + 7 >= patches && y == y1) {  // prefix tokens have the last slot
-      const bool prefix = first + g >= patches && first + g < keys;
-      const bool mine = t == 3 && half == rpe.slots / 8 - 1;
-      if (first + g >= patches) x = prefix && mine ? kOne << 16 : 0;
+// C for tile `tile` of a chunk of `rows` grid rows, as the right operand.
+template <int tile, int rows, bool last, int slots>
+struct OneHots {
+  static constexpr int first = tile * 8, patches = rows * kRingWidth;
+  static constexpr int y0 = min(first / kRingWidth, rows - 1);
+  static constexpr int y1 = min((first + 7) / kRingWidth, rows - 1);
+  uint32_t words[y1 - y0 + 1][kTwoColumns ? 2 : 1][slots / 8];
+
+  template <Rpe rpe>
+  __device__ __forceinline__ void load(const StripLookup<rpe>& lookup, int lane) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int y = y0; y <= y1; ++y) {
+#pragma unroll
+      for (int group = 0; group < (kTwoColumns ? 2 : 1); ++group) {
+#pragma unroll
+        for (int half = 0; half < slots / 8; ++half) {
+          uint32_t x = lookup.one_hot(group, first - y * kRingWidth, half, g);
+          if (first + 7 >= patches && y == y1) {  // prefix tokens have the last slot
+            const bool prefix = last && first + g >= patches && first + g < patches + kPrefix;
+            const bool mine = t == 3 && half == slots / 8 - 1;
+            if (first + g >= patches) x = prefix && mine ? kOne << 16 : 0;
+          }
+          words[y - y0][group][half] = x;
+        }
+      }
     }
-    return x;
-  };
+  }
+};
+
+// sums += W C for a tile. Called with tiles in order: fragments are kept for the tiles that share a
+// key row.
+template <bool zero, int tile, int rows, bool last, Rpe rpe>
+__device__ __forceinline__ void add_lookup(float* sums, StripLookup<rpe>& lookup,
+                                           const OneHots<tile, rows, last, rpe.slots>& one_hots) {
+  using Tile = OneHots<tile, rows, last, rpe.slots>;
+  constexpr int first = Tile::first, y0 = Tile::y0, y1 = Tile::y1;
+  const auto word = [&](int group, int y, int half) { return one_hots.words[y - y0][group][half]; };
   bool start = zero;  // the first product begins the sums
   const auto product = [&](uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                            uint32_t b1) {
@@ -128,20 +152,19 @@ __device__ __forceinline__ void add_lookup(float* sums, StripLookup<rpe>& lookup
   if constexpr (rpe.slots == 8) {
     // A fragment holds two key rows; those that the tile before has used are there.
     const auto fragment = [&](int y) {
-      const bool kept = tile > 0 && (first - 1) / kGridW >= y / 2 * 2;
+      const bool kept = tile > 0 && (first - 1) / kRingWidth >= y / 2 * 2;
       uint32_t (&pair)[4] = lookup.fragments[y / 2 % 2];
       if ((y == y0 || y % 2 == 0) && !kept) lookup.load(pair, y / 2 * 2);
       return pair + y % 2 * 2;
     };
 #pragma unroll
-    for (int y = y0; y <= y1; ++y) {
+    for (int y = y0; y <= y1; y += kTwoColumns ? 1 : 2) {  // k = 16 holds two columns or key rows
       const uint32_t* a = fragment(y);
       if constexpr (kTwoColumns) {
         product(a[0], 0, 0, a[1], word(0, y, 0), word(1, y, 0));
       } else if (y < y1) {
         const uint32_t a0 = a[0], a1 = a[1], *b = fragment(y + 1);
         product(a0, a1, b[0], b[1], word(0, y, 0), word(0, y + 1, 0));
-        ++y;
       } else {
         if (start)
           mma_k8<true>(sums, a[0], a[1], word(0, y, 0));
@@ -154,7 +177,7 @@ __device__ __forceinline__ void add_lookup(float* sums, StripLookup<rpe>& lookup
 #pragma unroll
     for (int y = y0; y <= y1; ++y) {
       uint32_t (&a)[4] = lookup.fragments[y % 2];
-      if (tile == 0 || (first - 1) / kGridW < y) lookup.load(a, y);
+      if (tile == 0 || (first - 1) / kRingWidth < y) lookup.load(a, y);
       if constexpr (kTwoColumns) {
         product(a[0], 0, a[2], 0, word(0, y, 0), word(0, y, 1));
         product(0, a[1], 0, a[3], word(1, y, 0), word(1, y, 1));

@@ -1,4 +1,4 @@
-// Queries: which token is in which row of a strip, and rows between device and shared memory.
+// Strips: which token is in which row, and rows between device and shared memory.
 #pragma once
 
 #include "tiles.cuh"
@@ -7,7 +7,7 @@ namespace irpe {
 
 constexpr int M = kStripsPerWarp;
 
-// 8 queries of one grid column; the last group of a column has free rows, of which some hold prefix
+// 8 tokens of one grid column; the last group of a column has free rows, of which some hold prefix
 // tokens.
 struct Group {
   int column, first_y;
@@ -48,15 +48,15 @@ __device__ __forceinline__ bool has_prefix(int item) {
          (kGroups > kPatchGroups && (item + 1) * kOfItem > kPatchGroups);
 }
 
-// The queries of an item. Free rows keep what is there: no other row sees it.
-__device__ __forceinline__ void copy_queries(const Matrix& x, uint32_t to, int strip_bytes, int b,
-                                             int h, int item, int lane) {
-  const uint16_t* q = head_of(x, b, h) + lane % kRowLanes * 8;
+// The rows of an item. Free rows keep what is there: no other row sees it.
+__device__ __forceinline__ void copy_strips(const Matrix& x, uint32_t to, int strip_bytes, int b,
+                                            int h, int item, int lane) {
+  const uint16_t* rows = head_of(x, b, h) + lane % kRowLanes * 8;
   to += lane / kRowLanes * kPitch + lane % kRowLanes * 16;
 #pragma unroll
   for (int n = 0; n < 2 * M; ++n) {
     const Group group(item, n);
-    const uint16_t* from = q + group.patch(lane / kRowLanes) * x.stride_l;
+    const uint16_t* from = rows + group.patch(lane / kRowLanes) * x.stride_l;
 #pragma unroll
     for (int row = 0; row < 8; row += kRowsAtOnce) {
       if (group.is_patch(row + lane / kRowLanes)) {
@@ -71,8 +71,8 @@ __device__ __forceinline__ void copy_queries(const Matrix& x, uint32_t to, int s
       const Group group(item, row / 8);
       const int r = row % 8 + lane / kRowLanes;
       if (group.is_prefix(r))
-        copy_row(to + row / 16 * strip_bytes + row % 16 * kPitch, q + group.token(r) * x.stride_l,
-                 lane);
+        copy_row(to + row / 16 * strip_bytes + row % 16 * kPitch,
+                 rows + group.token(r) * x.stride_l, lane);
     }
   }
   cp_async_commit();
@@ -87,9 +87,9 @@ __device__ __forceinline__ void store_row(uint16_t* to, uint32_t from, int lane)
   }
 }
 
-// The output of an item, from strips that lie `strip_bytes` apart.
-__device__ __forceinline__ void store_queries(const Matrix& x, uint32_t strips, int strip_bytes,
-                                              int b, int h, int item, int lane) {
+// Results of an item, from strips that lie `strip_bytes` apart.
+__device__ __forceinline__ void store_strips(const Matrix& x, uint32_t strips, int strip_bytes,
+                                             int b, int h, int item, int lane) {
   uint16_t* rows = head_of(x, b, h) + lane % kRowLanes * 8;
   const uint32_t from = strips + lane / kRowLanes * kPitch + lane % kRowLanes * 16;
 #pragma unroll

@@ -1,0 +1,251 @@
+// The gradients of the keys and values, and what relative position on queries needs of them.
+//
+// The mirror image of the pass over queries: strips hold keys and values, the ring brings queries
+// and the output's gradient, and whose the lookups are changes places too. With the same P, P' and
+// dS, of which delta comes from that pass:
+//
+//   grad_v = P'^T grad_out
+//   grad_k = scale (dS^T q + sums_q T_Q^T)     sums_q = bucket sums of dS^T
+
+#include "dropout.cuh"
+#include "gradients.cuh"
+
+namespace irpe {
+namespace {
+
+// A bias on keys is a term of the strips, since it depends on neither side: kRpeQ stands for it.
+using QueryRing = Ring<QueriesAndGradients>;
+using SumsQ = BucketSumLayout<kRpeQ>;
+constexpr bool kSumsOfQ = kRpeQ && !kRpeQ.bias;
+
+// Shared memory, in bytes from its beginning.
+constexpr int kLookupQ = QueryRing::Layout::end;
+constexpr int kSumsQ = round_up(kLookupQ + (kRpeQ ? LookupLayout<kRpeQ>::bytes : 0), 16);
+constexpr int kBinsQ = round_up(kSumsQ + (kSumsOfQ ? SumsQ::bytes : 0), 16);
+// Keys, then their W, then grad_k; values, then grad_v.
+constexpr int kKeys = kBinsQ + (kSumsOfQ ? kWarps * M * SumsQ::kStripBytes : 0);
+constexpr int kKeysStrip =
+    16 * max(kPitch, kRpeQ && !kRpeQ.bias ? LookupLayout<kRpeQ>::kWPitch : 0);
+constexpr int kValues = kKeys + kWarps * M * kKeysStrip;
+constexpr int kValuesStrip = 16 * kPitch;
+constexpr int kSharedBytes = kValues + kWarps * M * kValuesStrip;
+static_assert(kSharedBytes == SHARED_BYTES,
+              "backward_keys_bytes of fused_plan.py counts otherwise");
+
+struct Item : Strips<kRpeQ, kRpeK> {
+  RowsA values[M];
+  RingLookup<kRpeV> lookup_v[M];
+  BucketSums<kRpeQ> sums[M];
+  float grad_k[M][kDimTiles][4], grad_v[M][kDimTiles][4];
+  bool masked[M][2];
+};
+
+// Which weights of two tiles of strip m are dropped: bit 4 n + e of element e of tile n.
+__device__ __forceinline__ uint32_t dropped_weights(const Params& p, const Item& item, int m,
+                                                    int first_query, int lane) {
+  const Group groups[2] = {Group(item.number, m * 2), Group(item.number, m * 2 + 1)};
+  int keys[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    keys[half] = position_of(groups[half].token(lane / 4));
+  }
+  uint32_t bits = 0;
+#pragma unroll 1
+  for (int n = 0; n < 8; ++n) {
+    const int query = token_at(first_query + n / 4 * 8 + lane % 4 * 2 + n % 2);
+    const bool dropped =
+        query >= 0 && is_dropped(p, item.b * p.H + item.h, query, n % 4 < 2 ? keys[0] : keys[1]);
+    bits |= static_cast<uint32_t>(dropped) << n;
+  }
+  return bits;
+}
+
+// Of two tiles of queries from `tile` on of a chunk of `rows` grid rows.
+template <int tile, int rows, bool last>
+__device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& item, int lane) {
+  float s[2][M][4], grad[2][M][4];
+  float2 lse[2], delta[2];
+  for_each<2>([&]<int n>() {
+    OneHots<tile + n, rows, last, kRpeQ.slots> one_hots[M];
+    score(s[n], c, item, one_hots, lane);
+    RowsB grad_out;
+    grad_out.load(c.y + (tile + n) * 8 * kPitch, lane);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      multiply_rows<true>(grad[n][m], item.values[m], grad_out);
+      if constexpr (kSameClasses) {
+        item.lookup_v[m].template add<tile + n, rows>(grad[n][m], c.w_y, item.ring_lookup[m], lane);
+      } else if constexpr (bool(kRpeV)) {
+        item.lookup_v[m].template load<tile + n, rows>(lane);
+        item.lookup_v[m].template add<tile + n, rows>(grad[n][m], c.w_y, item.lookup_v[m], lane);
+      }
+    }
+    const int column = ((tile + n) * 8 + lane % 4 * 2) * 4;
+    lse[n] = load_shared_float2(c.lse + column), delta[n] = load_shared_float2(c.delta + column);
+  });
+  uint32_t a[M][4], weights[M][4];
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    uint32_t dropped = 0;
+    if constexpr (kDropout)
+      dropped = dropped_weights(p, item, m, c.number * kChunkKeys + tile * 8, lane);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      float kept[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float reference = (e % 2 ? lse[n].y : lse[n].x) * kLog2E;
+        float weight = exp2_approx(fmaf(s[n][m][e], p.softmax_scale_log2, -reference));
+        if (kMask && item.masked[m][e / 2]) weight = 0;
+        const float factor = !kDropout ? 1.0f : dropped >> (n * 4 + e) & 1 ? 0.0f : p.dropout_scale;
+        kept[e] = weight * factor;
+        s[n][m][e] = weight * (grad[n][m][e] * factor - (e % 2 ? delta[n].y : delta[n].x));
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        a[m][n * 2 + half] = pack(s[n][m][2 * half], s[n][m][2 * half + 1]);
+        weights[m][n * 2 + half] = pack(kept[2 * half], kept[2 * half + 1]);
+      }
+    }
+    if constexpr (kSumsOfQ) {
+      SumOneHots<tile, rows, last, kRpeQ.slots> one_hots_q;
+      one_hots_q.load(item.sums[m], lane);
+      item.sums[m].add(a[m], one_hots_q);
+    }
+  }
+  multiply_columns<M>(item.grad_v, weights, c.y + tile * 8 * kPitch, lane);
+  multiply_columns<M>(item.grad_k, a, c.x + tile * 8 * kPitch, lane);
+}
+
+__device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t base,
+                                           uint32_t keys, uint32_t values, int warp, int lane) {
+  copy_strips(p.k, keys, kKeysStrip, item.b, item.h, item.number, lane);
+  copy_strips(p.v, values, kValuesStrip, item.b, item.h, item.number, lane);
+  cp_async_wait<0>();
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    item.rows[m].load(keys + m * kKeysStrip, lane);
+    item.values[m].load(values + m * kValuesStrip, lane);
+#pragma unroll
+    for (int n = 0; n < kDimTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) item.grad_k[m][n][e] = item.grad_v[m][n][e] = 0;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t first = static_cast<int64_t>(item.b) * kTokens;
+      item.masked[m][half] = kMask && item.has_token(m, half, lane) &&
+                             p.key_padding_mask[first + item.token(m, half, lane)];
+    }
+  }
+  __syncwarp();
+  if constexpr (kSumsOfQ) project_table<kRpeQ>(base + kLookupQ, keys, item.rows, kKeysStrip, lane);
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    const Group groups[2] = {Group(item.number, m * 2), Group(item.number, m * 2 + 1)};
+    const uint32_t w = keys + m * kKeysStrip;
+    if constexpr (bool(kRpeK))
+      item.ring_lookup[m].start(base + QueryRing::Layout::constants_x, groups, lane);
+    if constexpr (bool(kRpeV))
+      item.lookup_v[m].start(base + QueryRing::Layout::constants_y, groups, lane);
+    if constexpr (bool(kRpeQ)) {
+      item.lookup[m].start(base + kLookupQ, w, groups, lane);
+      if (kSumsOfQ && has_prefix(item.number))
+        fill_prefix_rows<kRpeQ>(w, item.lookup[m].is_prefix, lane);
+    }
+    if constexpr (kSumsOfQ)
+      item.sums[m].start(base + kSumsQ, base + kBinsQ + (warp * M + m) * SumsQ::kStripBytes, groups,
+                         lane);
+  }
+  __syncwarp();
+}
+
+__device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_t base,
+                                            uint32_t keys, uint32_t values, int lane) {
+  if constexpr (kSumsOfQ) {
+    const bool prefix = has_prefix(item.number);
+    bool is_prefix[M][2] = {};
+    float total[M][2] = {};
+#pragma unroll
+    for (int m = 0; prefix && m < M; ++m) {
+      item.sums[m].totals(total[m]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        is_prefix[m][half] = Group(item.number, 2 * m + half).is_prefix(lane / 4);
+    }
+#pragma unroll
+    for (int n = 0; n < SumsQ::kTableRows / 16; ++n) {
+      uint32_t a[M][4];
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        item.sums[m].operand(a[m], n, prefix, is_prefix[m], total[m], lane);
+        store_sums<kRpeQ>(p.sums_q, a[m], p, item, m, n, lane);
+      }
+      multiply_columns<M>(item.grad_k, a, base + kSumsQ + n * 16 * kPitch, lane);
+    }
+  }
+  __syncwarp();
+  store_gradient(p.grad_k, item.grad_k, p.softmax_scale, keys, kKeysStrip, item, lane);
+  store_gradient(p.grad_v, item.grad_v, 1, values, kValuesStrip, item, lane);
+  __syncwarp();
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    attention_backward_keys(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) unsigned char shared_memory[];
+  const uint32_t base = shared_address(shared_memory);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0);
+  QueryRing ring(p, base, warp, lane);
+  const int h = ring.h;
+  if constexpr (bool(kRpeQ)) load_lookup_constants<kRpeQ>(base + kLookupQ, p.rpe_q, h);
+  if constexpr (kSumsOfQ) load_bucket_sum_constants<kRpeQ>(base + kSumsQ, p.rpe_q, h);
+  // Free rows are computed too: they must hold numbers.
+  for (int n = static_cast<int>(threadIdx.x) * 16; n < kSharedBytes - kKeys; n += kThreads * 16) {
+    store_shared_x4(base + kKeys + n, make_uint4(0, 0, 0, 0));
+  }
+  __syncthreads();
+
+  const uint32_t keys = base + kKeys + warp * M * kKeysStrip,
+                 values = base + kValues + warp * M * kValuesStrip;
+  ring.copy_ahead();
+  int turn = warp;
+
+#pragma unroll 1
+  while (ring.now.b < p.B) {
+    Item item;
+    item.number = ring.now.pass * kWarps + turn, item.b = ring.now.b, item.h = h;
+    const bool active = item.number < kItems;
+    if (ring.now.pass + 1 == kPasses) turn = next_turn(turn);
+    if (active) start_item(item, p, base, keys, values, warp, lane);
+    const auto chunk = [&](auto is_last) {
+      constexpr bool last = decltype(is_last)::value;
+      constexpr int kGridRows = last ? kLastRows : kChunkRows;
+      constexpr int kSteps = ceil_div(kGridRows * kRingWidth + (last ? kPrefix : 0), 16);
+      ring.wait<last>();
+      if (active) {
+        for_each<kSteps>(
+            [&]<int n>() { attend<2 * n, kGridRows, last>(p, ring.chunk(), item, lane); });
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          item.lookup[m].next_chunk();
+          item.ring_lookup[m].next_chunk();
+          item.lookup_v[m].next_chunk();
+          item.sums[m].next_chunk();
+        }
+      }
+      ring.release();
+    };
+#pragma unroll 1
+    for (int n = 0; n < kChunks - 1; ++n) chunk(Bool<false>{});
+    chunk(Bool<true>{});
+    if (active) finish_item(p, item, base, keys, values, lane);
+  }
+  cp_async_wait<0>();
+}
+
+}  // namespace irpe
