@@ -51,7 +51,7 @@ IMPLEMENTATIONS = {
 AUTO = {
     "cpu": {"cpu": "the fastest that was timed on a CPU"},
     "cuda": {
-        "fused": "it moves least memory by count; not timed yet",
+        "fused": "the fastest by prediction; not timed yet",
         "gather": "deterministic on any dtype; not timed yet",
     },
 }
