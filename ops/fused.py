@@ -29,7 +29,7 @@ def unsupported_reason(key: DispatchKey) -> str | None:
         return "terms on queries and keys must all be contextual or all biases"
     try:
         for keys in (False, True):
-            _shape(key, keys=keys)
+            kernel_shape(key, keys=keys)
     except ValueError as error:
         return str(error)
     return None
@@ -46,7 +46,7 @@ def unavailable_reason(key: DispatchKey) -> str | None:
     if int(device.architecture.removeprefix("sm_")) < 80:
         return f"it needs a GPU of compute capability 8.0 or later, got {device.architecture}"
     for name, needed in fused_kernels.NEEDED.items():
-        shape = _shape(key, keys=name == "backward_keys")
+        shape = kernel_shape(key, keys=name == "backward_keys")
         reason = no_plan_reason(shape, device.shared_bytes, needed) if shape else None
         if reason is not None:
             return reason
@@ -85,7 +85,7 @@ def attention(x: Inputs) -> Tensor:
     return out
 
 
-def _shape(key: DispatchKey, *, keys: bool) -> Shape | None:
+def kernel_shape(key: DispatchKey, *, keys: bool) -> Shape | None:
     """What the kernels are compiled for; None without terms, where it depends on the length."""
     if not key.terms:
         return None

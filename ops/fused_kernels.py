@@ -19,7 +19,6 @@ from irpe_ds.ops.fused_plan import (
     forward_bytes,
     no_plan_reason,
     plan,
-    ring_width,
 )
 
 SOURCES = Path(__file__).parent / "csrc" / "fused"
@@ -186,7 +185,7 @@ def compile_options(name: str, shape: Shape, shared_bytes: int) -> tuple[Plan, d
         "HEAD_DIM": shape.head_dim,
         "GRID_H": shape.grid[0],
         "GRID_W": shape.grid[1],
-        "RING_WIDTH": ring_width(shape.grid),
+        "RING_WIDTH": chosen.ring_width,
         "NUM_PREFIX_TOKENS": shape.num_prefix,
         "KEY_PADDING_MASK": shape.has_mask,
         "DROPOUT": shape.has_dropout,

@@ -67,6 +67,9 @@ class Plan(NamedTuple):
     prefetch_q: bool
     """Whether a warp's next queries have a place of their own."""
     chunk_keys: int
+    """At most, unless the rows of a smaller chunk make no whole tiles."""
+    ring_width: int
+    """Places of a grid row in the ring: the grid's width, or padded."""
 
     @property
     def ahead(self) -> int:
@@ -84,9 +87,10 @@ def plan(shape: Shape, shared_bytes: int, needed: "Needed") -> Plan | None:
     Args:
         needed: forward_bytes, backward_queries_bytes or backward_keys_bytes.
     """
-    for plan in _candidates(2 if shape.head_dim <= 64 and needed is not backward_keys_bytes else 1):
+    strips = 2 if shape.head_dim <= 64 and needed is not backward_keys_bytes else 1
+    for plan in _candidates(shape, strips):
         left = shared_bytes - needed(shape, plan)
-        if left >= 0 and chunk_keys(shape, plan) <= MAX_CHUNK_KEYS:
+        if left >= 0 and _chunk_places(shape, plan) <= MAX_CHUNK_KEYS:
             step = needed(shape, plan._replace(stages=plan.stages + 1)) - needed(shape, plan)
             return plan._replace(stages=min(8, plan.stages + left // step))
     return None
@@ -97,16 +101,22 @@ def no_plan_reason(shape: Shape, shared_bytes: int, needed: "Needed") -> str | N
     if plan(shape, shared_bytes, needed) is not None:
         return None
     grid = f"a grid of {shape.grid[0]} x {shape.grid[1]} patches"
-    if min(shape.grid[0], 2) * ring_width(shape.grid) > MAX_CHUNK_KEYS:
+    if min(shape.grid[0], 2) * _up(shape.grid[1], 8) > MAX_CHUNK_KEYS:
         return f"{grid} has rows of more than {MAX_CHUNK_KEYS // 2} patches"
     return f"{grid} does not fit in {shared_bytes // 1024} KiB of shared memory"
 
 
-def _candidates(max_strips: int) -> Iterator[Plan]:
+def _candidates(shape: Shape, max_strips: int) -> Iterator[Plan]:
+    height, width = shape.grid
+    padded = _up(width, 8)
+    natural = width if _chunk_rows(height, width, 0) * width <= MAX_CHUNK_KEYS else padded
+    chunks = [(112, natural), (48, natural)]
+    if not shape.has_dropout:  # which numbers weights by their places: the same in every kernel
+        chunks.append((48, padded))
     for strips, warps, stages in ((max_strips, 8, 2), (1, 8, 2), (1, 8, 1), (1, 4, 1)):
-        for chunk_keys in (112, 48):
+        for chunk_keys, ring_width in chunks:
             for prefetch_q in (True, False):
-                yield Plan(warps, strips, stages, prefetch_q, chunk_keys)
+                yield Plan(warps, strips, stages, prefetch_q, chunk_keys, ring_width)
 
 
 # ---- shared memory; the kernels assert that they count the same ----
@@ -120,7 +130,7 @@ def forward_bytes(shape: Shape, plan: Plan) -> int:
         count = _up(count + _lookup_bytes(shape, k), 16)
     if v.row_classes:
         count = _up(count + _sums_bytes(shape, v, with_table=True), 16)
-        count += _bins_bytes(plan, v)
+        count += plan.warps * plan.strips * _bins_bytes(v)
     strips = plan.warps * plan.strips * 16
     return count + strips * ((pitch if plan.prefetch_q else 0) + _row_pitch(shape, k))
 
@@ -129,14 +139,16 @@ def backward_queries_bytes(shape: Shape, plan: Plan) -> int:
     """Of the backward's pass over queries."""
     k, v = shape.rpe_k, shape.rpe_v
     count = _ring_bytes(shape, plan, shape.rpe_q)
-    if k.row_classes:
-        count = _up(count + _lookup_bytes(shape, k), 16)
-        count = _up(count + _sums_bytes(shape, k, with_table=not k.is_bias), 16)
+    for rpe in (k, v):
+        if rpe.row_classes:
+            count = _up(count + _lookup_bytes(shape, rpe), 16)
+            count = _up(count + _sums_bytes(shape, rpe, with_table=False), 16)
+    rows, grad = (16 * _row_pitch(shape, rpe) for rpe in (k, v))
     if v.row_classes:
-        count = _up(count + _lookup_bytes(shape, v), 16)
-        count = _up(count + _sums_bytes(shape, v, with_table=False), 16)
-    count += sum(_bins_bytes(plan, rpe) for rpe in (k, v))
-    return count + plan.warps * plan.strips * 16 * (_row_pitch(shape, k) + _row_pitch(shape, v))
+        count += plan.warps * plan.strips * (_bins_bytes(k) + _bins_bytes(v))
+    else:
+        grad = max(grad, _bins_bytes(k))
+    return count + plan.warps * plan.strips * (rows + grad)
 
 
 def backward_keys_bytes(shape: Shape, plan: Plan) -> int:
@@ -145,9 +157,11 @@ def backward_keys_bytes(shape: Shape, plan: Plan) -> int:
     count = _ring_bytes(shape, plan, shape.rpe_k, shape.rpe_v, sums=2)
     if q.row_classes:
         count = _up(count + _lookup_bytes(shape, q), 16)
+    values = 16 * pitch
     if q.row_classes and not q.is_bias:
-        count = _up(count + _sums_bytes(shape, q, with_table=True), 16) + _bins_bytes(plan, q)
-    return count + plan.warps * plan.strips * 16 * (_row_pitch(shape, q) + pitch)
+        count = _up(count + _sums_bytes(shape, q, with_table=False), 16)
+        values = max(values, _bins_bytes(q))
+    return count + plan.warps * plan.strips * (16 * _row_pitch(shape, q) + values)
 
 
 Needed = Callable[[Shape, Plan], int]
@@ -158,7 +172,7 @@ def _ring_bytes(
 ) -> int:
     """mbarriers, chunks of two matrices and of `sums` numbers a row, and what lookups need."""
     (height, width), pitch = shape.grid, _pitch(shape.head_dim * 2)
-    row = ring_width(shape.grid)
+    row = plan.ring_width
     rows = _chunk_rows(height, row, plan.chunk_keys)
     chunks = -(-height // rows)
     last = (height - (chunks - 1) * rows) * row + shape.num_prefix
@@ -176,7 +190,8 @@ def _ring_bytes(
 def _lookup_bytes(shape: Shape, rpe: Rpe) -> int:
     """Table by class and slot, offsets of row classes, one-hots of column classes."""
     (height, width), entries = shape.grid, rpe.row_classes * rpe.slots
-    table = (entries + rpe.slots) * 2 if rpe.is_bias else entries * _pitch(shape.head_dim * 2)
+    pitch = _pitch(shape.head_dim * 2)
+    table = (entries + rpe.slots) * 2 if rpe.is_bias else _up(entries, 16) * pitch
     return _up(table + (2 * height + 1) * 4, 16) + (2 * width + 13) * rpe.slots * 2
 
 
@@ -187,8 +202,9 @@ def _sums_bytes(shape: Shape, rpe: Rpe, with_table: bool) -> int:
     return _up(table + (2 * height - 1) * 4, 16) + (2 * width + 29) * (rpe.slots * 4 + 16)
 
 
-def _bins_bytes(plan: Plan, rpe: Rpe) -> int:
-    return plan.warps * plan.strips * rpe.row_classes * rpe.slots // 8 * 512
+def _bins_bytes(rpe: Rpe) -> int:
+    """Bucket sums of a strip."""
+    return rpe.row_classes * rpe.slots // 8 * 512
 
 
 def _row_pitch(shape: Shape, rpe: Rpe) -> int:
@@ -205,16 +221,8 @@ def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def ring_width(grid: tuple[int, int]) -> int:
-    """Places of a grid row in the ring: padded where its width makes no chunks of whole tiles."""
-    height, width = grid
-    return width if _chunk_rows(height, width, 0) * width <= MAX_CHUNK_KEYS else _up(width, 8)
-
-
-def chunk_keys(shape: Shape, plan: Plan) -> int:
-    """Places for patches in a chunk."""
-    row = ring_width(shape.grid)
-    return _chunk_rows(shape.grid[0], row, plan.chunk_keys) * row
+def _chunk_places(shape: Shape, plan: Plan) -> int:
+    return _chunk_rows(shape.grid[0], plan.ring_width, plan.chunk_keys) * plan.ring_width
 
 
 def _chunk_rows(height: int, width: int, target: int) -> int:

@@ -59,3 +59,11 @@ def test_masked_keys_have_no_part(simulator: Simulator) -> None:
     mask = torch.rand(2, problem.case.shape().tokens) < 0.5
     problem.options["key_padding_mask"] = mask
     problem.check(simulator, SimulatedDevice(simulator.driver))
+
+
+@pytest.mark.parametrize("on", ["qk", slow("qkv")])
+def test_with_little_shared_memory(simulator: Simulator, on: str) -> None:
+    """Smaller chunks, of padded grid rows."""
+    with simulator.architecture("86"):
+        problem = Problem(Case(on, batch=1, heads=1))
+        problem.check(simulator, SimulatedDevice(simulator.driver, "86"))

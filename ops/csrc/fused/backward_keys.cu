@@ -15,19 +15,18 @@ namespace {
 
 // A bias on keys is a term of the strips, since it depends on neither side: kRpeQ stands for it.
 using QueryRing = Ring<QueriesAndGradients>;
-using SumsQ = BucketSumLayout<kRpeQ>;
+using SumsQ = BucketSumLayout<kRpeQ, false>;  // the table is there for the lookups
 constexpr bool kSumsOfQ = kRpeQ && !kRpeQ.bias;
 
 // Shared memory, in bytes from its beginning.
 constexpr int kLookupQ = QueryRing::Layout::end;
 constexpr int kSumsQ = round_up(kLookupQ + (kRpeQ ? LookupLayout<kRpeQ>::bytes : 0), 16);
-constexpr int kBinsQ = round_up(kSumsQ + (kSumsOfQ ? SumsQ::bytes : 0), 16);
-// Keys, then their W, then grad_k; values, then grad_v.
-constexpr int kKeys = kBinsQ + (kSumsOfQ ? kWarps * M * SumsQ::kStripBytes : 0);
+// Keys, then their W, then grad_k; values, then bins, then grad_v.
+constexpr int kKeys = round_up(kSumsQ + (kSumsOfQ ? SumsQ::bytes : 0), 16);
 constexpr int kKeysStrip =
     16 * max(kPitch, kRpeQ && !kRpeQ.bias ? LookupLayout<kRpeQ>::kWPitch : 0);
 constexpr int kValues = kKeys + kWarps * M * kKeysStrip;
-constexpr int kValuesStrip = 16 * kPitch;
+constexpr int kValuesStrip = max(16 * kPitch, kSumsOfQ ? SumsQ::kStripBytes : 0);
 constexpr int kSharedBytes = kValues + kWarps * M * kValuesStrip;
 static_assert(kSharedBytes == SHARED_BYTES,
               "backward_keys_bytes of fused_plan.py counts otherwise");
@@ -35,7 +34,7 @@ static_assert(kSharedBytes == SHARED_BYTES,
 struct Item : Strips<kRpeQ, kRpeK> {
   RowsA values[M];
   RingLookup<kRpeV> lookup_v[M];
-  BucketSums<kRpeQ> sums[M];
+  BucketSums<kRpeQ, false> sums[M];
   float grad_k[M][kDimTiles][4], grad_v[M][kDimTiles][4];
   bool masked[M][2];
 };
@@ -156,8 +155,7 @@ __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t
         fill_prefix_rows<kRpeQ>(w, item.lookup[m].is_prefix, lane);
     }
     if constexpr (kSumsOfQ)
-      item.sums[m].start(base + kSumsQ, base + kBinsQ + (warp * M + m) * SumsQ::kStripBytes, groups,
-                         lane);
+      item.sums[m].start(base + kSumsQ, values + m * kValuesStrip, groups, lane);
   }
   __syncwarp();
 }
@@ -183,7 +181,8 @@ __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_
         item.sums[m].operand(a[m], n, prefix, is_prefix[m], total[m], lane);
         store_sums<kRpeQ>(p.sums_q, a[m], p, item, m, n, lane);
       }
-      multiply_columns<M>(item.grad_k, a, base + kSumsQ + n * 16 * kPitch, lane);
+      multiply_columns<M>(item.grad_k, a,
+                          base + kLookupQ + LookupLayout<kRpeQ>::table + n * 16 * kPitch, lane);
     }
   }
   __syncwarp();
@@ -203,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   QueryRing ring(p, base, warp, lane);
   const int h = ring.h;
   if constexpr (bool(kRpeQ)) load_lookup_constants<kRpeQ>(base + kLookupQ, p.rpe_q, h);
-  if constexpr (kSumsOfQ) load_bucket_sum_constants<kRpeQ>(base + kSumsQ, p.rpe_q, h);
+  if constexpr (kSumsOfQ) load_bucket_sum_constants<kRpeQ, false>(base + kSumsQ, p.rpe_q, h);
   // Free rows are computed too: they must hold numbers.
   for (int n = static_cast<int>(threadIdx.x) * 16; n < kSharedBytes - kKeys; n += kThreads * 16) {
     store_shared_x4(base + kKeys + n, make_uint4(0, 0, 0, 0));

@@ -15,7 +15,7 @@
 namespace irpe {
 namespace {
 
-using SumsK = BucketSumLayout<kRpeK, !kRpeK.bias>;
+using SumsK = BucketSumLayout<kRpeK, false>;  // the table is there for the lookups
 using SumsV = BucketSumLayout<kRpeV, false>;
 
 // Shared memory, in bytes from its beginning.
@@ -25,13 +25,15 @@ constexpr int kSumsK = round_up(kLookupK + (kRpeK ? LookupLayout<kRpeK>::bytes :
 constexpr int kLookupV = round_up(kSumsK + (kRpeK ? SumsK::bytes : 0), 16);
 constexpr int kSumsV = round_up(kLookupV + (kRpeV ? LookupLayout<kRpeV>::bytes : 0), 16);
 constexpr int kBinsK = round_up(kSumsV + (kRpeV ? SumsV::bytes : 0), 16);
-constexpr int kBinsV = kBinsK + (kRpeK ? kWarps * M * SumsK::kStripBytes : 0);
+constexpr bool kBinsInGrad = kRpeK && !kRpeV;  // once grad_out is in registers
+constexpr int kBinsV = kBinsK + (kRpeK && !kBinsInGrad ? kWarps * M * SumsK::kStripBytes : 0);
 // Queries, then W of keys, then grad_q; grad_out, then W of values.
 constexpr int kRows = kBinsV + (kRpeV ? kWarps * M * SumsV::kStripBytes : 0);
 constexpr int kRowsStrip =
     16 * max(kPitch, kRpeK && !kRpeK.bias ? LookupLayout<kRpeK>::kWPitch : 0);
 constexpr int kGrad = kRows + kWarps * M * kRowsStrip;
-constexpr int kGradStrip = 16 * max(kPitch, kRpeV ? LookupLayout<kRpeV>::kWPitch : 0);
+constexpr int kGradStrip = max(16 * max(kPitch, kRpeV ? LookupLayout<kRpeV>::kWPitch : 0),
+                               kBinsInGrad ? SumsK::kStripBytes : 0);
 constexpr int kSharedBytes = kGrad + kWarps * M * kGradStrip;
 static_assert(kSharedBytes == SHARED_BYTES,
               "backward_queries_bytes of fused_plan.py counts otherwise");
@@ -39,7 +41,7 @@ static_assert(kSharedBytes == SHARED_BYTES,
 struct Item : Strips<kRpeK, kRpeQ> {
   RowsA grad_out[M];
   StripLookup<kRpeV> lookup_v[M];
-  BucketSums<kRpeK, !kRpeK.bias> sums_k[M];
+  BucketSums<kRpeK, false> sums_k[M];
   BucketSums<kRpeV, false> sums_v[M];
   float grad_q[M][kDimTiles][4];
   float lse[M][2], delta[M][2];  // the first one in powers of two
@@ -218,8 +220,9 @@ __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t
       item.lookup[m].start(base + kLookupK, w, groups, lane);
       if (!kRpeK.bias && has_prefix(item.number))
         fill_prefix_rows<kRpeK>(w, item.lookup[m].is_prefix, lane);
-      item.sums_k[m].start(base + kSumsK, base + kBinsK + (warp * M + m) * SumsK::kStripBytes,
-                           groups, lane);
+      const uint32_t bins =
+          kBinsInGrad ? grad + m * kGradStrip : base + kBinsK + (warp * M + m) * SumsK::kStripBytes;
+      item.sums_k[m].start(base + kSumsK, bins, groups, lane);
     }
     if constexpr (bool(kRpeV)) {
       item.lookup_v[m].start(base + kLookupV, w_v, groups, lane);
@@ -255,7 +258,8 @@ __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_
         store_sums<kRpeK>(p.sums_k, a[m], p, item, m, n, lane);
       }
       if constexpr (!kRpeK.bias)
-        multiply_columns<M>(item.grad_q, a, base + kSumsK + n * 16 * kPitch, lane);
+        multiply_columns<M>(item.grad_q, a,
+                            base + kLookupK + LookupLayout<kRpeK>::table + n * 16 * kPitch, lane);
     }
   }
   if constexpr (bool(kRpeV)) {
@@ -288,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const int h = ring.h;
   if constexpr (bool(kRpeK)) {
     load_lookup_constants<kRpeK>(base + kLookupK, p.rpe_k, h);
-    load_bucket_sum_constants<kRpeK, !kRpeK.bias>(base + kSumsK, p.rpe_k, h);
+    load_bucket_sum_constants<kRpeK, false>(base + kSumsK, p.rpe_k, h);
   }
   if constexpr (bool(kRpeV)) {
     load_lookup_constants<kRpeV>(base + kLookupV, p.rpe_v, h);

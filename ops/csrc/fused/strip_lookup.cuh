@@ -15,7 +15,7 @@ struct LookupLayout {
   static constexpr bool bias = rpe.bias;
   static constexpr int kOneHotBytes = slots * 2, kMargin = 7;
   static constexpr int kTablePitch = bias ? slots * 2 : kPitch;
-  static constexpr int kTableRows = bias ? row_classes + 1 : row_classes * slots;
+  static constexpr int kTableRows = bias ? row_classes + 1 : round_up(row_classes * slots, 16);
   static constexpr int table = 0;  // the factored table; of a bias its W
   static constexpr int row_offsets =
       table + kTableRows * kTablePitch;  // by yi - yj + kGridH, 4 bytes
@@ -38,9 +38,12 @@ __device__ inline void load_lookup_constants(uint32_t base, const Table& t, int 
                    : "memory");
     }
   } else {
-    for (int n = tid; n < rpe.entries() * kDimTiles; n += kThreads) {
-      const int row = n / kDimTiles, part = n % kDimTiles;
-      cp_async(base + Layout::table + row * kPitch + part * 16, table + n * 8);
+    for (int n = tid; n < Layout::kTableRows * kDimTiles; n += kThreads) {
+      const uint32_t to = base + Layout::table + n / kDimTiles * kPitch + n % kDimTiles * 16;
+      if (n < rpe.entries() * kDimTiles)
+        cp_async(to, table + n * 8);
+      else  // what bucket sums are multiplied with comes in steps of 16 rows
+        store_shared_x4(to, make_uint4(0, 0, 0, 0));
     }
     cp_async_commit();
     cp_async_wait<0>();
