@@ -322,7 +322,7 @@ def test_import_leaves_torchs_threads_alone() -> None:
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert done.stdout == "3\n", done.stderr
 
@@ -342,7 +342,7 @@ assert before() is not None and before is not dict
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
 

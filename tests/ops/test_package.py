@@ -25,7 +25,7 @@ def test_another_tree_imports_its_own_operators(tmp_path: Path, copied: str) -> 
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=900,
     )
     package, operators = (Path(file).resolve() for file in done.stdout.split())
     assert package == tmp_path.resolve() / "irpe_ds/__init__.py"

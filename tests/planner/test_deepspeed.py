@@ -89,7 +89,7 @@ def measured() -> dict[Case, dict[str, Any]]:
             for rank in ranks:
                 assert rank.stdout is not None
                 outputs.append(rank.stdout.read())
-                rank.wait(timeout=300)
+                rank.wait(timeout=900)
         finally:
             for rank in ranks:
                 rank.kill()

@@ -314,7 +314,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def run_without_heavy_imports(script: str, *options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", WITHOUT_HEAVY_IMPORTS, script, *map(str, options)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.parametrize(
