@@ -159,8 +159,10 @@ def test_killed_at_random_moments_the_file_is_the_same(
     while kills < 20 or not finished:
         before = beside(out, ".partial").exists()
         process = start(convert, source, out, StorageOptions(), workers=1, on_bad="skip")
-        limit = rng.uniform(0.05, 0.8) if kills < 20 else math.inf
-        while process.is_alive() and cpu_seconds(process.pid) < limit:
+        limit, since = rng.uniform(0.02, 0.5) if kills < 20 else math.inf, 0.0
+        while process.is_alive() and (spent := cpu_seconds(process.pid)) - since < limit:
+            if kills % 2 and not beside(out, ".partial").exists():
+                since = spent  # every second one is killed while it writes
             process.join(0.005)
         if process.is_alive():
             process.kill()
