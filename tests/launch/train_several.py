@@ -11,6 +11,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # this tree's irpe_ds and tests
+
 from irpe_ds.cli import run
 from irpe_ds.config import load_config
 from irpe_ds.training.run import train
