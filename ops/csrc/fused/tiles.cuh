@@ -98,7 +98,7 @@ __device__ __forceinline__ void copy_row(uint32_t to, const uint16_t* from, int 
 }
 
 __device__ __forceinline__ uint16_t* head_of(const Matrix& x, int b, int h) {
-  return static_cast<uint16_t*>(x.data) + b * x.stride_b + h * x.stride_h;
+  return static_cast<uint16_t*>(x.data) + static_cast<int64_t>(b) * x.stride_b + h * x.stride_h;
 }
 
 }  // namespace irpe
