@@ -59,12 +59,12 @@ __device__ __forceinline__ uint32_t dropped_weights(const Params& p, const Item&
   return bits;
 }
 
-// Of two tiles of queries from `tile` on of a chunk of `rows` grid rows.
-template <int tile, int rows, bool last>
+// Of `count` tiles of queries, one or two, from `tile` on of a chunk of `rows` grid rows.
+template <int tile, int count, int rows, bool last>
 __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& item, int lane) {
-  float s[2][M][4], grad[2][M][4];
-  float2 lse[2], delta[2];
-  for_each<2>([&]<int n>() {
+  float s[count][M][4], grad[count][M][4];
+  float2 lse[count], delta[count];
+  for_each<count>([&]<int n>() {
     OneHots<tile + n, rows, last, kRpeQ.slots> one_hots[M];
     score(s[n], c, item, one_hots, lane);
     RowsB grad_out;
@@ -89,7 +89,7 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
     if constexpr (kDropout)
       dropped = dropped_weights(p, item, m, c.number * kChunkKeys + tile * 8, lane);
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int n = 0; n < count; ++n) {
       float kept[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -107,13 +107,13 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
       }
     }
     if constexpr (kSumsOfQ) {
-      SumOneHots<tile, rows, last, kRpeQ.slots> one_hots_q;
+      SumOneHots<tile, count, rows, last, kRpeQ.slots> one_hots_q;
       one_hots_q.load(item.sums[m], lane);
       item.sums[m].add(a[m], one_hots_q);
     }
   }
-  multiply_columns<M>(item.grad_v, weights, c.y + tile * 8 * kPitch, lane);
-  multiply_columns<M>(item.grad_k, a, c.x + tile * 8 * kPitch, lane);
+  multiply_columns<M, count>(item.grad_v, weights, c.y + tile * 8 * kPitch, lane);
+  multiply_columns<M, count>(item.grad_k, a, c.x + tile * 8 * kPitch, lane);
 }
 
 __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t base,
@@ -181,7 +181,7 @@ __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_
         item.sums[m].operand(a[m], n, prefix, is_prefix[m], total[m], lane);
         store_sums<kRpeQ>(p.sums_q, a[m], p, item, m, n, lane);
       }
-      multiply_columns<M>(item.grad_k, a,
+      multiply_columns<M, 2>(item.grad_k, a,
                           base + kLookupQ + LookupLayout<kRpeQ>::table + n * 16 * kPitch, lane);
     }
   }
@@ -224,11 +224,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const auto chunk = [&](auto is_last) {
       constexpr bool last = decltype(is_last)::value;
       constexpr int kGridRows = last ? kLastRows : kChunkRows;
-      constexpr int kSteps = ceil_div(kGridRows * kRingWidth + (last ? kPrefix : 0), 16);
+      constexpr int kTiles = kTilesOf<kGridRows, last>;
       ring.wait<last>();
       if (active) {
-        for_each<kSteps>(
-            [&]<int n>() { attend<2 * n, kGridRows, last>(p, ring.chunk(), item, lane); });
+        for_each<ceil_div(kTiles, 2)>([&]<int n>() {
+          attend<2 * n, min(2, kTiles - 2 * n), kGridRows, last>(p, ring.chunk(), item, lane);
+        });
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           item.lookup[m].next_chunk();

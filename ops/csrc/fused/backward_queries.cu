@@ -47,11 +47,11 @@ struct Item : Strips<kRpeK, kRpeQ> {
   float lse[M][2], delta[M][2];  // the first one in powers of two
 };
 
-// Of two tiles of keys from `tile` on of a chunk of `rows` grid rows.
-template <int tile, int rows, bool last>
+// Of `count` tiles of keys, one or two, from `tile` on of a chunk of `rows` grid rows.
+template <int tile, int count, int rows, bool last>
 __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& item, int lane) {
-  float s[2][M][4], grad[2][M][4];
-  for_each<2>([&]<int n>() {
+  float s[count][M][4], grad[count][M][4];
+  for_each<count>([&]<int n>() {
     OneHots<tile + n, rows, last, kRpeK.slots> one_hots[M];
     score(s[n], c, item, one_hots, lane);
     if constexpr (kMask) mask_keys<tile + n>(s[n], p, item.b, c.number, lane);
@@ -73,9 +73,9 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     uint32_t weights[4];
-    float kept[2][4];  // weights
+    float kept[count][4];  // weights
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int n = 0; n < count; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         s[n][m][e] = exp2_approx(fmaf(s[n][m][e], p.softmax_scale_log2, -item.lse[m][e / 2]));
@@ -87,7 +87,7 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
                 step = (c.number * kChunkKeys + tile * 8) / 16;
       const Dropped dropped(p, item.b * p.H + item.h, row, step, lane);
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < count; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float factor = dropped(n * 2 + e / 2, e % 2) ? 0.0f : p.dropout_scale;
@@ -96,7 +96,7 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
       }
     }
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int n = 0; n < count; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[n][m][e] *= grad[n][m][e] - item.delta[m][e / 2];
 #pragma unroll
@@ -105,7 +105,7 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
         weights[n * 2 + half] = pack(kept[n][2 * half], kept[n][2 * half + 1]);
       }
     }
-    SumOneHots<tile, rows, last, kRpeK.slots> one_hots;
+    SumOneHots<tile, count, rows, last, kRpeK.slots> one_hots;
     if constexpr (bool(kRpeK)) {
       one_hots.load(item.sums_k[m], lane);
       item.sums_k[m].add(a[m], one_hots);
@@ -113,12 +113,12 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
     if constexpr (kSameClasses) {
       item.sums_v[m].add(weights, one_hots);
     } else if constexpr (bool(kRpeV)) {
-      SumOneHots<tile, rows, last, kRpeV.slots> one_hots_v;
+      SumOneHots<tile, count, rows, last, kRpeV.slots> one_hots_v;
       one_hots_v.load(item.sums_v[m], lane);
       item.sums_v[m].add(weights, one_hots_v);
     }
   }
-  multiply_columns<M>(item.grad_q, a, c.x + tile * 8 * kPitch, lane);
+  multiply_columns<M, count>(item.grad_q, a, c.x + tile * 8 * kPitch, lane);
 }
 
 // The output at an item's rows, of which each lane has a share, and its product with grad_out.
@@ -258,7 +258,7 @@ __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_
         store_sums<kRpeK>(p.sums_k, a[m], p, item, m, n, lane);
       }
       if constexpr (!kRpeK.bias)
-        multiply_columns<M>(item.grad_q, a,
+        multiply_columns<M, 2>(item.grad_q, a,
                             base + kLookupK + LookupLayout<kRpeK>::table + n * 16 * kPitch, lane);
     }
   }
@@ -319,11 +319,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const auto chunk = [&](auto is_last) {
       constexpr bool last = decltype(is_last)::value;
       constexpr int kGridRows = last ? kLastRows : kChunkRows;
-      constexpr int kSteps = ceil_div(kGridRows * kRingWidth + (last ? kPrefix : 0), 16);
+      constexpr int kTiles = kTilesOf<kGridRows, last>;
       ring.wait<last>();
       if (active) {
-        for_each<kSteps>(
-            [&]<int n>() { attend<2 * n, kGridRows, last>(p, ring.chunk(), item, lane); });
+        for_each<ceil_div(kTiles, 2)>([&]<int n>() {
+          attend<2 * n, min(2, kTiles - 2 * n), kGridRows, last>(p, ring.chunk(), item, lane);
+        });
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           item.lookup[m].next_chunk();

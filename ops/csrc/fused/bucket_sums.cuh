@@ -51,19 +51,19 @@ __device__ inline void load_bucket_sum_constants(uint32_t base, const Table& t, 
   }
 }
 
-// C^T for the 16 keys from tile `tile` of a chunk on, as the right operand, and where the sums of a
+// C^T for the keys of `count` tiles from `tile` of a chunk on, as the right operand, and where the sums of a
 // key row go that ends there.
-template <int tile, int rows, bool last, int slots>
+template <int tile, int count, int rows, bool last, int slots>
 struct SumOneHots {
-  static constexpr int first = tile * 8, patches = rows * kRingWidth,
+  static constexpr int first = tile * 8, end = first + count * 8, patches = rows * kRingWidth,
                        keys = patches + (last ? kPrefix : 0);
   static constexpr int y0 = min(first / kRingWidth, rows - 1);
-  static constexpr int y1 = min((first + 15) / kRingWidth, rows - 1);
-  uint32_t words[y1 - y0 + 1][kTwoColumns ? 2 : 1][slots / 8][2];
+  static constexpr int y1 = min((end - 1) / kRingWidth, rows - 1);
+  uint32_t words[y1 - y0 + 1][kTwoColumns ? 2 : 1][slots / 8][count];
   uint32_t row_offsets[y1 - y0 + 1][2];
 
   static constexpr bool ends(int y) {
-    return y < y1 || first + 16 >= (y == rows - 1 ? keys : (y + 1) * kRingWidth);
+    return y < y1 || end >= (y == rows - 1 ? keys : (y + 1) * kRingWidth);
   }
 
   template <typename Sums>
@@ -73,8 +73,8 @@ struct SumOneHots {
 #pragma unroll
     for (int y = y0; y <= y1; ++y) {
 #pragma unroll
-      for (int n = 0; n < (kTwoColumns ? 2 : 1) * kHalves * 2; ++n) {
-        const int eight = n % 2, half = n / 2 % kHalves, group = n / 2 / kHalves;
+      for (int n = 0; n < (kTwoColumns ? 2 : 1) * kHalves * count; ++n) {
+        const int eight = n % count, half = n / count % kHalves, group = n / count / kHalves;
         const int begin = first + eight * 8, x0 = begin - y * kRingWidth;
         uint32_t x = -8 < x0 && x0 < kGridW ? sums.one_hot(group, x0, half, t) : 0;
         if (y == rows - 1 && begin + 8 > patches) {  // prefix tokens have the last slot
@@ -142,11 +142,11 @@ struct BucketSums {
     return x & ((inside(2 * t) ? 0xffff : 0) | (inside(2 * t + 1) ? 0xffff0000 : 0));
   }
 
-  // Adds the weights of the 16 keys of `one_hots`; tiles come in order.
-  template <int tile, int rows, bool last>
-  __device__ __forceinline__ void add(const uint32_t (&a)[4],
-                                      const SumOneHots<tile, rows, last, rpe.slots>& one_hots) {
-    using Tile = SumOneHots<tile, rows, last, rpe.slots>;
+  // Adds the weights of the keys of `one_hots`; tiles come in order.
+  template <int tile, int count, int rows, bool last>
+  __device__ __forceinline__ void add(
+      const uint32_t (&a)[4], const SumOneHots<tile, count, rows, last, rpe.slots>& one_hots) {
+    using Tile = SumOneHots<tile, count, rows, last, rpe.slots>;
 #pragma unroll
     for (int y = Tile::y0; y <= Tile::y1; ++y) {
       const bool begins = tile == 0 ? true : (Tile::first - 1) / kRingWidth < y;
@@ -154,11 +154,11 @@ struct BucketSums {
       for (int half = 0; half < Layout::kHalves; ++half) {
 #pragma unroll
         for (int n = 0; n < (kTwoColumns ? 2 : 1); ++n) {
-          const uint32_t (&b)[2] = one_hots.words[y - Tile::y0][n][half];
+          const uint32_t (&b)[count] = one_hots.words[y - Tile::y0][n][half];
           if (begins)
-            mma_k16<true>(part[n][half], a[0], a[1], a[2], a[3], b[0], b[1]);
+            mma_tiles<count, true>(part[n][half], a, b[0], b[count - 1]);
           else
-            mma_k16(part[n][half], a[0], a[1], a[2], a[3], b[0], b[1]);
+            mma_tiles<count>(part[n][half], a, b[0], b[count - 1]);
         }
       }
       if (Tile::ends(y)) flush(one_hots.row_offsets[y - Tile::y0]);
@@ -234,7 +234,7 @@ __device__ __forceinline__ void add_table_values(uint32_t base, int item,
     uint32_t a[M][4];
 #pragma unroll
     for (int m = 0; m < M; ++m) sums[m].operand(a[m], n, prefix, is_prefix[m], total[m], lane);
-    multiply_columns<M>(out, a, base + BucketSumLayout<rpe>::table + n * 16 * kPitch, lane);
+    multiply_columns<M, 2>(out, a, base + BucketSumLayout<rpe>::table + n * 16 * kPitch, lane);
   }
 }
 

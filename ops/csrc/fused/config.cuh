@@ -105,6 +105,11 @@ constexpr int kLastRows = kGridH - (kChunks - 1) * kChunkRows;
 constexpr int kLastKeys = kLastRows * kRingWidth + kPrefix;
 constexpr int kChunkCapacity = round_up(max(kChunks > 1 ? kChunkKeys : 0, kLastKeys), 16);
 
+// Tiles of 8 places of a chunk of so many grid rows. They are taken by twos; of an odd number the
+// last one has instructions of its own, half as long.
+template <int rows, bool last>
+constexpr int kTilesOf = ceil_div(rows * kRingWidth + (last ? kPrefix : 0), 8);
+
 // The token at a position, -1 if there is none; and a token's position.
 __device__ __forceinline__ int token_at(int position) {
   if (position >= kRingPatches)

@@ -83,35 +83,34 @@ __device__ __forceinline__ void weigh(float (&s)[count][M][4], const Params& p, 
   }
 }
 
-// Products of two tiles of weights, from `tile` on, with the values.
-template <int tile, int rows, bool last>
+// Products of `count` tiles of weights, one or two, from `tile` on, with the values.
+template <int tile, int count, int rows, bool last>
 __device__ __forceinline__ void add_values(const float (*s)[M][4], const Params& p, const Chunk& c,
                                            Item& item, int lane) {
   uint32_t a[M][4];
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll
-    for (int n = 0; n < 4; ++n) a[m][n] = pack(s[n / 2][m][n % 2 * 2], s[n / 2][m][n % 2 * 2 + 1]);
-    mma_k16(item.row_sum[m], a[m][0], a[m][1], a[m][2], a[m][3], kOnes, kOnes);
+    for (int n = 0; n < 2 * count; ++n) a[m][n] = pack(s[n / 2][m][n % 2 * 2], s[n / 2][m][n % 2 * 2 + 1]);
+    mma_tiles<count>(item.row_sum[m], a[m], kOnes, kOnes);
     if constexpr (kDropout) {
       const int row = (item.number * M + m) * 8 + lane / 4,
                 step = (c.number * kChunkKeys + tile * 8) / 16;
       Dropped(p, item.b * p.H + item.h, row, step, lane).apply(a[m]);
     }
     if constexpr (bool(kRpeV)) {
-      SumOneHots<tile, rows, last, kRpeV.slots> one_hots;
+      SumOneHots<tile, count, rows, last, kRpeV.slots> one_hots;
       one_hots.load(item.sums[m], lane);
       item.sums[m].add(a[m], one_hots);
     }
   }
-  multiply_columns<M>(item.out, a, c.y + tile * 8 * kPitch, lane);
+  multiply_columns<M, count>(item.out, a, c.y + tile * 8 * kPitch, lane);
 }
 
 // A chunk, in steps of kStepTiles tiles from number `first` on.
 template <int first, int rows, bool is_first, bool last>
 __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& item, int lane) {
-  constexpr int kTiles = round_up(rows * kRingWidth + (last ? kPrefix : 0), 16) / 8;
-  constexpr int kCount = min(kStepTiles, kTiles - first);
+  constexpr int kCount = min(kStepTiles, kTilesOf<rows, last> - first);
   float s[kCount][M][4];
   for_each<kCount>([&]<int n>() {
     OneHots<first + n, rows, last, kRpeK.slots> one_hots[M];
@@ -120,9 +119,11 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
   });
 #pragma unroll
   for (int m = 0; m < M; ++m) weigh<kCount, is_first && first == 0>(s, p, item, m);
-  for_each<kCount / 2>(
-      [&]<int n>() { add_values<first + 2 * n, rows, last>(s + 2 * n, p, c, item, lane); });
-  if constexpr (first + kCount < kTiles)
+  for_each<ceil_div(kCount, 2)>([&]<int n>() {
+    constexpr int count = min(2, kCount - 2 * n);
+    add_values<first + 2 * n, count, rows, last>(s + 2 * n, p, c, item, lane);
+  });
+  if constexpr (first + kCount < kTilesOf<rows, last>)
     attend<first + kCount, rows, is_first, last>(p, c, item, lane);
 }
 

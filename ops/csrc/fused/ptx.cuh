@@ -38,9 +38,14 @@ __device__ __forceinline__ void ldmatrix_trans(uint32_t* r, uint32_t address) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(address)
                  : "memory");
-  } else {
+  } else if constexpr (N == 2) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                  : "=r"(r[0]), "=r"(r[1])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                 : "=r"(r[0])
                  : "r"(address)
                  : "memory");
   }
@@ -86,6 +91,16 @@ __device__ __forceinline__ void mma_k8(float* c, uint32_t a0, uint32_t a1, uint3
   else
     IRPE_MMA_K8("f16", c[0], c[1], c[2], c[3]);
 #undef IRPE_MMA_K8
+}
+
+// c = or += a b, with k of one tile or two.
+template <int tiles, bool first = false>
+__device__ __forceinline__ void mma_tiles(float* c, const uint32_t (&a)[4], uint32_t b0,
+                                          uint32_t b1) {
+  if constexpr (tiles == 2)
+    mma_k16<first>(c, a[0], a[1], a[2], a[3], b0, b1);
+  else
+    mma_k8<first>(c, a[0], a[1], b0);
 }
 
 // ---- numbers ----

@@ -58,28 +58,30 @@ __device__ __forceinline__ void multiply_rows(float* sums, const RowsA& a, const
   }
 }
 
-// sums[m] += a[m] rows for 16 rows at `rows`, the head's numbers in columns.
-template <int M>
+// sums[m] += a[m] rows for the rows of one tile or two at `rows`, the head's numbers in columns.
+template <int M, int tiles>
 __device__ __forceinline__ void multiply_columns(float (&sums)[M][kDimTiles][4],
                                                  const uint32_t (&a)[M][4], uint32_t rows,
                                                  int lane) {
-  const uint32_t address = rows + lane % 16 * kPitch + lane / 16 * 16;
+  constexpr int kRows = tiles * 8, kAtOnce = 4 / tiles;  // tiles of columns that an ldmatrix brings
+  const uint32_t address = rows + lane % kRows * kPitch + lane / kRows * 16;
+  const auto product = [&](int n, uint32_t b0, uint32_t b1) {
 #pragma unroll
-  for (int n = 0; n + 1 < kDimTiles; n += 2) {
+    for (int m = 0; m < M; ++m) mma_tiles<tiles>(sums[m][n], a[m], b0, b1);
+  };
+#pragma unroll
+  for (int n = 0; n + kAtOnce <= kDimTiles; n += kAtOnce) {
     uint32_t b[4];
     ldmatrix_trans<4>(b, address + n * 16);
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-      mma_k16(sums[m][n], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
-      mma_k16(sums[m][n + 1], a[m][0], a[m][1], a[m][2], a[m][3], b[2], b[3]);
-    }
+    for (int i = 0; i < kAtOnce; ++i) product(n + i, b[i * tiles], b[i * tiles + tiles - 1]);
   }
-  if constexpr (kDimTiles % 2) {
-    uint32_t b[2];
-    ldmatrix_trans<2>(b, rows + lane % 16 * kPitch + (kDimTiles - 1) * 16);
+  constexpr int kRest = kDimTiles % kAtOnce, kFirst = kDimTiles - kRest;
 #pragma unroll
-    for (int m = 0; m < M; ++m)
-      mma_k16(sums[m][kDimTiles - 1], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
+  for (int n = kFirst; n < kDimTiles; ++n) {
+    uint32_t b[2];
+    ldmatrix_trans<tiles>(b, rows + lane % kRows * kPitch + n * 16);
+    product(n, b[0], b[tiles - 1]);
   }
 }
 
