@@ -20,6 +20,8 @@ class Rpe(NamedTuple):
     slots: int = 8
     """Column classes and, in the last one, the bucket of prefix tokens; 8 or 16."""
     is_bias: bool = False
+    runs: bool = True
+    """Whether each row class is one run of offsets, as those of product maps are."""
 
     @classmethod
     def of(cls, factors: Factors, num_prefix: int, is_bias: bool) -> "Rpe":
@@ -28,7 +30,8 @@ class Rpe(NamedTuple):
         needed = columns if num_prefix else columns - 1
         if needed > MAX_SLOTS:
             raise ValueError(f"expected at most {MAX_SLOTS} column classes, got {needed}")
-        return cls(rows, 8 if needed <= 8 else 16, is_bias)
+        runs = int(factors.row_class.diff().count_nonzero()) + 1
+        return cls(rows, 8 if needed <= 8 else 16, is_bias, runs == rows)
 
 
 NO_RPE = Rpe()
@@ -204,7 +207,7 @@ def _sums_bytes(shape: Shape, rpe: Rpe, with_table: bool) -> int:
 
 def _bins_bytes(rpe: Rpe) -> int:
     """Bucket sums of a strip."""
-    return rpe.row_classes * rpe.slots // 8 * 512
+    return rpe.row_classes * rpe.slots // 8 * (256 if rpe.runs else 512)
 
 
 def _row_pitch(shape: Shape, rpe: Rpe) -> int:

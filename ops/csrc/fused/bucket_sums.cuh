@@ -17,8 +17,10 @@ struct BucketSumLayout {
       table + (with_table ? kTableRows * kPitch : 0);  // by yi - yj + kGridH - 1
   static constexpr int one_hots = round_up(row_offsets + (2 * kGridH - 1) * 4, 16);  // by xi - xj
   static constexpr int bytes = one_hots + (2 * kGridW - 1 + 2 * kMargin) * kOneHotPitch;
-  // float2 [class][half of the slots][rows g or g + 8][lane]
-  static constexpr int kClassBytes = kHalves * 2 * kWarp * 8,
+  // Bins of two slots: [class][half of the slots][rows g or g + 8][lane]. If a class is one run of
+  // key rows its sum is stored once it is complete, as operands are; else floats are added to.
+  static constexpr int kBinBytes = rpe.runs ? 4 : 8;
+  static constexpr int kClassBytes = kHalves * 2 * kWarp * kBinBytes,
                        kStripBytes = rpe.row_classes * kClassBytes;
 };
 
@@ -37,7 +39,10 @@ __device__ inline void load_bucket_sum_constants(uint32_t base, const Table& t, 
   cp_async_commit();
   cp_async_wait<0>();
   for (int n = tid; n < 2 * kGridH - 1; n += kThreads) {
-    store_shared(base + Layout::row_offsets + n * 4, t.row_class[n] * Layout::kClassBytes);
+    // Lowest bit: the next key row, whose offset is one less, has another class.
+    const bool ends = n == 0 || t.row_class[n - 1] != t.row_class[n];
+    store_shared(base + Layout::row_offsets + n * 4,
+                 t.row_class[n] * Layout::kClassBytes | static_cast<int>(rpe.runs && ends));
   }
   // Words of two keys, the second one column further, by the column of the first.
   for (int n = tid; n < (2 * kGridW - 1 + 2 * Layout::kMargin) * Layout::kSlots; n += kThreads) {
@@ -92,11 +97,13 @@ struct SumOneHots {
   }
 };
 
-// The sums of a strip so far. Those of the key row under way are in registers, the others in shared
-// memory, of which each lane has its own.
+// The sums of a strip so far. Those of the key row under way, or of its run, are in registers, the
+// others in shared memory, of which each lane has its own.
 template <Rpe rpe, bool with_table = true>
 struct BucketSums {
   using Layout = BucketSumLayout<rpe, with_table>;
+  static constexpr int kBins = rpe.row_classes * Layout::kHalves * 2,
+                       kParts = (kTwoColumns ? 2 : 1) * Layout::kHalves * 4;
   uint32_t bins;           // the lane's
   uint32_t row_offset[2];  // addresses of the classes' offsets, of rows g and g + 8
   uint32_t one_hots[2];    // of the columns of both groups
@@ -105,7 +112,7 @@ struct BucketSums {
   __device__ __forceinline__ void start(uint32_t base, uint32_t to, const Group (&groups)[2],
                                         int lane) {
     const int g = lane / 4, t = lane % 4;
-    bins = to + lane * 8;
+    bins = to + lane * Layout::kBinBytes;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       row_offset[n] =
@@ -114,18 +121,33 @@ struct BucketSums {
           base + Layout::one_hots + g * 4 +
           (groups[n].column + kGridW - 1 + Layout::kMargin - 2 * t) * Layout::kOneHotPitch;
     }
-    for (int n = 0; n < rpe.row_classes * Layout::kHalves * 2; ++n)
-      store_shared_float2(bins + n * kWarp * 8, {0, 0});
+    for (int n = 0; n < kBins; ++n) store_bin(bin(n), {0, 0});
+#pragma unroll
+    for (int n = 0; n < kParts; ++n) (&part[0][0][0])[n] = 0;
+  }
+
+  // Bin n of the lane: of rows g + 8 where n is odd.
+  __device__ __forceinline__ uint32_t bin(int n) const {
+    return bins + n * kWarp * Layout::kBinBytes;
+  }
+  __device__ static __forceinline__ float2 load_bin(uint32_t at) {
+    if constexpr (rpe.runs) return unpack(load_shared(at));
+    return load_shared_float2(at);
+  }
+  __device__ static __forceinline__ void store_bin(uint32_t at, float2 x) {
+    if constexpr (rpe.runs)
+      store_shared(at, pack(x.x, x.y));
+    else
+      store_shared_float2(at, x);
   }
 
   __device__ __forceinline__ void scale(const float (&factor)[2]) {
-    for (int n = 0; n < rpe.row_classes * Layout::kHalves * 2; ++n) {
-      const uint32_t at = bins + n * kWarp * 8;
-      const float2 x = load_shared_float2(at);
-      store_shared_float2(at, {x.x * factor[n % 2], x.y * factor[n % 2]});
+    for (int n = 0; n < kBins; ++n) {
+      const float2 x = load_bin(bin(n));
+      store_bin(bin(n), {x.x * factor[n % 2], x.y * factor[n % 2]});
     }
 #pragma unroll
-    for (int n = 0; n < (kTwoColumns ? 2 : 1) * Layout::kHalves * 4; ++n) {
+    for (int n = 0; n < kParts; ++n) {
       (&part[0][0][0])[n] *= factor[n / 2 % 2];
     }
   }
@@ -149,7 +171,7 @@ struct BucketSums {
     using Tile = SumOneHots<tile, count, rows, last, rpe.slots>;
 #pragma unroll
     for (int y = Tile::y0; y <= Tile::y1; ++y) {
-      const bool begins = tile == 0 ? true : (Tile::first - 1) / kRingWidth < y;
+      const bool begins = !rpe.runs && (tile == 0 || (Tile::first - 1) / kRingWidth < y);
 #pragma unroll
       for (int half = 0; half < Layout::kHalves; ++half) {
 #pragma unroll
@@ -165,17 +187,17 @@ struct BucketSums {
     }
   }
 
-  // The sums of a key row are complete.
+  // The sums of a key row are complete. Of a run they are stored after each row: the last stays.
   __device__ __forceinline__ void flush(const uint32_t (&offsets)[2]) {
 #pragma unroll
     for (int rows = 0; rows < 2; ++rows) {
-      const uint32_t at = bins + offsets[rows] + rows * kWarp * 8;
 #pragma unroll
       for (int half = 0; half < Layout::kHalves; ++half) {
-        const float* x = part[kTwoColumns ? rows : 0][half] + 2 * rows;
-        const uint32_t bin = at + half * 2 * kWarp * 8;
-        const float2 sum = load_shared_float2(bin);
-        store_shared_float2(bin, {sum.x + x[0], sum.y + x[1]});
+        float* x = part[kTwoColumns ? rows : 0][half] + 2 * rows;
+        const uint32_t at = bin(half * 2 + rows) + (offsets[rows] & ~1u);
+        const float2 sum = rpe.runs ? float2{0, 0} : load_bin(at);
+        store_bin(at, {sum.x + x[0], sum.y + x[1]});
+        if (rpe.runs && offsets[rows] & 1) x[0] = x[1] = 0;
       }
     }
   }
@@ -188,13 +210,14 @@ struct BucketSums {
 #pragma unroll
     for (int n = 0; n < 4; ++n) {  // rows g or g + 8 by n % 2; the first or second 8 of k
       const int eight = 2 * step + n / 2;
-      float2 x = {0, 0};
-      if (eight < rpe.row_classes * Layout::kHalves)
-        x = load_shared_float2(bins + (eight * 2 + n % 2) * kWarp * 8);
-      if (has_prefix && is_prefix[n % 2]) {
-        x = {0, eight == Layout::kHalves - 1 && lane % 4 == 3 ? total[n % 2] : 0};
+      const int number = eight * 2 + n % 2;
+      a[n] = 0;
+      if (number < kBins) {
+        const float2 x = load_bin(bin(number));
+        a[n] = pack(x.x, x.y);
       }
-      a[n] = pack(x.x, x.y);
+      if (has_prefix && is_prefix[n % 2])
+        a[n] = eight == Layout::kHalves - 1 && lane % 4 == 3 ? pack(0, total[n % 2]) : 0;
     }
   }
   // Of all slots, in rows g and g + 8.
@@ -203,7 +226,7 @@ struct BucketSums {
     for (int rows = 0; rows < 2; ++rows) {
       float sum = 0;
       for (int n = 0; n < rpe.row_classes * Layout::kHalves; ++n) {
-        const float2 x = load_shared_float2(bins + (n * 2 + rows) * kWarp * 8);
+        const float2 x = load_bin(bin(n * 2 + rows));
         sum += x.x + x.y;
       }
       sum += __shfl_xor_sync(~0u, sum, 1);

@@ -28,15 +28,16 @@ struct Rpe {
   int row_classes;  // 0: none
   int slots;        // column classes and, in the last one, the bucket of prefix tokens; 8 or 16
   bool bias;        // the term does not depend on q
+  bool runs;        // each class of rows is one run of offsets
 
   constexpr explicit operator bool() const { return row_classes > 0; }
   constexpr int entries() const { return row_classes * slots; }
 };
 // Where lookups belong to the tokens of the ring (ring_lookup.cuh), the classes change places:
 // row_classes counts those of columns, slots hold those of rows.
-constexpr Rpe kRpeQ = {RPE_Q_ROWS, RPE_Q_SLOTS, RPE_Q_BIAS};
-constexpr Rpe kRpeK = {RPE_K_ROWS, RPE_K_SLOTS, RPE_K_BIAS};
-constexpr Rpe kRpeV = {RPE_V_ROWS, RPE_V_SLOTS, false};
+constexpr Rpe kRpeQ = {RPE_Q_ROWS, RPE_Q_SLOTS, RPE_Q_BIAS, RPE_Q_RUNS};
+constexpr Rpe kRpeK = {RPE_K_ROWS, RPE_K_SLOTS, RPE_K_BIAS, RPE_K_RUNS};
+constexpr Rpe kRpeV = {RPE_V_ROWS, RPE_V_SLOTS, false, RPE_V_RUNS};
 // The terms on keys and on values have the same classes, so what is constant is loaded once.
 constexpr bool kSameClasses = SAME_CLASSES;
 constexpr bool kMask = KEY_PADDING_MASK, kDropout = DROPOUT;

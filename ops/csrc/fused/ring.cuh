@@ -8,7 +8,7 @@ namespace irpe {
 
 // What a ring carries: x and y, for each of which there may be lookups, and numbers of every row.
 struct KeysAndValues {
-  static constexpr Rpe lookup_x = kRpeQ, lookup_y = {0, 8, false};
+  static constexpr Rpe lookup_x = kRpeQ, lookup_y = {0, 8, false, true};
   static constexpr bool has_sums = false;
   __device__ static const Matrix& x(const Params& p) { return p.k; }
   __device__ static const Matrix& y(const Params& p) { return p.v; }
