@@ -173,13 +173,16 @@ __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_
       for (int half = 0; half < 2; ++half)
         is_prefix[m][half] = Group(item.number, 2 * m + half).is_prefix(lane / 4);
     }
+    SumRows<kRpeQ> to[M];
+#pragma unroll
+    for (int m = 0; m < M; ++m) to[m].start(p.sums_q, p, item, m, lane);
 #pragma unroll
     for (int n = 0; n < SumsQ::kTableRows / 16; ++n) {
       uint32_t a[M][4];
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         item.sums[m].operand(a[m], n, prefix, is_prefix[m], total[m], lane);
-        store_sums<kRpeQ>(p.sums_q, a[m], p, item, m, n, lane);
+        to[m].store(a[m], n);
       }
       multiply_columns<M, 2>(item.grad_k, a,
                           base + kLookupQ + LookupLayout<kRpeQ>::table + n * 16 * kPitch, lane);

@@ -249,13 +249,16 @@ __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_
     // A term on keys adds one number to all scores of a prefix query: its gradient is 0, and not
     // the rounding errors of a sum.
     const float zero[2] = {0, 0};
+    SumRows<kRpeK> to[M];
+#pragma unroll
+    for (int m = 0; m < M; ++m) to[m].start(p.sums_k, p, item, m, lane);
 #pragma unroll
     for (int n = 0; n < SumsK::kTableRows / 16; ++n) {
       uint32_t a[M][4];
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         item.sums_k[m].operand(a[m], n, prefix, is_prefix[m], zero, lane);
-        store_sums<kRpeK>(p.sums_k, a[m], p, item, m, n, lane);
+        to[m].store(a[m], n);
       }
       if constexpr (!kRpeK.bias)
         multiply_columns<M, 2>(item.grad_q, a,
@@ -267,11 +270,13 @@ __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_
     for (int m = 0; m < M; ++m) {
       float total[2] = {0, 0};
       if (prefix) item.sums_v[m].totals(total);
+      SumRows<kRpeV> to;
+      to.start(p.sums_v, p, item, m, lane);
 #pragma unroll
       for (int n = 0; n < SumsV::kTableRows / 16; ++n) {
         uint32_t a[4];
         item.sums_v[m].operand(a, n, prefix, is_prefix[m], total, lane);
-        store_sums<kRpeV>(p.sums_v, a, p, item, m, n, lane);
+        to.store(a, n);
       }
     }
   }

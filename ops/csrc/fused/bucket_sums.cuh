@@ -195,9 +195,13 @@ struct BucketSums {
       for (int half = 0; half < Layout::kHalves; ++half) {
         float* x = part[kTwoColumns ? rows : 0][half] + 2 * rows;
         const uint32_t at = bin(half * 2 + rows) + (offsets[rows] & ~1u);
-        const float2 sum = rpe.runs ? float2{0, 0} : load_bin(at);
-        store_bin(at, {sum.x + x[0], sum.y + x[1]});
-        if (rpe.runs && offsets[rows] & 1) x[0] = x[1] = 0;
+        if constexpr (rpe.runs) {
+          store_bin(at, {x[0], x[1]});
+          if (offsets[rows] & 1) x[0] = x[1] = 0;
+        } else {
+          const float2 sum = load_bin(at);
+          store_bin(at, {sum.x + x[0], sum.y + x[1]});
+        }
       }
     }
   }
@@ -214,7 +218,7 @@ struct BucketSums {
       a[n] = 0;
       if (number < kBins) {
         const float2 x = load_bin(bin(number));
-        a[n] = pack(x.x, x.y);
+        a[n] = rpe.runs ? load_shared(bin(number)) : pack(x.x, x.y);
       }
       if (has_prefix && is_prefix[n % 2])
         a[n] = eight == Layout::kHalves - 1 && lane % 4 == 3 ? pack(0, total[n % 2]) : 0;
