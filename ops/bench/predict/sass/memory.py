@@ -119,10 +119,11 @@ def _load_shared(x: Instruction) -> Step:
         addresses = address(s)
         if size == WORD:
             s.loaded_from[to] = addresses.copy()
-        for result in results:
-            result(s, mask, zero)
         used = mask if rows == WARP else mask & (s.number % WARP < rows)
-        return _shared_event(s, addresses, used, size)
+        event = _shared_event(s, addresses, used, size)
+        for result in results:  # one of which may be the register of the address
+            result(s, mask, zero)
+        return event
 
     return step
 
