@@ -241,7 +241,7 @@ class TestReport:
         lines = list(report.lines(self.ROW))
         measured = calibration.Comparison(calibration.MEASURED[0], 300.0, 200.0)
         lines.append(report.calibration_line(measured))
-        assert len(lines) == 5 + 3 + 1
+        assert len(lines) == 5 + 1 + 1
         assert all(line.startswith("predicted ") for line in lines)
 
     @pytest.mark.parametrize(
@@ -264,19 +264,24 @@ class TestReport:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_flash")
 class TestToday:
-    """What is predicted for this tree: a change that costs more than 3 % of time must say so."""
+    """What is predicted for this tree, and 3 % more: what costs more has to say so here."""
 
     @pytest.mark.parametrize(
         ("gpu", "problem", "most"),
         [
-            (*("H100", Problem("k")), 0.86),
-            (*("H100", Problem("qkv")), 1.5),
+            ("H100", Problem("k"), 0.85),
+            ("H100", Problem("qkv"), 1.47),
+            ("H100", Problem("k", (16, 16), 80), 0.82),
+            ("H100", Problem("k", (16, 16), 128), 1.07),
+            ("H100", Problem("k", (24, 24)), 1.18),
+            ("A100", Problem("k"), 1.01),
+            ("L40S", Problem("k"), 0.88),
         ],
     )
     def test_ratio_to_flash(self, gpu: str, problem: Problem, most: float) -> None:
         ratio = report.predict(Case(GPUS[gpu], problem)).ratio("forward", "backward")
         assert ratio is not None
-        assert 0.5 * most < ratio <= most
+        assert 0.9 * most < ratio <= most, "now faster, or slower: change the number"
 
     def test_agrees_with_measurements_of_flash(self) -> None:
         for row in calibration.compare():

@@ -2,7 +2,8 @@
 
 The kernels are compiled, their machine code is followed instruction by instruction, and a model of
 a multiprocessor says how many cycles that takes; beside them PyTorch's FlashAttention-2, which has
-no relative position. Measured times of FlashAttention-2 and what is predicted of them come last.
+no relative position. 256 images of 6 heads, a class token and a grid of patches, bfloat16. Measured
+times of FlashAttention-2 and what is predicted of them come last.
 """
 
 import argparse

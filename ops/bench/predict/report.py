@@ -70,16 +70,15 @@ def lines(row: Row) -> Iterator[str]:
     """Of a row, each of them told to be predicted."""
     gpu, problem = row.case
     height, width = problem.grid
-    title = f"predicted {gpu.name}, {problem.on.upper()} at {height} x {width} + 1, "
-    title += f"D {problem.head_dim}, B x H {problem.batch} x {problem.heads}"
+    title = f"predicted {gpu.name} {problem.on.upper():3} {height}x{width} D {problem.head_dim:3}"
     for name, x in row.predictions.items():
-        waits = ", ".join(f"{reason} {share:.0%}" for reason, share in [*x.waits.items()][:3])
-        counts = "{:8,.0f} instructions {:7,.0f} mma {:7,.0f} wavefronts".format(*x.of_a_head)
-        yield f"{title}: {name:16} {x.microseconds:8.1f} us {counts} a head; waits: {waits}"
-    for directions in RATIOS:
-        ratio = row.ratio(*directions)
-        if ratio is not None:
-            yield f"{title}: {' + '.join(directions):18} {ratio:5.2f} x flash"
+        waits = ", ".join(f"{reason} {share:.0%}" for reason, share in [*x.waits.items()][:4])
+        counts = "{:7,.0f} instructions {:6,.0f} mma {:7,.0f} wavefronts".format(*x.of_a_head)
+        yield f"{title} {name:16} {x.microseconds:7.1f} us; a head {counts}; waits {waits}"
+    ratios = {" + ".join(x): row.ratio(*x) for x in RATIOS}
+    known = [f"{name} {ratio:.2f}" for name, ratio in ratios.items() if ratio is not None]
+    if known:
+        yield f"{title} of flash's time: {', '.join(known)}"
 
 
 def calibration_line(x: Comparison) -> str:
