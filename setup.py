@@ -75,7 +75,7 @@ with environment:
         packages=find_packages(include=["irpe_ds", "irpe_ds.*"]),
         package_data={
             "irpe_ds": ["py.typed"],
-            "irpe_ds.ops": ["csrc/**/*"],
+            "irpe_ds.ops": ["csrc/**/*", "bench/predict/multiprocessor.*"],
         },
         include_package_data=False,
         install_requires=["torch>=2.8", "timm>=1.0.24"],

@@ -323,7 +323,12 @@ def empty_like_tokens(x: Tensor) -> Tensor:
     return x.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
+def images_at_a_time(batch: int, heads: int, num_sms: int) -> int:
+    """Each has a block for every head; blocks stay on their heads and go from image to image."""
+    return max(1, min(batch, num_sms // heads))
+
+
 def _launch(name: str, call: Call, device: Device, params: Params) -> None:
     if call.q.numel():
-        groups = max(1, min(params.B, device.num_sms // params.H))
-        kernel(name, call.shape, device).launch(params.H * groups, params)
+        blocks = params.H * images_at_a_time(params.B, params.H, device.num_sms)
+        kernel(name, call.shape, device).launch(blocks, params)
