@@ -76,16 +76,17 @@ class Plan(NamedTuple):
 
     @property
     def ahead(self) -> int:
-        """How many chunks a warp may have started to copy."""
-        return max(1, self.stages // 2)
+        """How many chunks a warp may have started to copy. With more, it waits for slower warps to
+        leave the oldest one more often than it gains."""
+        return self.stages - self.stages // 3
 
 
 def plan(shape: Shape, shared_bytes: int, needed: "Needed") -> Plan | None:
     """The first plan that fits in a block's shared memory; None if none does.
 
     Two strips halve what a warp reads of keys and values, but above 64 numbers a head the
-    registers hold one alone. The ring has two chunks, so that one is copied while another is used,
-    more where there is room, and one where it must be.
+    registers hold one alone, and so they do in the pass over keys. The ring has two chunks, so that
+    one is copied while another is used, more where there is room, and one where it must be.
 
     Args:
         needed: forward_bytes, backward_queries_bytes or backward_keys_bytes.
@@ -113,11 +114,15 @@ def _candidates(shape: Shape, max_strips: int) -> Iterator[Plan]:
     height, width = shape.grid
     padded = _up(width, 8)
     natural = width if _chunk_rows(height, width, 0) * width <= MAX_CHUNK_KEYS else padded
-    chunks = [(112, natural), (48, natural)]
+    chunks, padded_chunks = [(112, natural), (48, natural)], []
     if not shape.has_dropout:  # which numbers weights by their places: the same in every kernel
-        chunks.append((48, padded))
-    for strips, warps, stages in ((max_strips, 8, 2), (1, 8, 2), (1, 8, 1), (1, 4, 1)):
-        for chunk_keys, ring_width in chunks:
+        padded_chunks.append((48, padded))
+    # Padded rows cost what two strips gain, so they are for where no ring of two chunks fits.
+    for strips, warps, stages, choices in (
+        *((n, 8, 2, each) for each in (chunks, padded_chunks) for n in (max_strips, 1)),
+        *((1, warps, 1, chunks + padded_chunks) for warps in (8, 4)),
+    ):
+        for chunk_keys, ring_width in choices:
             for prefetch_q in (True, False):
                 yield Plan(warps, strips, stages, prefetch_q, chunk_keys, ring_width)
 

@@ -24,6 +24,16 @@ def test_every_target(simulator: Simulator, on: str, dtype: torch.dtype, grid: G
     Problem(case).check(simulator, SimulatedDevice(simulator.driver), backward=False)
 
 
+def test_sums_of_many_large_weights_fit_in_half_precision(simulator: Simulator) -> None:
+    """Weights that follow lower scores are above 1 until the softmax is rescaled."""
+    case = Case("v", grid=(24, 24), head_dim=32, dtype=torch.float16, batch=1, heads=1)
+    problem = Problem(case)
+    problem.leaves["q"].fill_(1)
+    problem.leaves["k"].fill_(5.4 / 32**0.5)  # 2^7.8 times the weights of the first keys
+    problem.leaves["k"][:, :, :49] = 0
+    problem.check(simulator, SimulatedDevice(simulator.driver), backward=False)
+
+
 def test_deit(simulator: Simulator) -> None:
     problem = Problem(Case("qkv", batch=3, dtype=torch.float16))
     problem.check(simulator, SimulatedDevice(simulator.driver, num_sms=2), backward=False)
@@ -41,7 +51,7 @@ def test_deit(simulator: Simulator) -> None:
 def test_every_encoding(
     simulator: Simulator, method: str, ratio: float, grid: Grid, mode: str
 ) -> None:
-    case = Case("k" if mode == "bias" else "qk", method, mode, ratio, grid, batch=1, num_prefix=2)
+    case = Case("k" if mode == "bias" else "qkv", method, mode, ratio, grid, batch=1, num_prefix=2)
     Problem(case).check(simulator, SimulatedDevice(simulator.driver), backward=False)
 
 

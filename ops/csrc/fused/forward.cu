@@ -3,7 +3,7 @@
 // Blocks stay on one head and go through images. Keys and values come in chunks through a ring of
 // shared memory, which all warps fill and empty at their own pace, by mbarriers. The softmax is
 // online (Milakov and Gimelshein, 2018), in powers of two; sums are rescaled only when a row's
-// maximum has grown by more than 2^8 (as FlashAttention-4 does).
+// maximum has grown by more than kRescaleThreshold (as FlashAttention-4 does).
 
 #include "bucket_sums.cuh"
 #include "dropout.cuh"
@@ -12,7 +12,9 @@
 namespace irpe {
 namespace {
 
-constexpr float kRescaleThreshold = 8;
+// Weights are at most 2 to this power. Sums of thousands of them become operands: IEEE half holds
+// numbers up to 65,504.
+constexpr float kRescaleThreshold = kRpeV && !kBFloat16 ? 3 : 8;
 
 // Shared memory, in bytes from its beginning.
 using KeyRing = Ring<KeysAndValues>;
