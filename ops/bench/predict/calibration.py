@@ -4,7 +4,7 @@ All are of sequences that add up to 16,384 tokens, with 2,048 numbers a token in
 a mask; a backward counts as 2.5 times the operations of a forward, 4 L^2 D for each head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from irpe_ds.ops.bench.predict import flash
@@ -52,9 +52,9 @@ class Comparison(NamedTuple):
     backward: float
 
 
-def compare() -> Iterator[Comparison]:
+def compare(rows: Iterable[Measured] = MEASURED) -> Iterator[Comparison]:
     """Predictions beside measurements."""
-    for row in MEASURED:
+    for row in rows:
         grid, heads = (row.tokens // 32, 32), WIDTH // row.head_dim
         problem = Problem("", grid, row.head_dim, TOKENS // row.tokens, heads, prefix_tokens=0)
         operations = 4 * row.tokens**2 * WIDTH * problem.batch

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from irpe_ds.errors import ConfigError
 from irpe_ds.ops import fused_kernels, fused_op
 from irpe_ds.ops.bench.predict.cycles import simulate
 from irpe_ds.ops.bench.predict.gpus import GPU, KIB, L2_RESIDENT
@@ -28,10 +29,13 @@ def predict(kernel: str, problem: Problem, gpu: GPU) -> Prediction:
 
     Raises:
         Unavailable: there is no NVRTC, nvdisasm or C++ compiler.
-        ValueError: no plan fits the GPU.
+        ConfigError: no plan fits the GPU.
     """
-    shape = _shape(kernel, problem)
-    plan, defines = fused_kernels.compile_options(kernel, shape, gpu.block_bytes)
+    try:
+        shape = _shape(kernel, problem)
+        plan, defines = fused_kernels.compile_options(kernel, shape, gpu.block_bytes)
+    except ValueError as error:
+        raise ConfigError(f"{kernel} cannot run on {gpu.name}: {error}") from None
     source = fused_kernels.SOURCES / f"{kernel}.cu"
     cubin = nvrtc.compile_kernel(source, defines, gpu.architecture)
     code = program(cubin, f"attention_{kernel}")

@@ -55,7 +55,7 @@ def predict(case: Case, names: Iterable[str] = KERNELS) -> Row:
 
     Raises:
         Unavailable: a compiler or a tool is missing.
-        ValueError: the kernels do not fit.
+        ConfigError: the kernels do not fit.
     """
     gpu, problem = case
     plain = {"forward": flash.forward, "backward": flash.backward}
