@@ -13,7 +13,7 @@ SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help setup quickstart check test test-slow test-gpu bench lint format
+.PHONY: help setup quickstart check test test-slow test-gpu gpu-day bench lint format
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,9 @@ test-slow: $(READY) ## The rest: whole matrices, benchmarks, sanitizers, the whe
 
 test-gpu: $(READY) ## The tests that need an NVIDIA GPU
 	@pytest -q --durations=10 -m gpu
+
+gpu-day: $(READY) ## All that is to be measured on an NVIDIA GPU; UPSTREAM=rpe_ops times the released op too
+	@python -m irpe_ds.ops.bench.gpu_day $(UPSTREAM:%=--upstream %)
 
 bench: $(READY) ## Time the operators against plain attention
 	@python -m irpe_ds.ops.bench

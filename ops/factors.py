@@ -72,6 +72,12 @@ def factor(maps: tuple[MapSpec, ...], device: torch.device, *, transposed: bool 
         return Factors(*(each.to(device) for each in factors))
 
 
+def same_classes(a: Factors, b: Factors) -> bool:
+    """Whether rows and columns fall into the same classes, under FakeTensorMode too."""
+    with _disable_current_modes():
+        return all(map(torch.equal, a[1:], b[1:]))
+
+
 def _by_offset(spec: MapSpec) -> Tensor:
     """(2 height - 1, 2 width - 1) int64: the bucket of a patch against one so many before it."""
     rows = torch.arange(1 - spec.height, spec.height, device="cpu")[:, None]

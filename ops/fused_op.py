@@ -12,7 +12,7 @@ from torch import Tensor
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops import fused_kernels
-from irpe_ds.ops.factors import Factors, MapSpec, factor
+from irpe_ds.ops.factors import Factors, MapSpec, factor, same_classes
 from irpe_ds.ops.fused_kernels import Call, Device, Operand
 from irpe_ds.ops.fused_plan import NO_RPE, Rpe, Shape
 from irpe_ds.ops.inputs import TermSpec
@@ -95,7 +95,7 @@ def shape(
         target: Rpe.of(factors[target], num_prefix, role.is_bias) for target, role in found.items()
     }
     k, v = factors.get("k"), factors.get("v")
-    same = k is not None and v is not None and all(map(torch.equal, k[1:], v[1:]))
+    same = k is not None and v is not None and same_classes(k, v)
     rpe_q, rpe_k, rpe_v = (rpes.get(target, NO_RPE) for target in "qkv")
     places = (height, width), num_prefix
     return Shape(dtype, head_dim, *places, rpe_q, rpe_k, rpe_v, same, has_mask, has_dropout)

@@ -23,6 +23,8 @@ from irpe_ds.training.batch import Normalize
 
 EvalBatch = tuple[Tensor, Tensor, Tensor]
 """Images, labels and which of them are valid."""
+IGNORED = -100
+"""Label of an image that is not counted: no class, so never a hit."""
 
 
 @torch.no_grad()
@@ -43,12 +45,12 @@ def evaluate(
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=ranks.device)
     for images, labels, valid in batches:
-        logits = model(prepare(images)).float()[valid.to(ranks.device)]
-        labels = labels[valid].to(ranks.device)
+        labels = labels.masked_fill_(~valid, IGNORED).to(ranks.device, non_blocking=True)
+        logits = model(prepare(images)).float()
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
+        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
         totals[:3] += torch.stack([hits[:, :1].sum(), hits.sum(), loss])
-        totals[3] += len(labels)
+        totals[3] += valid.sum()
     model.train(was_training)
     top1, top5, loss_sum, count = ranks.all_reduce_sum(totals).tolist()
     return {

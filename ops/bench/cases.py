@@ -70,7 +70,7 @@ def attention(
     """
     torch.compiler.reset()  # FlexAttention compiles for each shape, up to a limit
     length = side**2 + 1
-    inputs = _inputs(device, dtype, (batch, heads, length, 64), side, ENCODINGS[encoding])
+    inputs = random_inputs(device, dtype, (batch, heads, length, 64), side, ENCODINGS[encoding])
     terms = (inputs.rpe_q, inputs.rpe_k, inputs.rpe_v)
     leaves = [inputs.q, inputs.k, inputs.v, *(table for of in terms for table, _ in of)]
     grad = torch.randn_like(inputs.q)
@@ -103,7 +103,7 @@ def attention(
         yield f"{title}, {part}", calls, baselines
 
 
-def _inputs(
+def random_inputs(
     device: str, dtype: torch.dtype, shape: tuple[int, int, int, int], side: int, rpe: RPEConfig
 ) -> Inputs:
     """Random inputs, strided like the output of a QKV projection."""
