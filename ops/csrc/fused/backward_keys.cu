@@ -185,7 +185,7 @@ __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_
         to[m].store(a[m], n);
       }
       multiply_columns<M, 2>(item.grad_k, a,
-                          base + kLookupQ + LookupLayout<kRpeQ>::table + n * 16 * kPitch, lane);
+                             base + kLookupQ + LookupLayout<kRpeQ>::table + n * 16 * kPitch, lane);
     }
   }
   __syncwarp();

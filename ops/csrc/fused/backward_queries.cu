@@ -261,8 +261,8 @@ __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_
         to[m].store(a[m], n);
       }
       if constexpr (!kRpeK.bias)
-        multiply_columns<M, 2>(item.grad_q, a,
-                            base + kLookupK + LookupLayout<kRpeK>::table + n * 16 * kPitch, lane);
+        multiply_columns<M, 2>(
+            item.grad_q, a, base + kLookupK + LookupLayout<kRpeK>::table + n * 16 * kPitch, lane);
     }
   }
   if constexpr (bool(kRpeV)) {

@@ -56,8 +56,8 @@ __device__ inline void load_bucket_sum_constants(uint32_t base, const Table& t, 
   }
 }
 
-// C^T for the keys of `count` tiles from `tile` of a chunk on, as the right operand, and where the sums of a
-// key row go that ends there.
+// C^T for the keys of `count` tiles from `tile` of a chunk on, as the right operand, and where the
+// sums of a key row go that ends there.
 template <int tile, int count, int rows, bool last, int slots>
 struct SumOneHots {
   static constexpr int first = tile * 8, end = first + count * 8, patches = rows * kRingWidth,

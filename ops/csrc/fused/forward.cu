@@ -93,7 +93,8 @@ __device__ __forceinline__ void add_values(const float (*s)[M][4], const Params&
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll
-    for (int n = 0; n < 2 * count; ++n) a[m][n] = pack(s[n / 2][m][n % 2 * 2], s[n / 2][m][n % 2 * 2 + 1]);
+    for (int n = 0; n < 2 * count; ++n)
+      a[m][n] = pack(s[n / 2][m][n % 2 * 2], s[n / 2][m][n % 2 * 2 + 1]);
     mma_tiles<count>(item.row_sum[m], a[m], kOnes, kOnes);
     if constexpr (kDropout) {
       const int row = (item.number * M + m) * 8 + lane / 4,

@@ -12,8 +12,8 @@ struct SumRows {
   uint32_t* rows[2];
 
   template <Rpe own, Rpe ring>
-  __device__ __forceinline__ void start(void* to, const Params& p,
-                                        const Strips<own, ring>& strips, int m, int lane) {
+  __device__ __forceinline__ void start(void* to, const Params& p, const Strips<own, ring>& strips,
+                                        int m, int lane) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t token = static_cast<int64_t>(strips.b) * kTokens + strips.token(m, half, lane);
