@@ -162,7 +162,7 @@ def test_an_id_out_of_range_stops_the_kernel(
     ids[4, 2] = id_
     assert run(kernels, name, torch.zeros(1, 1, 5, 3), torch.zeros(1, 1, 5, 5), ids, columns) != 0
     (found,) = simulator.findings()
-    assert re.search(f"{name}_kernel.*: 1 x trap at primitives.cuh", found)
+    assert re.search(f"{name}_kernel.*: 1 x trap at rpe.cu", found)
 
 
 BARRIER = b"bar.warp.sync"
