@@ -94,7 +94,7 @@ SIZES = [  # B, H, tokens, others, N
     (2, 3, 7, 5, 4),
     (1, 5, 50, 50, 50),
     (1, 2, 33, 129, 2),
-    (1, 1, 197, 197, 50),
+    pytest.param((1, 1, 197, 197, 50), marks=pytest.mark.slow),
     (1, 2, 5, 9, 700),
     (0, 2, 5, 9, 3),
     (1, 2, 64, 0, 3),
@@ -176,12 +176,9 @@ BARRIERS = {  # of a kernel, by name and columns
 
 def without_barrier(library: bytes, number: int) -> bytes:
     """The library with this __syncwarp of every kernel made a comment of its PTX."""
-    head, *kernels = library.split(b".entry ")
-    for n, kernel in enumerate(kernels):
-        before, *after = kernel.split(BARRIER)
-        marks = [b"//r.warp.sync" if m == number else BARRIER for m in range(len(after))]
-        kernels[n] = before + b"".join(x for pair in zip(marks, after, strict=True) for x in pair)
-    return b".entry ".join([head, *kernels])
+    upto = rb"\A((?:.*?%b){%d}.*?)%b" % (BARRIER, number, BARRIER)
+    kernels = library.split(b".entry ")
+    return b".entry ".join(re.sub(upto, rb"\1//r.warp.sync", x, flags=re.DOTALL) for x in kernels)
 
 
 @pytest.mark.parametrize("number", range(max(BARRIERS.values())))
@@ -192,12 +189,12 @@ def test_every_syncwarp_is_missed(
     assert library.read_bytes().count(BARRIER) == sum(BARRIERS.values()) * len(TYPES)
     planted = tmp_path / "planted.so"
     planted.write_bytes(without_barrier(library.read_bytes(), number))
-    kernels, ids = load(planted), torch.randint(200, (33, 40), dtype=torch.int32)
+    kernels, ids = load(planted), torch.randint(400, (4, 40), dtype=torch.int32)
     for (name, columns), barriers in BARRIERS.items():
         for dtype in TYPES:
             simulator.clear()
-            pairs = torch.zeros(1, 1, *((40, 33) if columns else (33, 40)), dtype=dtype)
-            lookups = torch.zeros(1, 1, 33, 200, dtype=dtype)
+            pairs = torch.zeros(1, 1, *((40, 4) if columns else (4, 40)), dtype=dtype)
+            lookups = torch.zeros(1, 1, 4, 400, dtype=dtype)
             run(kernels, name, lookups, pairs, ids, columns)
             found = simulator.findings()
             assert bool(found) == (number < barriers), (name, columns, dtype)

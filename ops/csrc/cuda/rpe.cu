@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kWarps = 4;
-constexpr int kSharedBytes = 48 * 1024;
+constexpr int kSharedBytes = 48 * 1024;  // what a block has without opt-in
 
 // What sums of T are kept in.
 template <typename T>

@@ -6,10 +6,10 @@ import subprocess
 from pathlib import Path
 
 from irpe_ds.ops.build import toolchain
-from tests.ops.ptxsim.simulator import SOURCES, Simulator, made_once
+from tests.ops.ptxsim.simulator import Simulator, made_once
 
 # Without code of a GPU. Uncompressed, for the simulator to find the PTX.
-NVCC = ["-std=c++17", "-O3", "-lineinfo", "-gencode=arch=compute_80,code=compute_80"]
+NVCC = ["-std=c++17", "-lineinfo", "-gencode=arch=compute_80,code=compute_80"]
 NVCC += ["--no-compress", "-shared", "-cudart=none", "-Xcompiler=-fPIC"]
 
 
@@ -21,8 +21,7 @@ def compile_library(simulator: Simulator, source: Path) -> Path:
         toolkit, folder = toolchain.cuda(), simulator.folder
         nvcc = [toolkit.home / "bin" / "nvcc", f"-I{toolkit.include}", *NVCC]
         link = [f"-L{folder}", "-lptxsim", f"-Xlinker=-rpath={folder}"]
-        runtime = SOURCES / "runtime.cpp"
-        subprocess.run([*nvcc, source, runtime, *link, "-o", partial], check=True)
+        subprocess.run([*nvcc, source, *link, "-o", partial], check=True)
 
     made_once(library, make)
     return library

@@ -1,25 +1,16 @@
-// The part of the CUDA runtime that launches kernels, for a library that nvcc makes without it.
-// Its functions are those that the host code of CUDA 13.0's nvcc calls.
+// The part of the CUDA runtime that launches kernels: what the host code of nvcc 13.0 calls.
 #include <map>
 #include <string_view>
 
+#include "driver.h"
 #include "machine.h"
 
-extern "C" {
-
-int cuModuleLoadData(void** module, const void* image);
-int cuModuleGetFunction(void** function, void* module, const char* name);
-int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
-                   unsigned bz, unsigned shared, void* stream, void** params, void** extra);
-}
-
+namespace ptxsim {
 namespace {
-
-using ptxsim::Dim;
 
 struct Image {  // fatbinary_section.h
   int magic, version;
-  const uint64_t* data;  // its second word is the number of bytes that follow
+  const uint64_t* data;  // the second word is the number of bytes that follow
 };
 
 struct Configuration {  // what stands in <<<>>>
@@ -28,32 +19,31 @@ struct Configuration {  // what stands in <<<>>>
   void* stream;
 } configuration;
 
-int last_error = 0;
-
-std::map<const void*, void*>& kernels() {  // by the function of the host that launches them
-  static std::map<const void*, void*> all;
-  return all;
-}
+std::map<const void*, Function*> functions;  // by the host's function of the same name
+int last_error = kSuccess;
 
 }  // namespace
+}  // namespace ptxsim
 
 extern "C" {
 
+using namespace ptxsim;
+
 // With nvcc's option --no-compress the PTX lies in the image as text.
-void** __cudaRegisterFatBinary(const Image* image) {
-  static void* module = nullptr;
+Module** __cudaRegisterFatBinary(const Image* image) {
   const auto* text = reinterpret_cast<const char*>(image->data);
   const size_t version = std::string_view(text, image->data[1]).find(".version");
-  last_error = cuModuleLoadData(&module, text + version);
-  return &module;
+  auto** module = new Module*(nullptr);
+  cuModuleLoadData(module, text + version);
+  return module;
 }
 
-void __cudaRegisterFatBinaryEnd(void**) {}
-void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterFatBinaryEnd(Module**) {}
+void __cudaUnregisterFatBinary(Module** module) { delete module; }
 
-void __cudaRegisterFunction(void** module, const void* host_function, char*, const char* name, int,
-                            void*, void*, void*, void*, int*) {
-  if (last_error == 0) last_error = cuModuleGetFunction(&kernels()[host_function], *module, name);
+void __cudaRegisterFunction(Module** module, const void* host, char*, const char* name, int, void*,
+                            void*, void*, void*, int*) {
+  if (*module) cuModuleGetFunction(&functions[host], *module, name);
 }
 
 unsigned __cudaPushCallConfiguration(Dim grid, Dim block, size_t shared, void* stream) {
@@ -64,20 +54,20 @@ unsigned __cudaPushCallConfiguration(Dim grid, Dim block, size_t shared, void* s
 int __cudaPopCallConfiguration(Dim* grid, Dim* block, size_t* shared, void** stream) {
   *grid = configuration.grid, *block = configuration.block;
   *shared = configuration.shared, *stream = configuration.stream;
-  return 0;
+  return kSuccess;
 }
 
-int __cudaGetKernel(void** kernel, const void* host_function) {
-  *kernel = kernels()[host_function];
-  return 0;
+int __cudaGetKernel(Function** function, const void* host) {
+  *function = functions[host];
+  return kSuccess;
 }
 
-int __cudaLaunchKernel(void* kernel, Dim grid, Dim block, void** params, size_t shared,
+int __cudaLaunchKernel(Function* function, Dim grid, Dim block, void** params, size_t shared,
                        void* stream) {
-  if (kernel) {
-    last_error = cuLaunchKernel(kernel, grid.x, grid.y, grid.z, block.x, block.y, block.z,
-                                static_cast<unsigned>(shared), stream, params, nullptr);
-  }
+  last_error = !function
+                   ? kNotFound
+                   : cuLaunchKernel(function, grid.x, grid.y, grid.z, block.x, block.y, block.z,
+                                    static_cast<unsigned>(shared), stream, params, nullptr);
   return last_error;
 }
 

@@ -29,7 +29,7 @@ MACHINE = (
     "tensor",
     "counts",
 )
-FRONT = ("parse", "instructions", "driver")
+FRONT = ("parse", "instructions", "driver", "runtime")
 # Contraction would turn a multiplication and an addition of the kernel into one rounding.
 GXX = ["g++", "-std=c++17", "-march=native", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra"]
 
@@ -88,7 +88,7 @@ def _compile(torch_memory: Path) -> None:
         raise RuntimeError("the simulator does not compile")
     objects = {name: str(folder / f"{name}.o") for name in units}
     library = str(folder / "libptxsim.so")
-    link = ["g++", "-shared", "-o"]
+    link = ["g++", "-shared", "-Wl,-Bsymbolic", "-o"]  # whatever libcuda the process has loaded
     subprocess.run([*link, library, objects["machine"], objects["front"]], check=True)
     torch_library = Path(torch.__file__).parent / "lib"
     libraries = [library, f"-L{torch_library}", "-lc10", f"-Wl,-rpath,{folder}"]
