@@ -44,7 +44,7 @@ test: $(READY) ## Everything that proves what README promises, without a GPU
 	@OMP_NUM_THREADS=1 pytest -q -n logical --maxprocesses 8 --durations=10 -m "not (gpu or dist or slow)"
 	pytest -q -n 2 --dist loadfile --durations=10 -m "dist and not (gpu or slow)"
 
-test-slow: $(READY) ## The rest: whole matrices, benchmarks, sanitizers, the wheel
+test-slow: $(READY) ## The rest: whole matrices, benchmarks, the wheel
 	@OMP_NUM_THREADS=1 pytest -q -n logical --maxprocesses 8 --durations=10 -m "slow and not (gpu or dist)"
 	pytest -q -n 2 --dist loadfile --durations=10 -m "slow and dist and not gpu"
 

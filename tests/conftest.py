@@ -15,8 +15,8 @@ THOROUGH = (
     *("data/beton/test_sources", "data/pipelines", "data/test_crops", "data/test_digits"),
     *("data/test_loaders", "data/test_offsets", "data/test_synthetic"),
     *("ops/build", "ops/test_bench", "ops/test_flex", "ops/test_fused", "ops/test_gather"),
-    *("ops/test_implementations", "ops/test_kernels_on_host", "ops/test_low_rank"),
-    *("ops/test_package", "ops/test_ptxsim", "training/test_placement"),
+    *("ops/test_implementations", "ops/test_low_rank", "ops/test_package", "ops/test_ptxsim"),
+    "training/test_placement",
 )
 """Tests of more than seconds, by the beginning of their path: `make check` leaves them out."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 UNBOUNDED = ["ninja", "packaging", "psutil", "pyyaml", "safetensors", "setuptools", "tqdm", "wheel"]
 TESTS = ["tests/rpe", "tests/models", "tests/ops", "tests/test_config.py"]
-NEED_NVCC = ["build", "test_fused.py", "test_fused_in_a_model.py", "test_kernels_on_host.py"]
+NEED_NVCC = ["build", "test_fused.py", "test_fused_in_a_model.py", "test_gather_kernels.py"]
 
 
 def main() -> None:

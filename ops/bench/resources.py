@@ -109,9 +109,9 @@ def _parse(report: str) -> Iterator[KernelResources]:
 
 
 def _readable(name: str, arguments: str) -> str:
-    """`gather_kernel`, `N..4bf16ELb1` -> `gather<bf16, true>`."""
+    """`gather_kernel`, `6__halfLb1` -> `gather<half, true>`."""
     letters = {"d": "double", "f": "float"}
-    values = re.findall(r"(f16|bf16)E|Lb([01])E?|^([df])", arguments + "E")
+    values = re.findall(r"(half|bfloat16)|Lb([01])|^([df])", arguments)
     texts = (
         kind or letters.get(letter) or ("false", "true")[int(flag)] for kind, flag, letter in values
     )

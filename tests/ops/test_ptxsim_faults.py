@@ -61,6 +61,7 @@ DIVERGENT = kernel("""
   __syncwarp();
   out[t] = x;
 """)
+TRAP = kernel("  if (t >= n) __trap();\n  out[t] = in[t];")
 DYNAMIC = kernel("  float* x = (float*)dynamic;\n  x[t] = in[t];\n  out[t] = x[t];")
 ONE_WAITS = kernel("""
   __shared__ u64 done;
@@ -196,6 +197,11 @@ FAULTS = {
     "instruction of a warp by some lanes": Fault(
         DIVERGENT, "n > 0", "t & 1", "threads of a warp wait at different instructions"
     ),
+    "one thread at another barrier": Fault(
+        SHARED, "__syncthreads();", "t ? __syncthreads() : __syncwarp();",
+        "threads of a warp wait at different instructions",
+    ),
+    "trap": Fault(TRAP, "t >= n", "t > 62", "trap"),
     "atomic sum in unwritten memory": Fault(
         SUM_IN_SHARED, "__syncthreads();  // zero", "", "uninitialised, shared", 64
     ),

@@ -4,16 +4,39 @@
 // neighbouring (b, h), so that they find the ids in the L1 cache. Every sum has one thread that
 // adds in a fixed order: no atomics, the same bits in every run.
 
-#include "rpe.h"
+// PyTorch's builds leave the conversions from and to half precision out.
+#undef __CUDA_NO_HALF_CONVERSIONS__
+#undef __CUDA_NO_BFLOAT16_CONVERSIONS__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
-#include "primitives.cuh"
+#include <type_traits>
+
+#include "rpe.h"
 
 namespace irpe::cuda {
 namespace {
 
 constexpr int kWarp = 32;
 constexpr int kWarps = 4;
-constexpr int kSharedBytes = 48 * 1024;
+constexpr int kSharedBytes = 48 * 1024;  // what a block has without opt-in
+
+// What sums of T are kept in.
+template <typename T>
+using accumulator_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// The block's dynamic shared memory.
+template <typename T>
+__device__ T* shared_memory() {
+  extern __shared__ __align__(16) unsigned char irpe_shared_memory[];
+  return reinterpret_cast<T*>(irpe_shared_memory);
+}
+
+// The id, after the kernel is stopped if it is not in [0, n).
+__device__ int32_t checked(int32_t id, int32_t n) {
+  if (static_cast<uint32_t>(id) >= static_cast<uint32_t>(n)) __trap();
+  return id;
+}
 
 // Where the warp works, or nothing if it has no (b, h).
 struct Place {
@@ -102,7 +125,7 @@ __global__ void bucket_sum_kernel(Problem p, int slice) {
         __syncwarp();
         for (int t = 0; t < at.count; ++t) {
           const int64_t row = static_cast<int64_t>(at.first + t) * p.others;
-          if (lane < o_count) tile[t * kPitch + lane] = to_sum<T>(pairs[row + o0 + lane]);
+          if (lane < o_count) tile[t * kPitch + lane] = static_cast<Sum>(pairs[row + o0 + lane]);
         }
         __syncwarp();
       }
@@ -110,7 +133,7 @@ __global__ void bucket_sum_kernel(Problem p, int slice) {
 #pragma unroll 8
         for (int o = 0; o < o_count; ++o) {
           const int64_t pair = static_cast<int64_t>(o0 + o) * p.tokens + at.first + lane;
-          const Sum x = columns ? to_sum<T>(pairs[pair]) : tile[lane * kPitch + o];
+          const Sum x = columns ? static_cast<Sum>(pairs[pair]) : tile[lane * kPitch + o];
           const int32_t id = checked(p.ids[pair], p.N) - n0;
           if (id >= 0 && id < n_count) sums[id * kPitch + lane] += x;
         }
@@ -119,7 +142,7 @@ __global__ void bucket_sum_kernel(Problem p, int slice) {
     __syncwarp();
     for (int t = 0; t < at.count; ++t) {
       for (int n = lane; n < n_count; n += kWarp) {
-        to[t * p.stride_t + n0 + n] = from_sum<T>(sums[n * kPitch + t]);
+        to[t * p.stride_t + n0 + n] = static_cast<T>(sums[n * kPitch + t]);
       }
     }
     __syncwarp();
@@ -127,24 +150,26 @@ __global__ void bucket_sum_kernel(Problem p, int slice) {
 }
 
 template <typename T, bool columns>
-int launch_gather(const Problem& p, dim3 grid, void* stream) {
+int launch_gather(const Problem& p, dim3 grid, cudaStream_t stream) {
   const int most = kSharedBytes / (kWarps * kWarp * static_cast<int>(sizeof(T)));
   const int slice = min(p.N | 1, most % 2 ? most : most - 1);
   const int bytes = kWarps * kWarp * slice * static_cast<int>(sizeof(T));
-  return launch(gather_kernel<T, columns>, grid, kWarps * kWarp, bytes, stream, p, slice);
+  gather_kernel<T, columns><<<grid, kWarps * kWarp, bytes, stream>>>(p, slice);
+  return cudaGetLastError();
 }
 
 template <typename T, bool columns>
-int launch_bucket_sum(const Problem& p, dim3 grid, void* stream) {
+int launch_bucket_sum(const Problem& p, dim3 grid, cudaStream_t stream) {
   const int pitch_bytes = (kWarp + 1) * static_cast<int>(sizeof(accumulator_t<T>));
   const int tile = columns ? 0 : kWarp;
   const int slice = min(p.N, kSharedBytes / (kWarps * pitch_bytes) - tile);
   const int bytes = kWarps * (slice + tile) * pitch_bytes;
-  return launch(bucket_sum_kernel<T, columns>, grid, kWarps * kWarp, bytes, stream, p, slice);
+  bucket_sum_kernel<T, columns><<<grid, kWarps * kWarp, bytes, stream>>>(p, slice);
+  return cudaGetLastError();
 }
 
 template <typename T>
-int launch_either(bool sum, const Problem& p, dim3 grid, void* stream) {
+int launch_either(bool sum, const Problem& p, dim3 grid, cudaStream_t stream) {
   if (sum) {
     return p.columns ? launch_bucket_sum<T, true>(p, grid, stream)
                      : launch_bucket_sum<T, false>(p, grid, stream);
@@ -153,7 +178,7 @@ int launch_either(bool sum, const Problem& p, dim3 grid, void* stream) {
                    : launch_gather<T, false>(p, grid, stream);
 }
 
-int launch_of_type(bool sum, const Problem& p, void* stream) {
+int launch_of_type(bool sum, const Problem& p, cudaStream_t stream) {
   const int64_t blocks = (p.B * p.H + kWarps - 1) / kWarps;
   const dim3 grid(static_cast<unsigned>(blocks), (p.tokens + kWarp - 1) / kWarp);
   if (grid.x == 0 || grid.y == 0) return 0;
@@ -163,18 +188,20 @@ int launch_of_type(bool sum, const Problem& p, void* stream) {
     case Type::kFloat32:
       return launch_either<float>(sum, p, grid, stream);
     case Type::kFloat16:
-      return launch_either<f16>(sum, p, grid, stream);
+      return launch_either<__half>(sum, p, grid, stream);
     default:
-      return launch_either<bf16>(sum, p, grid, stream);
+      return launch_either<__nv_bfloat16>(sum, p, grid, stream);
   }
 }
 
 }  // namespace
 
-int gather(const Problem& problem, void* stream) { return launch_of_type(false, problem, stream); }
+int gather(const Problem& problem, void* stream) {
+  return launch_of_type(false, problem, static_cast<cudaStream_t>(stream));
+}
 
 int bucket_sum(const Problem& problem, void* stream) {
-  return launch_of_type(true, problem, stream);
+  return launch_of_type(true, problem, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace irpe::cuda

@@ -1,4 +1,4 @@
-// The CUDA kernels as binding.cpp and the host harness call them: raw pointers and sizes, no torch.
+// The CUDA kernels as binding.cpp and the tests call them: raw pointers and sizes, no torch.
 #pragma once
 
 #include <cstdint>
@@ -13,13 +13,13 @@ enum class Type : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
 // Columns (RPE on queries): tokens are the keys; pairs is (B, H, others, tokens).
 struct Problem {
   Type type;
-  int32_t columns;            // 0: rows, 1: columns
+  int32_t columns;  // 0: rows, 1: columns
   int64_t B, H;
   int32_t tokens, others, N;
-  const int32_t* ids;         // laid out as the pairs of a gather; of a bucket sum (others, tokens)
-  void* lookups;              // numbers of one token lie next to each other
+  const int32_t* ids;  // laid out as the pairs of a gather; of a bucket sum (others, tokens)
+  void* lookups;       // numbers of one token lie next to each other
   int64_t stride_b, stride_h, stride_t;
-  void* pairs;                // contiguous
+  void* pairs;  // contiguous
 };
 
 // pairs(t, o) = lookups[t, ids[t, o]]. Returns a cudaError_t.

@@ -1,21 +1,13 @@
-// The part of the CUDA driver API that launches kernels, and the simulator's own functions.
+// The driver API, and the simulator's own functions.
 #include <cstring>
 #include <memory>
 #include <sstream>
 #include <string>
 
+#include "driver.h"
 #include "machine.h"
 
-namespace {
-
-using namespace ptxsim;
-
-enum Error { kSuccess = 0, kInvalidValue = 1, kInvalidPtx = 218, kNotFound = 500,
-             kIllegalAddress = 700, kOutOfResources = 701, kLaunchFailed = 719 };
-
-struct Limits {
-  int shared = 48 << 10, shared_opt_in = 227 << 10, threads = 1024;
-};
+namespace ptxsim {
 
 struct Function {
   Kernel kernel;
@@ -25,6 +17,16 @@ struct Function {
 
 struct Module {
   std::vector<Function*> functions;
+};
+
+}  // namespace ptxsim
+
+namespace {
+
+using namespace ptxsim;
+
+struct Limits {
+  int shared = 48 << 10, shared_opt_in = 227 << 10, threads = 1024;
 };
 
 struct State {

@@ -4,7 +4,7 @@ import ctypes
 import fcntl
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +29,7 @@ MACHINE = (
     "tensor",
     "counts",
 )
-FRONT = ("parse", "instructions", "driver")
+FRONT = ("parse", "instructions", "driver", "runtime")
 # Contraction would turn a multiplication and an addition of the kernel into one rounding.
 GXX = ["g++", "-std=c++17", "-march=native", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra"]
 
@@ -55,15 +55,23 @@ class LineCount(NamedTuple):
 
 def build(folder: Path) -> "Simulator":
     """The simulator's libraries in this folder, made by the first process that asks for them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "ptxsim.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "libptxsim_torch.so").exists():
-            _compile(folder)
+    made_once(folder / "libptxsim_torch.so", _compile)
     return Simulator(folder)
 
 
-def _compile(folder: Path) -> None:
+def made_once(file: Path, make: Callable[[Path], None]) -> None:
+    """Calls make(partial) and renames what it made, unless a process has done so before."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            partial = file.with_suffix(".partial")
+            make(partial)
+            partial.rename(file)
+
+
+def _compile(torch_memory: Path) -> None:
+    folder = torch_memory.parent
     units = {"torch_memory": [*TORCH_GXX, str(SOURCES / "torch_memory.cpp")]}
     units["torch_memory"] += [
         o for path in cpp_extension.include_paths() for o in ("-isystem", path)
@@ -79,19 +87,19 @@ def _compile(folder: Path) -> None:
     if any([process.wait() for process in running]):
         raise RuntimeError("the simulator does not compile")
     objects = {name: str(folder / f"{name}.o") for name in units}
-    library, partial = str(folder / "libptxsim.so"), folder / "partial.so"
-    link = ["g++", "-shared", "-o"]
+    library = str(folder / "libptxsim.so")
+    link = ["g++", "-shared", "-Wl,-Bsymbolic", "-o"]  # whatever libcuda the process has loaded
     subprocess.run([*link, library, objects["machine"], objects["front"]], check=True)
     torch_library = Path(torch.__file__).parent / "lib"
     libraries = [library, f"-L{torch_library}", "-lc10", f"-Wl,-rpath,{folder}"]
-    subprocess.run([*link, str(partial), objects["torch_memory"], *libraries], check=True)
-    partial.rename(folder / "libptxsim_torch.so")
+    subprocess.run([*link, torch_memory, objects["torch_memory"], *libraries], check=True)
 
 
 class Simulator:
     """`driver` has cuModuleLoadData and the like; kernels run on the tensors made in `watch()`."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.driver = ctypes.CDLL(str(folder / "libptxsim.so"))
         self._torch = ctypes.CDLL(str(folder / "libptxsim_torch.so"))
         self.driver.ptxsim_findings.restype = ctypes.c_char_p
