@@ -78,6 +78,13 @@ def same_classes(a: Factors, b: Factors) -> bool:
         return all(map(torch.equal, a[1:], b[1:]))
 
 
+def has_runs(factors: Factors) -> bool:
+    """Whether each row class is one run of offsets, under FakeTensorMode too."""
+    with _disable_current_modes():
+        changes = factors.row_class.diff().count_nonzero()
+        return int(changes) + 1 == len(factors.row_class.unique())
+
+
 def _by_offset(spec: MapSpec) -> Tensor:
     """(2 height - 1, 2 width - 1) int64: the bucket of a patch against one so many before it."""
     rows = torch.arange(1 - spec.height, spec.height, device="cpu")[:, None]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from irpe_ds.ops.factors import Factors
+from irpe_ds.ops.factors import Factors, has_runs
 
 MAX_SLOTS = 16
 MAX_CHUNK_KEYS = 128
@@ -30,8 +30,7 @@ class Rpe(NamedTuple):
         needed = columns if num_prefix else columns - 1
         if needed > MAX_SLOTS:
             raise ValueError(f"expected at most {MAX_SLOTS} column classes, got {needed}")
-        runs = int(factors.row_class.diff().count_nonzero()) + 1
-        return cls(rows, 8 if needed <= 8 else 16, is_bias, runs == rows)
+        return cls(rows, 8 if needed <= 8 else 16, is_bias, has_runs(factors))
 
 
 NO_RPE = Rpe()

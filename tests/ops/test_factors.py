@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from irpe_ds.ops.factors import MapSpec, factor
+from irpe_ds.ops.factors import MapSpec, factor, has_runs
 from irpe_ds.rpe.config import METHODS, RPEConfig
 from irpe_ds.rpe.tables import build_maps
 
@@ -49,3 +49,11 @@ def test_made_while_pytorch_traces() -> None:
         first = factor((spec,), CPU)
     assert all(type(each) is torch.Tensor and not each.is_inference() for each in first)
     assert factor((spec,), CPU) is first
+
+
+@pytest.mark.parametrize(
+    ("method", "runs"), [("product", True), ("cross_rows", True), ("euclidean", False)]
+)
+def test_runs_of_row_classes(method: str, runs: bool) -> None:
+    factors = factor((MapSpec(method, 14, 14, 1, 1.9),), CPU)
+    assert has_runs(factors) == runs
