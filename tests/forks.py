@@ -18,8 +18,7 @@ CONTEXT.set_forkserver_preload(
         "tests.launch.ranks",
         "irpe_ds.data.beton.convert",
         "irpe_ds.training.trainer",
-        "deepspeed",
-        "ffcv",
+        "tests.compiled",
     ]
 )
 

@@ -55,7 +55,8 @@ def common(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *(f"data.train={digits}/train.beton", f"data.val={digits}/val.beton"),
         *("train.epochs=3", f"train.global_batch={BATCH}", "train.log_every=1"),
         *("train.ema_decay=0.9", f"train.max_updates={UPDATES}", "data.workers=1"),
-        *("model.options.depth=2", "optim.warmup_epochs=1", "optim.lr=1e-3"),
+        *("model.options.depth=2", "model.options.embed_dim=32"),
+        *("optim.warmup_epochs=1", "optim.lr=1e-3"),
     ]
 
 

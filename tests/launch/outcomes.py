@@ -30,13 +30,13 @@ EPS = "optim.eps=1e-4"
 but for rounding, such as that of the keys' bias, which softmax does not see."""
 
 
-def tensors(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / f"checkpoints/update-{UPDATES:08d}/{kind}.safetensors")
+def tensors(folder: Path, kind: str, updates: int = UPDATES) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"checkpoints/update-{updates:08d}/{kind}.safetensors")
 
 
-def losses(folder: Path) -> torch.Tensor:
+def losses(folder: Path, updates: int = UPDATES) -> torch.Tensor:
     found = [row["loss"] for row in rows(folder, "train")]
-    assert len(found) == UPDATES
+    assert len(found) == updates
     return torch.tensor(found, dtype=torch.float64)
 
 

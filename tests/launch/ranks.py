@@ -13,6 +13,7 @@ from typing import Any
 from tests.forks import start
 
 CONFIG = "launch/configs/quickstart.yaml"
+Run = tuple[Sequence[str], str] | tuple[Sequence[str], str, str]
 
 
 def free_port() -> int:
@@ -25,8 +26,8 @@ class Ranks:
     """The processes of one run on this machine.
 
     Args:
-        runs: overrides of the quickstart's configuration, and what to resume from, one after the
-            other.
+        runs: overrides of the quickstart's configuration, or of the YAML that comes third, and
+            what to resume from, one after the other.
         spy: called in every rank before training, to change what the trainer does.
     """
 
@@ -34,7 +35,7 @@ class Ranks:
         self,
         folder: Path,
         world_size: int,
-        runs: Sequence[tuple[Sequence[str], str]],
+        runs: Sequence[Run],
         spy: Callable[[], None] | None = None,
     ) -> None:
         self.log = folder / f"ranks-{time.monotonic_ns()}"
@@ -86,7 +87,7 @@ def _train(
     rank: int,
     world_size: int,
     port: int,
-    runs: list[tuple[list[str], str]],
+    runs: list[Run],
     spy: Callable[[], None] | None,
     log: str,
 ) -> None:
@@ -108,8 +109,9 @@ def _train(
     def main() -> None:
         if spy is not None:
             spy()
-        for overrides, resume in runs:
-            if not train(load_config(CONFIG, overrides), resume):
+        for overrides, resume, *yaml in runs:
+            (path,) = yaml or (CONFIG,)
+            if not train(load_config(path, list(overrides)), resume):
                 destroy_process_group()
                 sys.exit(ExitCode.REQUEUE)
         destroy_process_group()

@@ -3,15 +3,13 @@
 The first run on a machine compiles DeepSpeed's AdamW for the CPU, which takes minutes.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launch.ranks import free_port, rows
+from tests.launch.ranks import Ranks, rows
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 UPDATES = 6
@@ -19,7 +17,7 @@ OFFLOADED = ("zero1_offload", "zero2_offload", "zero3_offload")
 
 
 @pytest.fixture(scope="module")
-def runs(run: Any, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run under each of them and under zero1, by name."""
     output = tmp_path_factory.mktemp("offload")
     common = [
@@ -32,11 +30,7 @@ def runs(run: Any, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         ([*common, f"name={name}", f"train.deepspeed=ds_configs/{name}.json"], "never")
         for name in ("zero1", *OFFLOADED)
     ]
-    (output / "runs.json").write_text(json.dumps(trainings))
-    launcher = ("deepspeed", "--num_accelerators", 2, "--master_port", free_port())
-    script = ("tests/launch/train_several.py", output / "runs.json")
-    done = run(*launcher, *script, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
+    Ranks(output, 2, trainings).succeed(900)
     return output
 
 

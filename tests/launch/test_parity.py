@@ -14,12 +14,14 @@ import torch
 
 from irpe_ds.data.order import train_order
 from irpe_ds.data.rng import image_keys
-from tests.launch.outcomes import BATCH, EPS, PER_EPOCH, UPDATES, losses, slow, tensors, zero
+from tests.launch.outcomes import BATCH, EPS, PER_EPOCH, slow, zero
+from tests.launch.outcomes import losses as losses_of
+from tests.launch.outcomes import tensors as tensors_of
 from tests.launch.ranks import Ranks, rows
 
 pytestmark = pytest.mark.dist
-
-
+UPDATES = 18  # an epoch and a part of the next
+losses, tensors = partial(losses_of, updates=UPDATES), partial(tensors_of, updates=UPDATES)
 CASES = [(stage, steps, ranks) for ranks in (1, 2, 4) for stage in range(4) for steps in (1, 4)]
 FAST = [(0, 1, 1), (1, 1, 2), (3, 1, 2), (1, 4, 2)]  # test_train has every stage on two ranks
 Parity = Callable[[int, int, int], Path]
@@ -30,11 +32,13 @@ def parity(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Parit
     """The run of a stage, accumulation and number of ranks; the global batch is always the same."""
     logs, output = tmp_path_factory.mktemp("parity"), Path(common[0].removeprefix("output="))
 
+    base = [*common, EPS, f"train.max_updates={UPDATES}"]
+
     @functools.cache
     def make(cases: tuple[tuple[int, int, int], ...]) -> None:
         """In the same processes one after the other, to start them only once."""
         runs = [
-            ([*common, EPS, *zero(stage, accumulation=steps), f"name={stage}-{steps}-{n}"], "never")
+            ([*base, *zero(stage, accumulation=steps), f"name={stage}-{steps}-{n}"], "never")
             for stage, steps, n in cases
         ]
         Ranks(logs, cases[0][2], runs).succeed(1800)
@@ -90,9 +94,9 @@ def test_ranks_and_stages_change_on_the_way(
     last: int, common: list[str], output: Path, parity: Parity, tmp_path: Path
 ) -> None:
     folder = output / f"changing-{last}"
-    for ranks, stage, updates in ((2, 1, 9), (1, 3, 20), (last, 0, UPDATES)):
+    for ranks, stage, updates in ((2, 1, 5), (1, 3, 15), (last, 0, UPDATES)):
         run = [*common, EPS, *zero(stage), f"name={folder.name}", f"train.max_updates={updates}"]
-        resume = "never" if updates == 9 else "auto"
+        resume = "never" if updates == 5 else "auto"
         Ranks(tmp_path, ranks, [(run, resume)], partial(note_keys, tmp_path)).succeed()
     assert "with ranks: 2 -> 1; ZeRO stage: 1 -> 3" in (folder / "log.txt").read_text()
     torch.testing.assert_close(losses(folder), losses(parity(1, 1, 2)), rtol=0, atol=1e-3)
@@ -117,7 +121,7 @@ def test_precision_changes_on_the_way(
     runs = [
         ([*common, EPS, *zero(2, precision), "name=mixed", f"train.max_updates={updates}"], resume)
         for precision, updates, resume in zip(
-            precisions, (8, 16, 23, UPDATES), ("never", "auto", "auto", "auto"), strict=True
+            precisions, (5, 10, 15, UPDATES), ("never", "auto", "auto", "auto"), strict=True
         )
     ]
     Ranks(tmp_path, 2, runs).succeed()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from irpe_ds.config import AugmentConfig, OptimConfig, RunConfig, TrainConfig, load_config
 from irpe_ds.models.zoo import ZOO
-from tests.launch.ranks import free_port
+from tests.launch.ranks import Ranks
 
 FOLDER = Path("launch/configs/imagenet")
 SMALL = [f"deit_small_{encoding}" for encoding in ("k", "qk", "qkv")]
@@ -116,6 +116,7 @@ def test_runs_do_not_share_a_folder() -> None:
 
 UPDATES = 2
 SIZES = {224: 64, 384: 96}  # pixels
+SMALL_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 2}
 TEACHER = "test_resnet"
 REDUCED = {
     *("output", "data.train", "data.val", "data.workers", "train.global_batch", "train.log_every"),
@@ -133,7 +134,7 @@ def overrides(name: str, folder: Path, digits: Path) -> list[str]:
         *(f"output={folder}", f"data.train={digits}/train.beton", f"data.val={folder}/val.beton"),
         *("data.workers=1", "train.global_batch=16", "train.log_every=1"),
         *(f"train.max_updates={UPDATES}", f"model.img_size={SIZES[size]}"),
-        *("model.num_classes=10", "model.options.depth=2"),
+        *("model.num_classes=10", *(f"model.options.{k}={v}" for k, v in SMALL_VIT.items())),
     ]
     if config.model.weights is not None:
         small += [f"model.weights={folder}/plain.pth"]
@@ -153,7 +154,7 @@ def trained(run: Any, digits: Path, tmp_path_factory: pytest.TempPathFactory) ->
     convert = ("data_prep/convert.py", "--source", folder / "val", "--out", folder / "val.beton")
     made = run(sys.executable, *convert)
     assert made.returncode == 0, made.stderr
-    small = {"num_classes": 10, "img_size": SIZES[224], "depth": 2}
+    small = {"num_classes": 10, "img_size": SIZES[224], **SMALL_VIT}
     plain = timm.create_model("deit_base_patch16_224", **small)
     torch.save({"model": plain.state_dict()}, folder / "plain.pth")
     teacher = timm.create_model(TEACHER, num_classes=10)
@@ -162,10 +163,7 @@ def trained(run: Any, digits: Path, tmp_path_factory: pytest.TempPathFactory) ->
     trainings = [
         (overrides(name, folder, digits), "never", str(path)) for name, path in RECIPES.items()
     ]
-    (folder / "runs.json").write_text(json.dumps(trainings))
-    launcher = ("deepspeed", "--num_accelerators", 2, "--master_port", free_port())
-    done = run(*launcher, "tests/launch/train_several.py", folder / "runs.json", timeout=1800)
-    assert done.returncode == 0, done.stdout + done.stderr
+    Ranks(folder, 2, trainings).succeed(1800)
     return folder
 
 

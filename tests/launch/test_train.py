@@ -1,9 +1,13 @@
 """Training with two processes: stages, precisions, resuming, and the `deepspeed` command."""
 
+import atexit
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +41,9 @@ Evaluate = Callable[..., str]
 
 
 def overrides(kind: str, stage: int, precision: str, updates: int) -> tuple[str, ...]:
+    narrow = ("model.options.embed_dim=32",) if kind == "reference" or precision == "bf16" else ()
     return (
+        *narrow,  # where processors have no bf16 instructions it takes several times as long
         *("train.log_every=1", "train.epochs=2", "train.global_batch=96", "optim.warmup_epochs=0"),
         *("model.options.depth=2", "model.drop_path=0.1", "optim.lr=1e-3"),
         f"name={kind}-{stage}-{precision}",
@@ -109,11 +115,12 @@ def runs(launch: Launch, output: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bf16_runs(launch: Launch, runs: Path) -> Path:
-    """The same stages in bf16."""
-    launch(first_of("bf16"))
+def bf16_runs(launch: Launch, output: Path) -> Path:
+    """The same stages in bf16, and `reference-0-fp32`, which is as narrow."""
+    reference: Training = (overrides("reference", 0, "fp32", UPDATES), "never")
+    launch([reference, *first_of("bf16")])
     launch(second_of("bf16"))
-    return runs
+    return output
 
 
 @pytest.fixture
@@ -150,9 +157,10 @@ def test_fp32_losses_agree_across_stages(runs: Path) -> None:
 @pytest.mark.parametrize("stage", range(4))
 def test_bf16_follows_fp32(bf16_runs: Path, stage: int) -> None:
     runs = bf16_runs
-    reference, found = losses(runs / "whole-0-fp32"), losses(runs / f"whole-{stage}-bf16")
-    torch.testing.assert_close(found[:5], reference[:5], rtol=0, atol=0.02)
-    assert (found - reference).abs().mean() < 0.05
+    reference, found = losses(runs / "reference-0-fp32"), losses(runs / f"whole-{stage}-bf16")
+    # Rounding makes 0.0009 and 0.0003; half the learning rate 0.016 and 0.004.
+    torch.testing.assert_close(found[:5], reference[:5], rtol=0, atol=0.005)
+    assert (found - reference).abs().mean() < 0.002
     ds_config = json.loads((runs / f"whole-{stage}-bf16" / "deepspeed.json").read_text())
     assert ds_config["bf16"] == {"enabled": True}
 
@@ -249,34 +257,53 @@ def test_evaluate_reads_the_folder_itself(evaluate: Evaluate, digits: Path) -> N
     assert scores[0] == scores[1]
 
 
+def simulate(folder: Path) -> None:
+    """model.impl=fused runs on the CPU, by the simulator in this folder, from here on."""
+    from tests.ops.fused_problems import SimulatedDevice, simulated
+
+    simulator = build(folder)
+    gpu = ExitStack()
+    gpu.enter_context(simulator.watch())
+    gpu.enter_context(simulated(SimulatedDevice(simulator.driver)))
+    atexit.register(gpu.close)
+
+
 @pytest.mark.slow
-def test_fused_attention_under_zero_3(
-    run: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fused_attention_under_zero_3(digits: Path, tmp_path: Path) -> None:
     """With tables that are partitioned too, which ds_configs/zero3.json leaves whole."""
+    updates = 3  # the first has tables of zeros, the second what its gradients made of them
     settings = json.loads(Path("ds_configs/zero3.json").read_text())
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (tmp_path / "zero3.json").write_text(json.dumps(settings))
+    shutil.copytree(digits / "val", tmp_path / "val", ignore=lambda _, names: sorted(names)[10:])
     build(tmp_path / "ptxsim")
-    monkeypatch.setenv("IRPE_TEST_SIMULATOR", str(tmp_path / "ptxsim"))
     common = (
-        *(f"output={tmp_path}", f"train.max_updates={UPDATES}", "train.log_every=1"),
-        *(f"data.train={digits}/train.beton", f"data.val={digits}/val.beton", "model.drop_path=0"),
-        *("model.options.depth=2", "model.rpe.on=qkv", "optim.lr=1e-3"),
+        *(f"output={tmp_path}", f"train.max_updates={updates}", "train.log_every=1"),
+        *(f"data.train={digits}/train", f"data.val={tmp_path}/val", "train.global_batch=8"),
+        *("data.pipeline=timm", "data.workers=1", "model.img_size=16", "model.drop_path=0"),
+        *("model.options.depth=2", "model.rpe.on=qkv", "optim.lr=1e-2", "optim.warmup_epochs=0"),
         f"train.deepspeed={tmp_path}/zero3.json",
     )
     impls = ("fused", "reference")
     trainings = [((*common, f"name={impl}", f"model.impl={impl}"), "never") for impl in impls]
-    (tmp_path / "runs.json").write_text(json.dumps(trainings))
-    launcher = ("deepspeed", "--num_accelerators", 2, "--master_port", free_port())
-    done = run(*launcher, "tests/launch/train_several.py", tmp_path / "runs.json", timeout=1800)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "attention op fused (asked for by name)" in done.stdout + done.stderr
-    fused, reference = (losses(tmp_path / impl) for impl in impls)
-    torch.testing.assert_close(fused, reference, atol=0.02, rtol=0)
-    tables = [x for name, x in weights(tmp_path / "fused").items() if "rpe_" in name]
+    ranks = Ranks(tmp_path, 2, trainings, partial(simulate, tmp_path / "ptxsim"))
+    ranks.succeed(1800)
+    assert "attention op fused (asked for by name)" in ranks.output()
+    found, expected = (rows(tmp_path / impl, "train") for impl in impls)
+    assert len(found) == updates
+    for one, other in zip(found, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=0.02)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.02)
+    moments, reference = (
+        load_file(tmp_path / impl / f"checkpoints/update-{updates:08d}/optimizer.safetensors")
+        for impl in impls
+    )
+    tables = [name for name in moments if name.startswith("exp_avg.") and "rpe_" in name]
     assert len(tables) == 6
-    assert sum(bool(table.any()) for table in tables) == 5  # the class token sees one bucket
+    assert sum(bool(moments[name].any()) for name in tables) == 5  # the class token sees one bucket
+    for name in (name for name in moments if name.startswith("exp_avg.")):
+        error = (moments[name] - reference[name]).norm()
+        assert error <= 0.1 * reference[name].norm() + 1e-6, name
 
 
 def test_without_the_operators_it_trains_on_the_reference_and_leaves_nothing_behind(

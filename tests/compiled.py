@@ -1,0 +1,26 @@
+"""What every rank would import and compile by itself, some 7 CPU-seconds; once, before the fork.
+
+- DeepSpeed's engine imports its Muon, whose decorators import torch._inductor.
+- numba compiles the decoder. That starts its thread pool, which a fork survives under workqueue,
+  not under omp.
+"""
+
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import numba
+import numpy as np
+
+from irpe_ds.data.beton.reader import ENTRY
+from irpe_ds.data.crops import CROP
+from irpe_ds.data.pipelines.ffcv import decode_crops
+
+numba.config.THREADING_LAYER = "workqueue"
+_file = np.empty(0, np.uint8)
+_file.flags.writeable = False  # as a file that is mapped
+decode_crops.compile(
+    tuple(
+        map(
+            numba.typeof,
+            (_file, np.empty(0, ENTRY), np.empty(0, CROP), np.empty((0,) * 4, np.uint8)),
+        )
+    )
+)
