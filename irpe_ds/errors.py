@@ -4,7 +4,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """How a script ended, for schedulers; the README and launch/slurm/train.sbatch follow this."""
+    """How a script ended, for schedulers; docs/troubleshooting.md has the table."""
 
     DONE = 0
     FAILED = 1

@@ -73,8 +73,8 @@ def split(profile: Profile, zero: Zero) -> tuple[list[Parameter], list[Parameter
     zero/parameter_offload.py, mark_persistent_parameters.
     """
     limit = zero.stage3_param_persistence_threshold
-    persistent = [p for p in profile.parameters if p.numel < limit]
-    return [p for p in profile.parameters if p.numel >= limit], persistent
+    persistent = [p for p in profile.parameters if p.numel <= limit]
+    return [p for p in profile.parameters if p.numel > limit], persistent
 
 
 def gathered_again(profile: Profile, zero: Zero) -> list[Parameter]:
@@ -103,7 +103,7 @@ def gathered(call: Call, parameters: Sequence[Parameter], zero: Zero) -> list[st
         parameters: all of the model.
     """
     numel = {p.name: p.numel for p in parameters}
-    partitioned = {n for n in numel if numel[n] >= zero.stage3_param_persistence_threshold}
+    partitioned = {n for n in numel if numel[n] > zero.stage3_param_persistence_threshold}
     events = [*_events(call, 1), *_events(call, -1)]
     modules = [names for begins, names in events if begins]
     trace = deque((name, number) for number, names in enumerate(modules) for name in names)

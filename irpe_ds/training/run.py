@@ -28,7 +28,7 @@ from irpe_ds.cluster.rendezvous import INTERFACE
 from irpe_ds.cluster.signals import StopSignals, broken_pipe_safe
 from irpe_ds.config import RunConfig
 from irpe_ds.data.beton.reader import DatasetInfo
-from irpe_ds.errors import ConfigError, UserError
+from irpe_ds.errors import ClusterError, ConfigError, UserError
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.models.build import build_model
 from irpe_ds.ops.dispatch import FallbackWarning, ResolvedImpl, resolve_impl
@@ -100,7 +100,7 @@ def train(
         start = ranks.on_rank0(partial(find_start, config, resume, manifest))
         if start.path is not None and ranks.any_rank(not start.path.exists()):
             expected = "a run folder that all nodes share"
-            raise ConfigError(config.folder, expected, f"a node without {start.path}")
+            raise ClusterError(config.folder, expected, f"a node without {start.path}")
         saved = start.saved
         if saved.update > length.last_update or (
             saved.update == length.last_update and saved.scores

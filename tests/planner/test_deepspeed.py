@@ -23,7 +23,7 @@ from tests.planner.conftest import QUICKSTART, cluster
 
 RANKS = 2
 BUCKETS = {"reduce_bucket_size": 60_000, "allgather_bucket_size": 60_000}
-STAGE_3 = {"reduce_bucket_size": 60_000, "stage3_param_persistence_threshold": 3000}
+STAGE_3 = {"reduce_bucket_size": 60_000, "stage3_param_persistence_threshold": 3072}  # as one has
 LETS_GO = {**STAGE_3, "stage3_max_reuse_distance": 0}
 ZERO = {
     "stage 0": {"stage": 0},
