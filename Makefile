@@ -9,11 +9,10 @@ PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check -c constr
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.DELETE_ON_ERROR:
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help setup quickstart check test test-slow test-gpu gpu-day bench lint format
+.PHONY: help setup quickstart check test test-slow test-gpu gpu-day lint format
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -53,9 +52,6 @@ test-gpu: $(READY) ## The tests that need an NVIDIA GPU
 
 gpu-day: $(READY) ## All that is to be measured on an NVIDIA GPU; UPSTREAM=rpe_ops times the released op too
 	@python -m irpe_ds.ops.bench.gpu_day $(UPSTREAM:%=--upstream %)
-
-bench: $(READY) ## Time the operators against plain attention
-	@python -m irpe_ds.ops.bench
 
 lint: $(READY) ## Check style and types
 	@ruff check .
