@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops.gather import lookup_of
@@ -65,6 +64,9 @@ def attention(x: Inputs) -> Tensor:
             score = torch.where(mask_BL[b, j], float("-inf"), score)
         return score
 
+    # Here, since it imports sympy: 0.7 s of the start of everything that imports the operators.
+    from torch.nn.attention.flex_attention import flex_attention
+
     attend: Callable[..., Tensor] = flex_attention
     if x.q.is_cuda and not torch.compiler.is_compiling():  # else it joins the graph being traced
         attend = _compiled()
@@ -74,4 +76,6 @@ def attention(x: Inputs) -> Tensor:
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
     """FlexAttention compiled to its kernels; raises where it cannot be."""
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
