@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -94,19 +95,24 @@ def main() -> None:
 def print_forecast(coming: "Forecast") -> None:
     print(
         f"{coming.images} images of {coming.classes} classes, {coming.left_out} other files left "
-        f"out; about {coming.size / 1e9:.3g} GB, {coming.free / 1e9:.3g} GB free; "
-        f"about {coming.seconds / 60:.2g} minutes if the disk is fast enough"
+        f"out; about {coming.size / 1e9:.3g} GB, {coming.free / 1e9:.3g} GB free; about "
+        f"{max(0.1, coming.seconds / 60):.2g} minutes if the disk is fast enough"
     )
     for name, reason in coming.bad.items():
         print(f"bad: {name}: {reason}")
 
 
+def _names(classes: Sequence[str]) -> str:
+    """Of few classes: a folder too high shows train and val."""
+    return f" ({', '.join(classes)})" if len(classes) <= 5 else ""
+
+
 def print_result(manifest: DatasetManifest, out: Path, seconds: float) -> None:
     print(
-        f"{out}: {manifest.num_samples} images of {len(manifest.classes)} classes from "
-        f"{manifest.kind}, {manifest.size / 1e6:.1f} MB; {manifest.changed} not stored as "
-        f"they were, {manifest.left_out} other files left out, {manifest.duplicates} duplicates; "
-        f"{manifest.num_samples / seconds:.0f} img/s"
+        f"{out}: {manifest.num_samples} images of {len(manifest.classes)} classes"
+        f"{_names(manifest.classes)} from {manifest.kind}, {manifest.size / 1e6:.1f} MB; "
+        f"{manifest.changed} converted, not stored as they were, {manifest.left_out} other files "
+        f"left out, {manifest.duplicates} duplicates; {manifest.num_samples / seconds:.0f} img/s"
     )
     if manifest.skipped:
         print(f"{manifest.skipped} bad images are listed in {beside(out, SKIPPED)}")

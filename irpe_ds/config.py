@@ -309,7 +309,7 @@ class RunConfig(Section):
     @pydantic.model_validator(mode="after")
     def _warmup_ends(self) -> "RunConfig":
         if self.optim.warmup_epochs >= self.train.epochs:
-            expected = f"less than train.epochs, which is {self.train.epochs}"
+            expected = f"less than train.epochs, which is {self.train.epochs}, such as 0"
             raise ConfigError("optim.warmup_epochs", expected, self.optim.warmup_epochs)
         return self
 
@@ -377,6 +377,12 @@ def _explain(finding: Any, section: type[Section], above: str) -> ConfigError:
         parts = [str(part) for part in (where, cause.where) if part]
         return ConfigError(".".join(parts), cause.expected, cause.got)
     expected = finding["msg"].removeprefix("Input should be ")
+    if finding["type"] == "string_pattern_mismatch":  # of the run's name, the only one
+        expected = "letters, digits, and . _ -"
+    elif finding["type"] == "dataclass_type":
+        expected = (
+            f"null or a section with the keys {', '.join(_keys_beside(section, [*keys, '']))}"
+        )
     return ConfigError(where, expected[0].lower() + expected[1:], repr(finding["input"]))
 
 

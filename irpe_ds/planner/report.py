@@ -7,7 +7,7 @@ from typing import Any
 
 from irpe_ds.config import RunConfig
 from irpe_ds.errors import ConfigError, UserError
-from irpe_ds.planner.assumptions import MEANINGS, Assumptions
+from irpe_ds.planner.assumptions import IMAGENET_IMAGES, MEANINGS, Assumptions
 from irpe_ds.planner.deepspeed import collectives, version_note
 from irpe_ds.planner.hardware import Cluster
 from irpe_ds.planner.memory import Memory
@@ -168,7 +168,8 @@ def _answer(report: Report) -> Iterator[str]:
     parts = ", ".join(f"{name} {1e3 * x:.2f}" for name, x in row.step.parts.items())
     yield f"- update: {1e3 * row.step.total:.2f} ms ({parts} exposed)"
     yield f"- throughput: {row.images_per_s:,.0f} img/s, efficiency {100 * row.efficiency:.0f} %"
-    epochs = f"{train.epochs} epochs of {scenario.images:,} images"
+    imagenet = " (ImageNet; --images for another set)" * (scenario.images == IMAGENET_IMAGES)
+    epochs = f"{train.epochs} epochs of {scenario.images:,} images{imagenet}"
     yield f"- {epochs}: {row.hours:,.2f} hours, {row.gpu_hours:,.1f} GPU-hours"
     per_node = row.images_per_s / cluster.nodes, row.storage_gb_s / cluster.nodes
     yield (

@@ -102,6 +102,7 @@ def draw_curves(runs: dict[str, Rows], axis: str) -> Figure:
             for name, rows in runs.items()
             for key in panel.keys
             if (curve := Curve.of(rows, panel.kind, key, axis)).x
+            and not (key == "top5" and min(curve.y) == 100)  # of five classes or fewer
         }
         for panel in PANELS
     }

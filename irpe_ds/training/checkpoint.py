@@ -212,13 +212,16 @@ def weights_of(run: Path, *, best: bool = False, ema: bool = False) -> Path:
     """
     paths = complete(run / FOLDER)
     if not paths:
-        raise CheckpointError(f"{run}: no checkpoint in this run folder")
+        none = "no checkpoint in this run folder" if run.is_dir() else "no such run folder"
+        raise CheckpointError(f"{run}: {none}")
     path = max(paths, key=lambda path: (_score(path), path)) if best else paths[-1]
     file = path / file_of(EMA if ema else WEIGHTS)
     if damage := find_damage(path):
         raise CheckpointError(f"{path}: damaged checkpoint: {damage}")
     if not file.exists():
-        raise CheckpointError(f"{path}: no {file.name}: the run keeps no average (train.ema_decay)")
+        raise CheckpointError(
+            f"{path}: no {file.name}: the run keeps no average (train.ema_decay); leave out --ema"
+        )
     return file
 
 

@@ -96,10 +96,17 @@ def check_data(config: RunConfig) -> dict[str, DatasetInfo]:
     """
     train, val = open_checked(config, "train"), open_checked(config, "val")
     if train.classes and val.classes and train.classes != val.classes:
-        pairs = zip(train.classes, val.classes, strict=True)
-        expected, got = next((t, v) for t, v in pairs if t != v)
-        raise ConfigError("data.val", f"the classes of {train.path}, with {expected!r}", repr(got))
+        missing, more = set(train.classes) - set(val.classes), set(val.classes) - set(train.classes)
+        got = f"others: without {_few(missing)}, with {_few(more)}"
+        raise ConfigError(
+            "data.val", f"the classes of {train.path}", got if more else "another order"
+        )
     return {"train": train, "val": val}
+
+
+def _few(names: set[str]) -> str:
+    shown = [repr(name) for name in sorted(names)[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def open_checked(config: RunConfig, part: Part) -> DatasetInfo:

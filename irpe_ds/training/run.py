@@ -41,6 +41,7 @@ from irpe_ds.training.precision import PRODUCTS
 from irpe_ds.training.start import (
     FolderLock,
     RunLength,
+    cautions,
     check_folder,
     find_start,
     initial_manifest,
@@ -125,7 +126,7 @@ def train(
             ) as log:
                 if ranks.is_main:
                     log.note(write_run_metadata(config, ds_config, ranks, op))
-                for text in start.notes:
+                for text in [*cautions(config, length), *start.notes]:
                     log.note(text)
                 return work(trainer, log)
 
@@ -183,8 +184,10 @@ def write_run_metadata(
     (config.folder / "environment.json").write_text(json.dumps(found, indent=2) + "\n")
     nodes = len(found["hosts"])
     network = f", {nodes} nodes over {found['interface']}" if nodes > 1 else ""
+    rpe = config.model.rpe
+    relative = f" with {rpe.mode} {rpe.method} RPE on {rpe.on}" if rpe else ""
     return (
-        f"{config.folder}: {config.model.name} in {config.train.precision}, "
+        f"{config.folder}: {config.model.name}{relative} in {config.train.precision}, "
         f"{found['ranks']} ranks on {found['device']}{network}, attention op {op.name} ({op.why})"
     )
 

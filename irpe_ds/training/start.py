@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import torch
 from torch import nn
 
 from irpe_ds.cluster.process_group import Ranks
@@ -46,6 +47,21 @@ def run_length(config: RunConfig, num_samples: int) -> RunLength:
         updates_per_epoch=updates_per_epoch,
         last_update=min(last_update, train.max_updates or last_update),
     )
+
+
+def cautions(config: RunConfig, length: RunLength) -> list[str]:
+    """What a careful colleague would say of settings that are no mistake, for the log."""
+    train, updates, found = config.train, length.last_update, []
+    share = (train.ema_decay or 0) ** updates
+    if share > 0.1:
+        found.append(
+            f"train.ema_decay={train.ema_decay:g}: after this run's {updates} updates the average "
+            f"is still {share:.0%} first weights; train.ema_decay=null keeps no average"
+        )
+    emulated = not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported()
+    if train.precision == "bf16" and emulated:
+        found.append("bf16 is emulated on this CPU: train.precision=fp32 is several times faster")
+    return [f"caution: {text}" for text in found]
 
 
 def initial_manifest(

@@ -18,14 +18,16 @@ from launch import curves
 SCRIPT = Path(__file__).parents[2] / "launch/curves.py"
 
 
-def make_run(folder: Path, *, evaluated: bool = True, last_loss: float = 2.0) -> Path:
+def make_run(
+    folder: Path, *, evaluated: bool = True, last_loss: float = 2.0, top5: float = 90.0
+) -> Path:
     with RunLog(folder, name="x", config={}, wandb=WandbConfig().model_dump()) as log:
         for update in range(1, 5):
             loss = last_loss if update == 4 else 6.0 / update
             log.log("train", update, {"loss": loss, "lr": 1e-3 / update, "epoch": update / 2})
         if evaluated:
             for epoch in (1, 2):
-                log.log("eval", 2 * epoch, {"top1": 30.0 * epoch, "top5": 90.0, "epoch": epoch})
+                log.log("eval", 2 * epoch, {"top1": 30.0 * epoch, "top5": top5, "epoch": epoch})
     return folder
 
 
@@ -63,6 +65,12 @@ def test_run_without_evaluation_and_with_a_lost_loss(tmp_path: Path) -> None:
     assert loss.get_title("left") == "Training loss"
     assert rate.get_title("left") == "Learning rate"
     assert [text.get_text() for text in loss.texts] == ["nan"]
+
+
+def test_top_5_of_five_classes_is_left_out(tmp_path: Path) -> None:
+    figure = draw_curves(read_runs([make_run(tmp_path / "a", top5=100.0)], "update"), "update")
+    accuracy = figure.axes[1]
+    assert [text.get_text() for text in accuracy.texts] == ["60.0"]
 
 
 def test_runs_of_one_name_are_told_apart_by_path(tmp_path: Path) -> None:

@@ -12,7 +12,13 @@ from irpe_ds.config import RunConfig
 from irpe_ds.errors import CheckpointError, ConfigError
 from irpe_ds.training import checkpoint
 from irpe_ds.training.checkpoint import CheckpointManifest
-from irpe_ds.training.start import check_folder, find_start, initial_manifest, run_length
+from irpe_ds.training.start import (
+    cautions,
+    check_folder,
+    find_start,
+    initial_manifest,
+    run_length,
+)
 
 
 @pytest.fixture
@@ -264,3 +270,22 @@ def test_a_folder_that_cannot_be_written(config: RunConfig) -> None:
     config.output.joinpath("x").write_text("a file where the folder should be")
     with pytest.raises(CheckpointError, match=r"^output: cannot write to "):
         check_folder(config)
+
+
+def test_an_average_over_more_updates_than_the_run_has_is_pointed_out(config: RunConfig) -> None:
+    length = run_length(config, 640)  # 100 updates
+    values = config.model_dump() | {"train": config.train.model_dump() | {"precision": "fp32"}}
+    for decay, expected in ((None, 0), (0.9, 0), (0.999, 1)):
+        values["train"]["ema_decay"] = decay
+        found = cautions(RunConfig.model_validate(values), length)
+        assert len(found) == expected, decay
+    assert "100 updates the average is still 90% first weights" in found[0]
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_emulated_bf16_is_pointed_out(
+    supported: bool, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    assert bool(cautions(config, run_length(config, 640))) != supported

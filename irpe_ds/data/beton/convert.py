@@ -39,7 +39,7 @@ from irpe_ds.data.beton.reader import tables_sha256
 from irpe_ds.data.beton.sources import Files, Member, Source
 from irpe_ds.data.beton.writer import BetonWriter, file_size, first_payload
 from irpe_ds.data.parallel import map_in_order, progress
-from irpe_ds.errors import DataError
+from irpe_ds.errors import DataError, UserError
 from irpe_ds.files import fsync
 
 _COMMIT_SECONDS = 2.0  # between commits: what a kill loses at most
@@ -84,7 +84,12 @@ def convert(
             if out.exists() and not overwrite and not renamed:
                 raise already_exists(out)
             if not renamed:
-                manifest = _convert(source, out, options, journal, workers, on_bad, command)
+                try:
+                    manifest = _convert(source, out, options, journal, workers, on_bad, command)
+                except UserError:
+                    if not unfinished.exists():  # nothing is done that could be continued
+                        journal_path.unlink(missing_ok=True)
+                    raise
                 manifest.write(beside(out, MANIFEST + PARTIAL))
                 for suffix in (HASHES, SKIPPED):
                     fsync(beside(out, suffix + PARTIAL))

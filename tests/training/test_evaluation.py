@@ -1,0 +1,32 @@
+"""The data of a run, checked before it starts."""
+
+from pathlib import Path
+
+import pytest
+
+from irpe_ds.config import RunConfig
+from irpe_ds.data.beton.reader import DatasetInfo
+from irpe_ds.errors import ConfigError
+from irpe_ds.training import evaluation
+
+
+@pytest.mark.parametrize(
+    ("val", "message"),
+    [
+        (("cat", "cow", "emu"), "got others: without 'ant', 'dog', with 'cow', 'emu'"),
+        (("cat", "ant", "dog"), "got another order"),
+    ],
+)
+def test_other_classes_in_validation_are_named(
+    val: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = {"train": ("ant", "cat", "dog"), "val": val}
+
+    def open_checked(_: RunConfig, part: str) -> DatasetInfo:
+        return DatasetInfo(path=Path(part), num_samples=3, classes=classes[part])
+
+    monkeypatch.setattr(evaluation, "open_checked", open_checked)
+    values = {"name": "x", "model": {"name": "deit"}, "data": {"train": "a", "val": "b"}}
+    with pytest.raises(ConfigError, match=r"^data\.val: expected the classes of train") as caught:
+        evaluation.check_data(RunConfig.model_validate(values))
+    assert str(caught.value).endswith(message)
