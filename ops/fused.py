@@ -67,7 +67,7 @@ def attention(x: Inputs) -> Tensor:
     tables = [table.mT if table.dim() == 3 and target < 2 else table for table, _, target in terms]
     grid = [*maps[0].grid, maps[0].skip] if maps else [x.q.shape[2], 1, 0]
     seed = torch.randint(2**63 - 1, (1,), device=x.q.device) if x.dropout_p else None
-    out, _ = torch.ops.irpe_ds.fused_forward(
+    out, *_ = torch.ops.irpe_ds.fused_forward(
         x.q,
         x.k,
         x.v,
@@ -81,6 +81,7 @@ def attention(x: Inputs) -> Tensor:
         seed,
         x.scale,
         x.dropout_p,
+        torch.is_grad_enabled(),
     )
     return out
 

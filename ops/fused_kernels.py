@@ -11,8 +11,10 @@ from torch import Tensor
 from irpe_ds.ops.build import nvrtc
 from irpe_ds.ops.factors import Factors
 from irpe_ds.ops.fused_plan import (
+    NO_RPE,
     Needed,
     Plan,
+    Rpe,
     Shape,
     backward_keys_bytes,
     backward_queries_bytes,
@@ -257,39 +259,41 @@ class Call(NamedTuple):
         return params
 
 
-def forward(call: Call, device: Device) -> tuple[Tensor, Tensor]:
+def forward(call: Call, device: Device, keep_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Attention with relative position.
 
+    Args:
+        keep_sums: whether a backward follows.
+
     Returns:
-        (B, H, L, D), in memory (B, L, H, D), and the log-sum-exp of the scores, (B, H, L) float32.
+        (B, H, L, D), in memory (B, L, H, D); the log-sum-exp of the scores, (B, H, L) float32; the
+        bucket sums of the weights for the terms on values, (B, L, H, row classes x slots), without
+        numbers where they are not kept.
     """
     out = empty_like_tokens(call.q)
     lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
-    _launch("forward", call, device, call.params(lse, out=out))
-    return out, lse
+    sums_v = empty_sums(call.q, call.shape.rpe_v if keep_sums else NO_RPE)
+    params = call.params(lse, out=out)
+    params.sums_v = sums_v.data_ptr() if sums_v.numel() else None
+    _launch("forward", call, device, params)
+    return out, lse, sums_v
 
 
 def backward_queries(
     call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, device: Device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What a backward sums up for each query; `out` and `lse` are the results of `forward`.
 
     Returns:
         The gradient of q; delta, (B, H, L) float32, the products of grad_out and out; the bucket
-        sums of the scores' gradients for the terms on keys, and of the weights for those on values,
-        (B, L, H, row classes x slots).
+        sums of the scores' gradients for the terms on keys, (B, L, H, row classes x slots).
     """
-    batch, heads, length, _ = call.q.shape
     grad_q, delta = empty_like_tokens(call.q), torch.empty_like(lse)
-    sums_k, sums_v = (
-        call.q.new_empty(batch, length, heads, rpe.row_classes * rpe.slots)
-        for rpe in (call.shape.rpe_k, call.shape.rpe_v)
-    )
+    sums_k = empty_sums(call.q, call.shape.rpe_k)
     params = call.params(lse, out=out, grad_out=grad_out, grad_q=grad_q)
-    params.delta = delta.data_ptr()
-    params.sums_k, params.sums_v = sums_k.data_ptr(), sums_v.data_ptr()
+    params.delta, params.sums_k = delta.data_ptr(), sums_k.data_ptr()
     _launch("backward_queries", call, device, params)
-    return grad_q, delta, sums_k, sums_v
+    return grad_q, delta, sums_k
 
 
 def backward_keys(
@@ -306,11 +310,9 @@ def backward_keys(
         The gradients of k and v, and the bucket sums of the scores' gradients for the terms on
         queries, (B, L, H, row classes x slots).
     """
-    batch, heads, length, _ = call.q.shape
     grad_k, grad_v = empty_like_tokens(call.q), empty_like_tokens(call.q)
     rpe = call.shape.rpe_q
-    entries = 0 if rpe.is_bias else rpe.row_classes * rpe.slots
-    sums_q = call.q.new_empty(batch, length, heads, entries)
+    sums_q = empty_sums(call.q, NO_RPE if rpe.is_bias else rpe)
     params = call.params(lse, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v)
     params.delta, params.sums_q = delta.data_ptr(), sums_q.data_ptr()
     _launch("backward_keys", call, device, params)
@@ -321,6 +323,12 @@ def empty_like_tokens(x: Tensor) -> Tensor:
     """(B, H, L, D) in memory as (B, L, H, D): the heads of a token lie next to each other."""
     batch, heads, length, dim = x.shape
     return x.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def empty_sums(q: Tensor, rpe: Rpe) -> Tensor:
+    """For bucket sums of every token: (B, L, H, row classes x slots)."""
+    batch, heads, length, _ = q.shape
+    return q.new_empty(batch, length, heads, rpe.row_classes * rpe.slots)
 
 
 def images_at_a_time(batch: int, heads: int, num_sms: int) -> int:

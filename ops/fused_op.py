@@ -20,9 +20,10 @@ from irpe_ds.ops.inputs import TermSpec
 TERMS = "Tensor[] tables, int[] targets, str[] methods, float[] ratios, bool[] biases, int[] grid"
 OPTIONS = "Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p"
 SCHEMAS = {
-    "fused_forward": f"(Tensor q, Tensor k, Tensor v, {TERMS}, {OPTIONS}) -> (Tensor, Tensor)",
-    "fused_backward": "(Tensor grad_out, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, "
-    f"{TERMS}, {OPTIONS}) -> Tensor[]",
+    "fused_forward": f"(Tensor q, Tensor k, Tensor v, {TERMS}, {OPTIONS}, bool keep_sums) "
+    "-> (Tensor, Tensor, Tensor)",
+    "fused_backward": "(Tensor grad_out, Tensor out, Tensor lse, Tensor sums_v, "
+    f"Tensor q, Tensor k, Tensor v, {TERMS}, {OPTIONS}) -> Tensor[]",
 }
 
 
@@ -188,20 +189,23 @@ def _with_aligned_rows(x: Tensor) -> Tensor:
     return x if aligned and x.stride(-1) == 1 else x.contiguous().clone()
 
 
-def fused_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Output, (B, H, L, D) in memory (B, L, H, D), and log-sum-exp, (B, H, L) float32."""
-    x = Arguments(*arguments)
-    return fused_kernels.forward(x.call(keys=False), device_of(x.q))
+def fused_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, (B, H, L, D) in memory (B, L, H, D); log-sum-exp, (B, H, L) float32; and if the
+    last argument, keep_sums, says so, the bucket sums of the weights for the terms on values, which
+    fused_backward needs: (B, L, H, row classes x slots)."""
+    *common, keep_sums = arguments
+    x = Arguments(*common)
+    return fused_kernels.forward(x.call(keys=False), device_of(x.q), keep_sums)
 
 
-def fused_backward(grad_out: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
+def fused_backward(
+    grad_out: Tensor, out: Tensor, lse: Tensor, sums_v: Tensor, *arguments: Any
+) -> list[Tensor]:
     """Gradients of q, k, v and of every table."""
     x, grad_out = Arguments(*arguments), _with_aligned_rows(grad_out)
-    device, sums = device_of(x.q), {}
+    device, sums = device_of(x.q), {"v": sums_v}
     call = x.call(keys=False)
-    grad_q, delta, sums["k"], sums["v"] = fused_kernels.backward_queries(
-        call, out, lse, grad_out, device
-    )
+    grad_q, delta, sums["k"] = fused_kernels.backward_queries(call, out, lse, grad_out, device)
     mirrored = x.call(keys=True)
     grad_k, grad_v, sums["q"] = fused_kernels.backward_keys(mirrored, lse, delta, grad_out, device)
     grads = [torch.zeros_like(table) for table in x.tables]
@@ -246,36 +250,42 @@ def device_of(x: Tensor) -> Device:
     return fused_kernels.device_of(x.device.index)
 
 
-def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    return fused_kernels.empty_like_tokens(q), lse
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *common, keep_sums = arguments
+    x = Arguments(*common)
+    lse = x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
+    height, width, num_prefix = x.grid
+    compiled_for = shape((height, width, num_prefix), x.specs, x.q.dtype, x.q.shape[-1], keys=False)
+    sums_v = fused_kernels.empty_sums(x.q, compiled_for.rpe_v if keep_sums else NO_RPE)
+    return fused_kernels.empty_like_tokens(x.q), lse, sums_v
 
 
 def _fake_backward(
-    grad_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    grad_out: Tensor, out: Tensor, lse: Tensor, sums_v: Tensor, *arguments: Any
 ) -> list[Tensor]:
-    tables = rest[0]
-    grads = [fused_kernels.empty_like_tokens(q) for _ in range(3)]
-    return [*grads, *(table.new_empty(table.shape) for table in tables)]
+    x = Arguments(*arguments)
+    grads = [fused_kernels.empty_like_tokens(x.q) for _ in range(3)]
+    return [*grads, *(table.new_empty(table.shape) for table in x.tables)]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x = Arguments(*inputs)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *common, _ = inputs
+    x = Arguments(*common)
     ctx.save_for_backward(*output, x.q, x.k, x.v, x.key_padding_mask, x.seed, *x.tables)
     ctx.constants = (x.targets, x.methods, x.ratios, x.biases, x.grid)
     ctx.numbers = (x.scale, x.dropout_p)
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         expected = "an implementation with second derivatives, 'gather' or 'reference'"
         raise ConfigError("impl", expected, "'fused' under create_graph=True")
-    out, lse, q, k, v, mask, seed, *tables = ctx.saved_tensors
+    out, lse, sums_v, q, k, v, mask, seed, *tables = ctx.saved_tensors
     options = (tables, *ctx.constants, mask, seed, *ctx.numbers)
-    grads = torch.ops.irpe_ds.fused_backward(grad_out, out, lse, q, k, v, *options)
+    grads = torch.ops.irpe_ds.fused_backward(grad_out, out, lse, sums_v, q, k, v, *options)
     # torch 2.6 to 2.14 takes empty lists for lists of tensors, and asks for as many gradients.
     constants: list[Any] = [None if tables else []] * 4
-    return *grads[:3], grads[3:], *constants, *([None] * 5)
+    return *grads[:3], grads[3:], *constants, *([None] * 6)
 
 
 LIBRARY = torch.library.Library("irpe_ds", "FRAGMENT")

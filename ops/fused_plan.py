@@ -146,13 +146,15 @@ def backward_queries_bytes(shape: Shape, plan: Plan) -> int:
     """Of the backward's pass over queries."""
     k, v = shape.rpe_k, shape.rpe_v
     count = _ring_bytes(shape, plan, shape.rpe_q)
-    for rpe in (k, v):
-        if rpe.row_classes:
-            count = _up(count + _lookup_bytes(shape, rpe), 16)
-            count = _up(count + _sums_bytes(shape, rpe, with_table=False), 16)
+    if k.row_classes:
+        count = _up(count + _lookup_bytes(shape, k), 16)
+        count = _up(count + _sums_bytes(shape, k, with_table=False), 16)
+    if v.row_classes:  # with the classes of keys there is a table alone
+        has_table_only = shape.same_classes and not k.is_bias
+        count += _table_bytes(shape, v) if has_table_only else _up(_lookup_bytes(shape, v), 16)
     rows, grad = (16 * _row_pitch(shape, rpe) for rpe in (k, v))
     if v.row_classes:
-        count += plan.warps * plan.strips * (_bins_bytes(k) + _bins_bytes(v))
+        count += plan.warps * plan.strips * _bins_bytes(k)
     else:
         grad = max(grad, _bins_bytes(k))
     return count + plan.warps * plan.strips * (rows + grad)
@@ -196,16 +198,20 @@ def _ring_bytes(
 
 def _lookup_bytes(shape: Shape, rpe: Rpe) -> int:
     """Table by class and slot, offsets of row classes, one-hots of column classes."""
-    (height, width), entries = shape.grid, rpe.row_classes * rpe.slots
-    pitch = _pitch(shape.head_dim * 2)
-    table = (entries + rpe.slots) * 2 if rpe.is_bias else _up(entries, 16) * pitch
+    height, width = shape.grid
+    table = (rpe.row_classes + 1) * rpe.slots * 2 if rpe.is_bias else _table_bytes(shape, rpe)
     return _up(table + (2 * height + 1) * 4, 16) + (2 * width + 13) * rpe.slots * 2
 
 
+def _table_bytes(shape: Shape, rpe: Rpe) -> int:
+    """A table by class and slot, of a multiple of 16 rows."""
+    return _up(rpe.row_classes * rpe.slots, 16) * _pitch(shape.head_dim * 2)
+
+
 def _sums_bytes(shape: Shape, rpe: Rpe, with_table: bool) -> int:
-    """The same of bucket sums, with a table of a multiple of 16 rows if any."""
+    """The same of bucket sums, with a table if any."""
     height, width = shape.grid
-    table = _up(rpe.row_classes * rpe.slots, 16) * _pitch(shape.head_dim * 2) if with_table else 0
+    table = _table_bytes(shape, rpe) if with_table else 0
     return _up(table + (2 * height - 1) * 4, 16) + (2 * width + 29) * (rpe.slots * 4 + 16)
 
 

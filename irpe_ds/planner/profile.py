@@ -16,7 +16,7 @@ from irpe_ds.errors import ConfigError
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.models.build import build_model
 from irpe_ds.models.flops import forward_flops
-from irpe_ds.ops.fused import unsupported_reason
+from irpe_ds.ops.fused import kernel_shape, unsupported_reason
 from irpe_ds.training.optim import parameter_groups
 from irpe_ds.training.precision import MODEL, PRODUCTS
 
@@ -252,33 +252,37 @@ def _replace_attention(model: nn.Module, impl: str, dtype: torch.dtype) -> str:
         attention: Any = getattr(parent, "attn", None)
         if not hasattr(attention, "qkv"):
             continue
-        name = "fused"
+        name, sums = "fused", 0
         if isinstance(attention, RPEAttention):
-            reason = unsupported_reason(attention.dispatch_key("cuda", dtype))
+            key = attention.dispatch_key("cuda", dtype)
+            reason = unsupported_reason(key)
             if impl == "fused" and reason is not None:
                 raise ConfigError("model.impl", "an implementation that can run the model", reason)
             name = impl if impl != "auto" else "fused" if reason is None else "gather"
             used = name
+            shape = kernel_shape(key, keys=False) if name == "fused" else None
+            sums = shape.rpe_v.row_classes * shape.rpe_v.slots if shape else 0
         if name == "fused":
-            parent.attn = _FusedAttention(attention)
+            parent.attn = _FusedAttention(attention, sums)
         else:
             attention.impl = "reference"
     return used
 
 
 class _FusedAttention(nn.Module):
-    """Attention that saves what a fused kernel saves: inputs, output and log-sum-exp."""
+    """Attention that saves what a fused kernel saves: inputs, output, log-sum-exp and, with
+    relative position on values, so many bucket sums of each query."""
 
-    def __init__(self, attention: Any) -> None:
+    def __init__(self, attention: Any, sums: int) -> None:
         super().__init__()
-        self.attention = attention
+        self.attention, self.sums = attention, sums
 
     def forward(self, x: Tensor, **_: Any) -> Tensor:
         own = self.attention
         batch, length = x.shape[:2]
         qkv = own.qkv(x).reshape(batch, length, 3, own.num_heads, own.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        out = _Fused.apply(own.q_norm(q).to(v.dtype), own.k_norm(k).to(v.dtype), v)
+        out = _Fused.apply(own.q_norm(q).to(v.dtype), own.k_norm(k).to(v.dtype), v, self.sums)
         return own.proj_drop(own.proj(own.norm(out.transpose(1, 2).reshape(batch, length, -1))))
 
 
@@ -286,19 +290,20 @@ class _Fused(torch.autograd.Function):
     """Moves as many bytes as `ops/fused.py`: four tensors forward, twelve backward."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sums: int) -> Tensor:
         batch, heads, length, dim = q.shape
         lse = q.new_empty(batch, heads, length, dtype=torch.float32)
         out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
         torch.addcmul(q, k, v, out=out)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, q.new_empty(batch, length, heads, sums))
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, out, _ = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *_ = ctx.saved_tensors
         return (
             torch.addcmul(grad, k, v),
             torch.addcmul(grad, q, v),
             torch.addcmul(grad, out, q),
+            None,
         )

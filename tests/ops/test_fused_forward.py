@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from irpe_ds.ops.fused_kernels import NEEDED
 from irpe_ds.ops.fused_plan import forward_bytes, plan
 from tests.ops.fused_problems import Case, Grid, Problem, SimulatedDevice, rms, simulated
 from tests.ops.ptxsim import LIMITS, Simulator
@@ -145,25 +146,35 @@ def test_the_lookup_is_the_gathered_number(simulator: Simulator) -> None:
     with simulated(device):
         by_lookup = problem.arguments()
         without = {key: [] for key in ("tables", "targets", "methods", "ratios", "biases")}
-        by_product = torch.ops.irpe_ds.fused_forward(*by_lookup._replace(**without))
+        forward = torch.ops.irpe_ds.fused_forward
+        by_product = forward(*by_lookup._replace(**without), False)
         k.zero_()
-        for x, y in zip(by_product, torch.ops.irpe_ds.fused_forward(*by_lookup), strict=True):
+        for x, y in zip(by_product, forward(*by_lookup, False), strict=True):
             assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize(
-    ("capability", "on", "head_dims"),
-    [
-        *(("80", "k", (32, 64, 128)), ("86", "k", (32, 64)), ("90", "k", (32, 64, 128))),
-        *(("80", "kv", (32, 64, 128)), ("86", "kv", (32, 64)), ("90", "kv", (32, 64, 128))),
-    ],
-)
-def test_a_multiprocessor_has_8_warps(capability: str, on: str, head_dims: tuple[int, ...]) -> None:
-    for head_dim in head_dims:
-        shape = Case(on, head_dim=head_dim).shape()
-        found = plan(shape, LIMITS[capability], forward_bytes)
+def test_bucket_sums_are_kept_for_a_backward_alone(simulator: Simulator) -> None:
+    problem = Problem(Case("v", grid=(7, 9), batch=1, heads=1))
+    with simulated(SimulatedDevice(simulator.driver)):
+        forward = torch.ops.irpe_ds.fused_forward
+        out, lse, sums = forward(*problem.arguments(), True)
+        alone = forward(*problem.arguments(), False)
+    assert torch.equal(out, alone[0])
+    assert torch.equal(lse, alone[1])
+    assert alone[2].numel() == 0
+    torch.testing.assert_close(sums.float().sum(-1), torch.ones(1, 64, 1), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("kernel", list(NEEDED))
+@pytest.mark.parametrize("on", ["k", "qk", "kv", "qkv"])
+@pytest.mark.parametrize("capability", ["80", "86", "90"])
+def test_a_multiprocessor_has_8_warps(capability: str, on: str, kernel: str) -> None:
+    has_room_for_128 = capability == "90" or (capability == "80" and on != "qkv")
+    for head_dim in (32, 64, 128) if has_room_for_128 else (32, 64):
+        shape = Case(on, head_dim=head_dim).shape(keys=kernel == "backward_keys")
+        found = plan(shape, LIMITS[capability], NEEDED[kernel])
         assert found is not None
-        assert found.warps == 8
+        assert found.warps == 8, head_dim
 
 
 def test_what_does_not_fit_has_no_plan() -> None:

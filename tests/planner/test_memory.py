@@ -124,6 +124,14 @@ class TestProfile:
         gathered = profile(load_config(DEIT, ["model.impl=gather", "model.drop_path=0"]))
         assert gathered.saved > counted.saved + scores
 
+    def test_fused_attention_keeps_bucket_sums_on_values(self) -> None:
+        config = "launch/configs/imagenet/deit_small_{}.yaml"
+        k, qkv = (
+            profile(load_config(config.format(on), ["model.impl=fused"])) for on in ("k", "qkv")
+        )
+        sums = 12 * 6 * 197 * 7 * 8 * 2  # 7 classes of rows, 8 slots, bf16
+        assert qkv.saved == k.saved + sums
+
     def test_recomputation_keeps_one_tensor_a_block(self, deit_profile: Profile) -> None:
         counted = profile(load_config(DEIT, ["model.grad_checkpointing=true"]))
         assert counted.saved < deit_profile.saved / 10

@@ -79,8 +79,12 @@ def _shape(kernel: str, problem: Problem) -> Shape:
 
 def _bytes(kernel: str, problem: Problem, shape: Shape) -> int:
     """That a kernel moves at least: matrices, and the bucket sums of a backward."""
-    summed = {"backward_queries": (shape.rpe_k, shape.rpe_v), "backward_keys": (shape.rpe_q,)}
-    entries = sum(rpe.row_classes * rpe.slots for rpe in summed.get(kernel, ()))
+    summed = {
+        "forward": (shape.rpe_v,),
+        "backward_queries": (shape.rpe_k,),
+        "backward_keys": (shape.rpe_q,),
+    }
+    entries = sum(rpe.row_classes * rpe.slots for rpe in summed[kernel])
     sums = problem.batch * problem.heads * problem.tokens * entries * 2
     return MATRICES_MOVED[kernel] * problem.matrix_bytes + sums
 

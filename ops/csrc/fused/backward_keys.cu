@@ -7,6 +7,7 @@
 //   grad_v = P'^T grad_out
 //   grad_k = scale (dS^T q + sums_q T_Q^T)     sums_q = bucket sums of dS^T
 
+#include "bucket_sums.cuh"
 #include "dropout.cuh"
 #include "gradients.cuh"
 
@@ -163,30 +164,8 @@ __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t
 __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_t base,
                                             uint32_t keys, uint32_t values, int lane) {
   if constexpr (kSumsOfQ) {
-    const bool prefix = has_prefix(item.number);
-    bool is_prefix[M][2] = {};
-    float total[M][2] = {};
-#pragma unroll
-    for (int m = 0; prefix && m < M; ++m) {
-      item.sums[m].totals(total[m]);
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        is_prefix[m][half] = Group(item.number, 2 * m + half).is_prefix(lane / 4);
-    }
-    SumRows<kRpeQ> to[M];
-#pragma unroll
-    for (int m = 0; m < M; ++m) to[m].start(p.sums_q, p, item, m, lane);
-#pragma unroll
-    for (int n = 0; n < SumsQ::kTableRows / 16; ++n) {
-      uint32_t a[M][4];
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        item.sums[m].operand(a[m], n, prefix, is_prefix[m], total[m], lane);
-        to[m].store(a[m], n);
-      }
-      multiply_columns<M, 2>(item.grad_k, a,
-                             base + kLookupQ + LookupLayout<kRpeQ>::table + n * 16 * kPitch, lane);
-    }
+    finish_sums<false>(item.sums, item, p, p.sums_q, nullptr,
+                       base + kLookupQ + LookupLayout<kRpeQ>::table, item.grad_k, lane);
   }
   __syncwarp();
   store_gradient(p.grad_k, item.grad_k, p.softmax_scale, keys, kKeysStrip, item, lane);

@@ -5,10 +5,12 @@
 //
 //   delta_i = grad_out_i . out_i          dP[i,j] = grad_out_i . v_j + U[i, b(i,j)]
 //   dS[i,j] = P[i,j] (dP'[i,j] - delta_i)
-//   grad_q = scale (dS k + sums_k T_K^T)  sums_k = bucket sums of dS, sums_v = those of P'
+//   grad_q = scale (dS k + sums_k T_K^T)  sums_k = bucket sums of dS
 //
-// The table's gradients are products of these sums with q and grad_out, left to PyTorch.
+// The gradient of the table on keys is the product of these sums with q, left to PyTorch, as is
+// that of the table on values, of grad_out with the bucket sums of P', which the forward keeps.
 
+#include "bucket_sums.cuh"
 #include "dropout.cuh"
 #include "gradients.cuh"
 
@@ -16,24 +18,27 @@ namespace irpe {
 namespace {
 
 using SumsK = BucketSumLayout<kRpeK, false>;  // the table is there for the lookups
-using SumsV = BucketSumLayout<kRpeV, false>;
 
 // Shared memory, in bytes from its beginning.
 using KeyRing = Ring<KeysAndValues>;
 constexpr int kLookupK = KeyRing::Layout::end;
 constexpr int kSumsK = round_up(kLookupK + (kRpeK ? LookupLayout<kRpeK>::bytes : 0), 16);
 constexpr int kLookupV = round_up(kSumsK + (kRpeK ? SumsK::bytes : 0), 16);
-constexpr int kSumsV = round_up(kLookupV + (kRpeV ? LookupLayout<kRpeV>::bytes : 0), 16);
-constexpr int kBinsK = round_up(kSumsV + (kRpeV ? SumsV::bytes : 0), 16);
+// The other constants of lookups on values are those on keys, if these have the same classes.
+constexpr bool kTableOfV = kSameClasses && !kRpeK.bias;
+using LookupV = LookupLayout<kRpeV>;
+constexpr int kBinsK = round_up(kLookupV + (!kRpeV      ? 0
+                                            : kTableOfV ? LookupV::row_offsets
+                                                        : LookupV::bytes),
+                                16);
 constexpr bool kBinsInGrad = kRpeK && !kRpeV;  // once grad_out is in registers
-constexpr int kBinsV = kBinsK + (kRpeK && !kBinsInGrad ? kWarps * M * SumsK::kStripBytes : 0);
 // Queries, then W of keys, then grad_q; grad_out, then W of values.
-constexpr int kRows = kBinsV + (kRpeV ? kWarps * M * SumsV::kStripBytes : 0);
+constexpr int kRows = kBinsK + (kRpeK && !kBinsInGrad ? kWarps * M * SumsK::kStripBytes : 0);
 constexpr int kRowsStrip =
     16 * max(kPitch, kRpeK && !kRpeK.bias ? LookupLayout<kRpeK>::kWPitch : 0);
 constexpr int kGrad = kRows + kWarps * M * kRowsStrip;
-constexpr int kGradStrip = max(16 * max(kPitch, kRpeV ? LookupLayout<kRpeV>::kWPitch : 0),
-                               kBinsInGrad ? SumsK::kStripBytes : 0);
+constexpr int kGradStrip =
+    max(16 * max(kPitch, kRpeV ? LookupV::kWPitch : 0), kBinsInGrad ? SumsK::kStripBytes : 0);
 constexpr int kSharedBytes = kGrad + kWarps * M * kGradStrip;
 static_assert(kSharedBytes == SHARED_BYTES,
               "backward_queries_bytes of fused_plan.py counts otherwise");
@@ -42,7 +47,6 @@ struct Item : Strips<kRpeK, kRpeQ> {
   RowsA grad_out[M];
   StripLookup<kRpeV> lookup_v[M];
   BucketSums<kRpeK, false> sums_k[M];
-  BucketSums<kRpeV, false> sums_v[M];
   float grad_q[M][kDimTiles][4];
   float lse[M][2], delta[M][2];  // the first one in powers of two
 };
@@ -72,15 +76,11 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
   uint32_t a[M][4];
 #pragma unroll
   for (int m = 0; m < M; ++m) {
-    uint32_t weights[4];
-    float kept[count][4];  // weights
 #pragma unroll
     for (int n = 0; n < count; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
+      for (int e = 0; e < 4; ++e)
         s[n][m][e] = exp2_approx(fmaf(s[n][m][e], p.softmax_scale_log2, -item.lse[m][e / 2]));
-        kept[n][e] = s[n][m][e];
-      }
     }
     if constexpr (kDropout) {
       const int row = (item.number * M + m) * 8 + lane / 4,
@@ -89,10 +89,8 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
 #pragma unroll
       for (int n = 0; n < count; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float factor = dropped(n * 2 + e / 2, e % 2) ? 0.0f : p.dropout_scale;
-          kept[n][e] *= factor, grad[n][m][e] *= factor;
-        }
+        for (int e = 0; e < 4; ++e)
+          grad[n][m][e] *= dropped(n * 2 + e / 2, e % 2) ? 0.0f : p.dropout_scale;
       }
     }
 #pragma unroll
@@ -100,22 +98,13 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[n][m][e] *= grad[n][m][e] - item.delta[m][e / 2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2; ++half)
         a[m][n * 2 + half] = pack(s[n][m][2 * half], s[n][m][2 * half + 1]);
-        weights[n * 2 + half] = pack(kept[n][2 * half], kept[n][2 * half + 1]);
-      }
     }
-    SumOneHots<tile, count, rows, last, kRpeK.slots> one_hots;
     if constexpr (bool(kRpeK)) {
+      SumOneHots<tile, count, rows, last, kRpeK.slots> one_hots;
       one_hots.load(item.sums_k[m], lane);
       item.sums_k[m].add(a[m], one_hots);
-    }
-    if constexpr (kSameClasses) {
-      item.sums_v[m].add(weights, one_hots);
-    } else if constexpr (bool(kRpeV)) {
-      SumOneHots<tile, count, rows, last, kRpeV.slots> one_hots_v;
-      one_hots_v.load(item.sums_v[m], lane);
-      item.sums_v[m].add(weights, one_hots_v);
     }
   }
   multiply_columns<M, count>(item.grad_q, a, c.x + tile * 8 * kPitch, lane);
@@ -225,10 +214,8 @@ __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t
       item.sums_k[m].start(base + kSumsK, bins, groups, lane);
     }
     if constexpr (bool(kRpeV)) {
-      item.lookup_v[m].start(base + kLookupV, w_v, groups, lane);
+      item.lookup_v[m].start(base + (kTableOfV ? kLookupK : kLookupV), w_v, groups, lane);
       if (has_prefix(item.number)) fill_prefix_rows<kRpeV>(w_v, item.lookup_v[m].is_prefix, lane);
-      item.sums_v[m].start(base + kSumsV, base + kBinsV + (warp * M + m) * SumsV::kStripBytes,
-                           groups, lane);
     }
   }
   __syncwarp();
@@ -236,49 +223,11 @@ __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t
 
 __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_t base,
                                             uint32_t rows, int lane) {
-  const bool prefix = has_prefix(item.number);
-  bool is_prefix[M][2] = {};
-#pragma unroll
-  for (int m = 0; prefix && m < M; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      is_prefix[m][half] = Group(item.number, 2 * m + half).is_prefix(lane / 4);
-    }
-  }
   if constexpr (bool(kRpeK)) {
     // A term on keys adds one number to all scores of a prefix query: its gradient is 0, and not
     // the rounding errors of a sum.
-    const float zero[2] = {0, 0};
-    SumRows<kRpeK> to[M];
-#pragma unroll
-    for (int m = 0; m < M; ++m) to[m].start(p.sums_k, p, item, m, lane);
-#pragma unroll
-    for (int n = 0; n < SumsK::kTableRows / 16; ++n) {
-      uint32_t a[M][4];
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        item.sums_k[m].operand(a[m], n, prefix, is_prefix[m], zero, lane);
-        to[m].store(a[m], n);
-      }
-      if constexpr (!kRpeK.bias)
-        multiply_columns<M, 2>(
-            item.grad_q, a, base + kLookupK + LookupLayout<kRpeK>::table + n * 16 * kPitch, lane);
-    }
-  }
-  if constexpr (bool(kRpeV)) {
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-      float total[2] = {0, 0};
-      if (prefix) item.sums_v[m].totals(total);
-      SumRows<kRpeV> to;
-      to.start(p.sums_v, p, item, m, lane);
-#pragma unroll
-      for (int n = 0; n < SumsV::kTableRows / 16; ++n) {
-        uint32_t a[4];
-        item.sums_v[m].operand(a, n, prefix, is_prefix[m], total, lane);
-        to.store(a, n);
-      }
-    }
+    finish_sums<true>(item.sums_k, item, p, p.sums_k, nullptr,
+                      base + kLookupK + LookupLayout<kRpeK>::table, item.grad_q, lane);
   }
   __syncwarp();
   store_gradient(p.grad_q, item.grad_q, p.softmax_scale, rows, kRowsStrip, item, lane);
@@ -299,10 +248,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     load_lookup_constants<kRpeK>(base + kLookupK, p.rpe_k, h);
     load_bucket_sum_constants<kRpeK, false>(base + kSumsK, p.rpe_k, h);
   }
-  if constexpr (bool(kRpeV)) {
+  if constexpr (kTableOfV)
+    load_lookup_table<kRpeV>(base + kLookupV, p.rpe_v, h);
+  else if constexpr (bool(kRpeV))
     load_lookup_constants<kRpeV>(base + kLookupV, p.rpe_v, h);
-    load_bucket_sum_constants<kRpeV, false>(base + kSumsV, p.rpe_v, h);
-  }
   // Free rows are computed too: they must hold numbers.
   for (int n = static_cast<int>(threadIdx.x) * 16; n < kSharedBytes - kRows; n += kThreads * 16) {
     store_shared_x4(base + kRows + n, make_uint4(0, 0, 0, 0));
@@ -336,7 +285,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
           item.ring_lookup[m].next_chunk();
           item.sums_k[m].next_chunk();
           item.lookup_v[m].next_chunk();
-          item.sums_v[m].next_chunk();
         }
       }
       ring.release();

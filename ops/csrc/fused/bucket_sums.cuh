@@ -1,8 +1,8 @@
-// Relative position on values: sums of the weights of each bucket, by the transposed product P C^T,
-// and then their product with the table. See README.md.
+// Sums of the weights, or of the scores' gradients, of each bucket, by the transposed product P
+// C^T. Their product with a table follows. See README.md.
 #pragma once
 
-#include "strips.cuh"
+#include "scores.cuh"
 
 namespace irpe {
 
@@ -239,29 +239,65 @@ struct BucketSums {
   }
 };
 
-// out += bucket sums T_V
+// Where a lane stores the bucket sums of rows g and g + 8 of a strip; nowhere if no token is there.
 template <Rpe rpe>
-__device__ __forceinline__ void add_table_values(uint32_t base, int item,
-                                                 const BucketSums<rpe> (&sums)[M],
-                                                 float (&out)[M][kDimTiles][4], int lane) {
-  const bool prefix = has_prefix(item);
-  bool is_prefix[M][2] = {};
-  float total[M][2] = {};
-  if (prefix) {
+struct SumRows {
+  uint32_t* rows[2];
+
+  template <Rpe own, Rpe ring>
+  __device__ __forceinline__ void start(void* to, const Params& p, const Strips<own, ring>& strips,
+                                        int m, int lane) {
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-      sums[m].totals(total[m]);
-#pragma unroll
-      for (int rows = 0; rows < 2; ++rows)
-        is_prefix[m][rows] = Group(item, 2 * m + rows).is_prefix(lane / 4);
+    for (int half = 0; half < 2; ++half) {
+      const int64_t token = static_cast<int64_t>(strips.b) * kTokens + strips.token(m, half, lane);
+      uint32_t* row =
+          static_cast<uint32_t*>(to) + (token * p.H + strips.h) * (rpe.entries() / 2) + lane % 4;
+      rows[half] = to && strips.has_token(m, half, lane) ? row : nullptr;
     }
   }
+  // Sums 16 `step` to 16 `step` + 15, as the left operand of a product, times `factor` if any.
+  __device__ __forceinline__ void store(const uint32_t (&a)[4], int step,
+                                        const float* factor) const {
 #pragma unroll
-  for (int n = 0; n < BucketSumLayout<rpe>::kTableRows / 16; ++n) {
+    for (int n = 0; n < 4; ++n) {
+      const int entry = step * 16 + n / 2 * 8;
+      if (entry >= rpe.entries() || !rows[n % 2]) continue;
+      const float2 x = unpack(a[n]);
+      const float scale = factor ? factor[n % 2] : 1;
+      rows[n % 2][entry / 2] = factor ? pack(x.x * scale, x.y * scale) : a[n];
+    }
+  }
+};
+
+// Stores the bucket sums of an item at `to`, times `factor` if any, and adds their product with the
+// table, at `table`. What prefix tokens have in their bucket is left out if `zero_prefix`.
+template <bool zero_prefix, Rpe rpe, bool with_table, Rpe own, Rpe ring>
+__device__ __forceinline__ void finish_sums(const BucketSums<rpe, with_table> (&sums)[M],
+                                            const Strips<own, ring>& strips, const Params& p,
+                                            void* to, const float (*factor)[2], uint32_t table,
+                                            float (&products)[M][kDimTiles][4], int lane) {
+  const bool prefix = has_prefix(strips.number);
+  bool is_prefix[M][2] = {};
+  float total[M][2] = {};
+  SumRows<rpe> rows[M];
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    rows[m].start(to, p, strips, m, lane);
+    if (!prefix) continue;
+    if (!zero_prefix) sums[m].totals(total[m]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      is_prefix[m][half] = Group(strips.number, 2 * m + half).is_prefix(lane / 4);
+  }
+#pragma unroll
+  for (int n = 0; n < BucketSumLayout<rpe, with_table>::kTableRows / 16; ++n) {
     uint32_t a[M][4];
 #pragma unroll
-    for (int m = 0; m < M; ++m) sums[m].operand(a[m], n, prefix, is_prefix[m], total[m], lane);
-    multiply_columns<M, 2>(out, a, base + BucketSumLayout<rpe>::table + n * 16 * kPitch, lane);
+    for (int m = 0; m < M; ++m) {
+      sums[m].operand(a[m], n, prefix, is_prefix[m], total[m], lane);
+      rows[m].store(a[m], n, factor ? factor[m] : nullptr);
+    }
+    if constexpr (!rpe.bias) multiply_columns<M, 2>(products, a, table + n * 16 * kPitch, lane);
   }
 }
 

@@ -142,8 +142,10 @@ struct Table {  // (H or 1, row_classes * slots, D); of a bias (H or 1, row_clas
 };
 struct Params {
   Matrix q, k, v, out, grad_out, grad_q, grad_k, grad_v;
-  float *lse, *delta;              // (B, H, L)
-  void *sums_q, *sums_k, *sums_v;  // (B, L, H, row_classes * slots), bucket sums of a backward
+  float *lse, *delta;  // (B, H, L)
+  // Bucket sums for a backward, (B, L, H, row_classes * slots); null if the forward need not keep
+  // them.
+  void *sums_q, *sums_k, *sums_v;
   Table rpe_q, rpe_k, rpe_v;
   const uint8_t* key_padding_mask;  // (B, L), not zero where a key must not be attended to
   const uint64_t* seed;             // of the dropout, one number

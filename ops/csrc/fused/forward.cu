@@ -1,4 +1,5 @@
-// out = softmax(scale (q k^T + W C)) (v + terms), and the log-sum-exp of the scores.
+// out = softmax(scale (q k^T + W C)) (v + terms), and what the backward needs: the log-sum-exp of
+// the scores, and with terms on values the bucket sums of the weights.
 //
 // Blocks stay on one head and go through images. Keys and values come in chunks through a ring of
 // shared memory, which all warps fill and empty at their own pace, by mbarriers. The softmax is
@@ -172,29 +173,34 @@ __device__ __forceinline__ void start_item(Item& item, uint32_t base, uint32_t q
 __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_t base,
                                             uint32_t scratch, int lane) {
   const int g = lane / 4, t = lane % 4;
-  if constexpr (bool(kRpeV))
-    add_table_values(base + kConstantsV, item.number, item.sums, item.out, lane);
-  __syncwarp();
+  float share[M][2];
   float* lse = p.lse + (static_cast<int64_t>(item.b) * p.H + item.h) * kTokens;
 #pragma unroll
   for (int m = 0; m < M; ++m) {
-    float share[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = item.row_sum[m][2 * half];
       const bool none = kMask && sum == 0;  // all keys are masked
-      share[half] = none ? 0.0f : __fdividef(kDropout ? p.dropout_scale : 1.0f, sum);
+      share[m][half] = none ? 0.0f : __fdividef(kDropout ? p.dropout_scale : 1.0f, sum);
       if (t == 0 && item.has_token(m, half, lane)) {
         const float log_sum = (item.row_max[m][half] + log2_approx(sum)) * kLn2;
         lse[item.token(m, half, lane)] = none ? kInfinity : log_sum;
       }
     }
+  }
+  if constexpr (bool(kRpeV)) {
+    finish_sums<false>(item.sums, item, p, p.sums_v, share,
+                       base + kConstantsV + BucketSumLayout<kRpeV>::table, item.out, lane);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
 #pragma unroll
     for (int n = 0; n < kDimTiles; ++n) {
       const float (&out)[4] = item.out[m][n];
       const uint32_t to = scratch + m * kScratchStrip + g * kPitch + n * 16 + t * 4;
-      store_shared(to, pack(out[0] * share[0], out[1] * share[0]));
-      store_shared(to + 8 * kPitch, pack(out[2] * share[1], out[3] * share[1]));
+      store_shared(to, pack(out[0] * share[m][0], out[1] * share[m][0]));
+      store_shared(to + 8 * kPitch, pack(out[2] * share[m][1], out[3] * share[m][1]));
     }
   }
   __syncwarp();

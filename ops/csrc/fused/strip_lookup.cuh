@@ -26,7 +26,7 @@ struct LookupLayout {
 };
 
 template <Rpe rpe>
-__device__ inline void load_lookup_constants(uint32_t base, const Table& t, int h) {
+__device__ inline void load_lookup_table(uint32_t base, const Table& t, int h) {
   using Layout = LookupLayout<rpe>;
   const int tid = static_cast<int>(threadIdx.x);
   const uint16_t* table = static_cast<const uint16_t*>(t.data) + h * t.stride_h;
@@ -48,6 +48,13 @@ __device__ inline void load_lookup_constants(uint32_t base, const Table& t, int 
     cp_async_commit();
     cp_async_wait<0>();
   }
+}
+
+template <Rpe rpe>
+__device__ inline void load_lookup_constants(uint32_t base, const Table& t, int h) {
+  using Layout = LookupLayout<rpe>;
+  const int tid = static_cast<int>(threadIdx.x);
+  load_lookup_table<rpe>(base, t, h);
   for (int n = tid; n < 2 * kGridH + 1; n += kThreads) {
     const int row_class = t.row_class[min(max(n - 1, 0), 2 * kGridH - 2)];
     store_shared(base + Layout::row_offsets + n * 4, row_class * rpe.slots * 2);
