@@ -252,7 +252,7 @@ struct SumRows {
       const int64_t token = static_cast<int64_t>(strips.b) * kTokens + strips.token(m, half, lane);
       uint32_t* row =
           static_cast<uint32_t*>(to) + (token * p.H + strips.h) * (rpe.entries() / 2) + lane % 4;
-      rows[half] = to && strips.has_token(m, half, lane) ? row : nullptr;
+      rows[half] = strips.has_token(m, half, lane) ? row : nullptr;
     }
   }
   // Sums 16 `step` to 16 `step` + 15, as the left operand of a product, times `factor` if any.
@@ -269,8 +269,8 @@ struct SumRows {
   }
 };
 
-// Stores the bucket sums of an item at `to`, times `factor` if any, and adds their product with the
-// table, at `table`. What prefix tokens have in their bucket is left out if `zero_prefix`.
+// Stores the bucket sums of an item at `to`, times `factor` if any (then `to` may be null), and adds
+// their product with the table, at `table`. What prefix tokens have in their bucket is left out if `zero_prefix`.
 template <bool zero_prefix, Rpe rpe, bool with_table, Rpe own, Rpe ring>
 __device__ __forceinline__ void finish_sums(const BucketSums<rpe, with_table> (&sums)[M],
                                             const Strips<own, ring>& strips, const Params& p,
@@ -279,15 +279,18 @@ __device__ __forceinline__ void finish_sums(const BucketSums<rpe, with_table> (&
   const bool prefix = has_prefix(strips.number);
   bool is_prefix[M][2] = {};
   float total[M][2] = {};
-  SumRows<rpe> rows[M];
 #pragma unroll
-  for (int m = 0; m < M; ++m) {
-    rows[m].start(to, p, strips, m, lane);
-    if (!prefix) continue;
+  for (int m = 0; prefix && m < M; ++m) {
     if (!zero_prefix) sums[m].totals(total[m]);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       is_prefix[m][half] = Group(strips.number, 2 * m + half).is_prefix(lane / 4);
+  }
+  SumRows<rpe> rows[M];
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    rows[m].start(to, p, strips, m, lane);
+    if (factor && !to) rows[m].rows[0] = rows[m].rows[1] = nullptr;
   }
 #pragma unroll
   for (int n = 0; n < BucketSumLayout<rpe, with_table>::kTableRows / 16; ++n) {

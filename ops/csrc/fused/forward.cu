@@ -173,10 +173,9 @@ __device__ __forceinline__ void start_item(Item& item, uint32_t base, uint32_t q
 __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_t base,
                                             uint32_t scratch, int lane) {
   const int g = lane / 4, t = lane % 4;
-  float share[M][2];
   float* lse = p.lse + (static_cast<int64_t>(item.b) * p.H + item.h) * kTokens;
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
+  float share[M][2];
+  const auto finish_softmax = [&](int m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = item.row_sum[m][2 * half];
@@ -187,14 +186,17 @@ __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_
         lse[item.token(m, half, lane)] = none ? kInfinity : log_sum;
       }
     }
-  }
+  };
   if constexpr (bool(kRpeV)) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) finish_softmax(m);
     finish_sums<false>(item.sums, item, p, p.sums_v, share,
                        base + kConstantsV + BucketSumLayout<kRpeV>::table, item.out, lane);
   }
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < M; ++m) {
+    if constexpr (!kRpeV) finish_softmax(m);
 #pragma unroll
     for (int n = 0; n < kDimTiles; ++n) {
       const float (&out)[4] = item.out[m][n];
