@@ -271,7 +271,7 @@ class TestToday:
         ("gpu", "problem", "most"),
         [
             ("H100", Problem("k"), 0.77),
-            ("H100", Problem("qkv"), 1.27),
+            ("H100", Problem("qkv"), 1.20),
             ("H100", Problem("k", (16, 16), 128), 0.96),
             ("A100", Problem("k"), 0.85),
         ],
