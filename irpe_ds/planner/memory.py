@@ -15,7 +15,8 @@ from irpe_ds.planner.hardware import Cluster
 from irpe_ds.planner.profile import Profile
 from irpe_ds.planner.zero import Zero
 
-MASTER, MOMENTS, AVERAGE = 4, 8, 4
+FP32 = 4
+MASTER, MOMENTS, AVERAGE = FP32, 2 * FP32, FP32
 """Bytes per weight of its fp32 master, of AdamW's two moments, of the moving average."""
 
 
@@ -26,6 +27,7 @@ class Memory:
     weights: int
     """What the model computes with, including copies that stage 3 gathers."""
     gradients: int
+    """With fp32 sums of several micro-steps."""
     optimizer: int
     """fp32 masters and AdamW's moments."""
     ema: int
@@ -71,7 +73,13 @@ def memory(
     states, average = (masters + MOMENTS) * shard, AVERAGE * shard if has_ema else 0
     weights, host = weight_memory(profile, zero, ranks)
     gradients = gradient_memory(profile, zero, ranks)
-    between = weight_memory_between_updates(profile, zero, ranks)
+    sums = 0
+    if half and zero.sums_in_fp32 and config.train.accumulation > 1:
+        if zero.stage >= 2:
+            gradients *= FP32 // profile.bytes
+        else:  # beside the gradients of the micro-step, and kept
+            sums = FP32 * profile.numel
+    between = weight_memory_between_updates(profile, zero, ranks) + sums
     if zero.stage == 3:  # which keeps its gradient buffers
         between += gradients + allocated_buckets(profile, zero)
     update = MASTER * shard if half or zero.stage else 0
@@ -82,7 +90,7 @@ def memory(
     between += states + average + evaluated
     return Memory(
         weights=weights,
-        gradients=gradients,
+        gradients=gradients + sums,
         optimizer=states,
         ema=average + evaluated,
         activations=activations(profile, micro_batch),

@@ -45,6 +45,11 @@ class Scenario:
         """The images of a forward pass are a multiple of this."""
         return 2 if self.config.augment.mixup or self.config.augment.cutmix else 1
 
+    def with_accumulation(self, micro_steps: int) -> "Scenario":
+        """The same with so many micro-steps in an update."""
+        train = self.config.train.model_copy(update={"accumulation": micro_steps})
+        return replace(self, config=self.config.model_copy(update={"train": train}))
+
     def memory(self, cluster: Cluster, micro_batch: int) -> Memory:
         context = self.assumed.context_gib
         return memory(self.profile, self.zero, cluster, self.config, micro_batch, context)
@@ -111,15 +116,18 @@ def plan_global_batch(
         ConfigError: the global batch does not divide evenly, or not even one image fits.
     """
     train, gpus = scenario.config.train, cluster.gpus
-    largest = scenario.largest(cluster)
-    if not largest:
+    if not scenario.largest(cluster):
         raise _does_not_fit(scenario, cluster, zero_configs or {})
     for accumulation in range(train.accumulation, train.global_batch + 1):
         micro, rest = divmod(train.global_batch, gpus * accumulation)
         if micro < scenario.multiple:
             break
-        if not rest and micro <= largest and micro % scenario.multiple == 0:
-            return _row(scenario, cluster, micro, accumulation, largest)
+        if rest or micro % scenario.multiple:
+            continue
+        own = scenario.with_accumulation(accumulation)
+        largest = own.largest(cluster)
+        if micro <= largest:
+            return _row(own, cluster, micro, accumulation, largest)
     unit = f"a multiple of {scenario.multiple * gpus * train.accumulation}"
     expected = f"{unit}: {scenario.multiple} images or more for each of {gpus} GPUs"
     raise ConfigError("train.global_batch", expected, train.global_batch)

@@ -46,8 +46,9 @@ class Report:
     @property
     def memory(self) -> dict[str, Memory]:
         """Memory under every ZeRO config, at the run's micro-batch."""
+        scenario = self.scenario.with_accumulation(self.row.accumulation)
         return {
-            name: replace(self.scenario, zero=zero).memory(self.row.cluster, self.row.micro_batch)
+            name: replace(scenario, zero=zero).memory(self.row.cluster, self.row.micro_batch)
             for name, zero in self.zero_configs.items()
         }
 

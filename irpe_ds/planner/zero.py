@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.training.deepspeed_config import parse_zero, read_ds_config
+from irpe_ds.training.deepspeed_config import gradient_dtype, parse_zero, read_ds_config
 
 COMMUNICATION_BYTES = {"fp16": 2, "bf16": 2, "bfp16": 2, "fp32": 4}
 """Values of DeepSpeed's communication_data_type."""
@@ -21,6 +21,8 @@ class Zero:
     stage: int
     communication_bytes: int | None = None
     """Bytes per gradient element when sent. None: as in the model's precision."""
+    sums_in_fp32: bool = True
+    """Whether 16-bit gradients of several micro-steps are summed in fp32."""
     reduce_bucket_size: int = 500_000_000
     stage3_prefetch_bucket_size: int = 50_000_000
     """Elements gathered ahead."""
@@ -54,7 +56,7 @@ class Zero:
         return " + ".join(name for name, on in parts.items() if on)
 
 
-OPTIONS = {field.name for field in fields(Zero)} - {"stage", "communication_bytes"}
+OPTIONS = {field.name for field in fields(Zero)} - {"stage", "communication_bytes", "sums_in_fp32"}
 
 
 def read_zero(path: Path) -> Zero:
@@ -65,7 +67,8 @@ def read_zero(path: Path) -> Zero:
     """
     ds_config = read_ds_config(path)
     communication = ds_config.get("communication_data_type")
-    return zero_of(ds_config["zero_optimization"], communication, str(path))
+    zero = zero_of(ds_config["zero_optimization"], communication, str(path))
+    return replace(zero, sums_in_fp32=gradient_dtype(ds_config, path) == "fp32")
 
 
 def zero_of(

@@ -29,6 +29,7 @@ OWNED_BY_YAML = {
 ALLOWED = {
     "zero_optimization",
     "communication_data_type",
+    "data_types",
     "prescale_gradients",
     "gradient_predivide_factor",
     "comms_logger",
@@ -60,11 +61,44 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip_grad or 0.0,
         "steps_per_print": 2**31,  # never: the run log prints
     }
+    stage = ds_config["zero_optimization"]["stage"]
+    ds_config.pop("data_types", None)
+    if sums_in_fp32(config) and stage >= 2:  # GradientSums does it at stages 0 and 1
+        ds_config["data_types"] = {"grad_accum_dtype": "fp32"}
     if train.precision == "autocast":
         ds_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     elif train.precision != "fp32":
         ds_config[train.precision] = {"enabled": True}
     return ds_config
+
+
+def sums_in_fp32(config: RunConfig) -> bool:
+    """Whether 16-bit gradients of several micro-steps are summed in fp32: unless the JSON's
+    `data_types.grad_accum_dtype` is the model's type.
+
+    Raises:
+        ConfigError: the JSON cannot be read, or has a type that is not possible.
+    """
+    train = config.train
+    dtype = gradient_dtype(read_ds_config(train.deepspeed), train.deepspeed)
+    is_half = train.precision in ("bf16", "fp16")
+    possible = ("fp32", train.precision) if is_half else ("fp32",)
+    if dtype not in possible:
+        where = f"{train.deepspeed}: data_types.grad_accum_dtype"
+        raise ConfigError(where, " or ".join(possible), json.dumps(dtype))
+    return is_half and dtype == "fp32" and train.accumulation > 1
+
+
+def gradient_dtype(ds_config: dict[str, Any], path: Path) -> Any:
+    """`data_types.grad_accum_dtype` of a file of `ds_configs/`, fp32 by default.
+
+    Raises:
+        ConfigError: the section has other keys.
+    """
+    data_types = ds_config.get("data_types", {})
+    if not isinstance(data_types, dict) or not data_types.keys() <= {"grad_accum_dtype"}:
+        raise ConfigError(f"{path}: data_types", "grad_accum_dtype alone", json.dumps(data_types))
+    return data_types.get("grad_accum_dtype", "fp32")
 
 
 def micro_batch(config: RunConfig, world_size: int) -> int:

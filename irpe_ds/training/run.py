@@ -34,7 +34,7 @@ from irpe_ds.models.build import build_model
 from irpe_ds.ops.dispatch import FallbackWarning, ResolvedImpl, resolve_impl
 from irpe_ds.provenance import commit, package_versions
 from irpe_ds.runlog import RunLog
-from irpe_ds.training.deepspeed_config import deepspeed_config
+from irpe_ds.training.deepspeed_config import deepspeed_config, sums_in_fp32
 from irpe_ds.training.evaluation import check_data
 from irpe_ds.training.loss import Loss, build_loss
 from irpe_ds.training.precision import PRODUCTS
@@ -186,8 +186,9 @@ def write_run_metadata(
     network = f", {nodes} nodes over {found['interface']}" if nodes > 1 else ""
     rpe = config.model.rpe
     relative = f" with {rpe.mode} {rpe.method} RPE on {rpe.on}" if rpe else ""
+    sums = ", gradients summed in fp32" if sums_in_fp32(config) else ""
     return (
-        f"{config.folder}: {config.model.name}{relative} in {config.train.precision}, "
+        f"{config.folder}: {config.model.name}{relative} in {config.train.precision}{sums}, "
         f"{found['ranks']} ranks on {found['device']}{network}, attention op {op.name} ({op.why})"
     )
 

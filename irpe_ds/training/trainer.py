@@ -26,6 +26,7 @@ from irpe_ds.training import checkpoint, precision
 from irpe_ds.training.batch import Normalize, build_augment, build_mixup, seed_step
 from irpe_ds.training.engine_state import EMA, WEIGHTS, EngineState
 from irpe_ds.training.evaluation import EvalBatch, evaluate
+from irpe_ds.training.gradient_sums import build_gradient_sums
 from irpe_ds.training.loss import Loss
 from irpe_ds.training.metrics import Meter
 from irpe_ds.training.optim import build_optimizer, build_schedule
@@ -110,6 +111,7 @@ class Trainer:
         self.ema_model = None
         if config.train.ema_decay is not None:
             self.ema_model = copy.deepcopy(model).to(self.ranks.device, self.dtype).eval()
+        self.gradient_sums = build_gradient_sums(model, config, ds_config)
         disable_shm_allreduce()
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model, config, ds_config), config=ds_config
@@ -215,6 +217,8 @@ class Trainer:
             images, targets = self.mixup(images, targets)
         images = images.to(self.dtype)
         loss = self.loss(images, self.engine(images), targets)
+        if self.gradient_sums is not None:
+            self.gradient_sums.is_last = micro_step + 1 == self.config.train.accumulation
         self.engine.backward(loss)
         self.engine.step()
         return loss.detach()

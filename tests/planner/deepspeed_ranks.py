@@ -88,6 +88,7 @@ def measure(case: dict[str, Any], folder: Path, counter: Counter) -> dict[str, A
     from irpe_ds.models.build import build_model
     from irpe_ds.training.deepspeed_config import deepspeed_config
     from irpe_ds.training.engine_state import EngineState
+    from irpe_ds.training.gradient_sums import build_gradient_sums
     from irpe_ds.training.optim import build_optimizer
 
     path = folder / "zero.json"
@@ -100,6 +101,7 @@ def measure(case: dict[str, Any], folder: Path, counter: Counter) -> dict[str, A
     ds_config = deepspeed_config(config, world_size=torch.distributed.get_world_size())
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     average = copy.deepcopy(model).to(dtype) if config.train.ema_decay else None
+    sums = build_gradient_sums(model, config, ds_config)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model, config, ds_config), config=ds_config
     )
@@ -115,7 +117,9 @@ def measure(case: dict[str, Any], folder: Path, counter: Counter) -> dict[str, A
             counter.bytes.clear()
             logger.reset_data()
             deepspeed.comm.configure(enabled=True, prof_all=True)
-        for _ in range(config.train.accumulation):
+        for micro_step in range(config.train.accumulation):
+            if sums is not None:
+                sums.is_last = micro_step + 1 == config.train.accumulation
             images = torch.randn(2, 3, 24, 24, dtype=dtype)
             engine.backward(engine(images).float().square().mean())
             engine.step()

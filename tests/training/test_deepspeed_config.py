@@ -9,7 +9,7 @@ from deepspeed.accelerator import get_accelerator
 
 from irpe_ds.config import RunConfig
 from irpe_ds.errors import ConfigError
-from irpe_ds.training.deepspeed_config import OWNED_BY_YAML, deepspeed_config
+from irpe_ds.training.deepspeed_config import OWNED_BY_YAML, deepspeed_config, sums_in_fp32
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
@@ -35,6 +35,54 @@ def test_every_stage_gets_the_yaml_numbers(stage: int) -> None:
     assert settings["bf16"] == {"enabled": True}
     assert "fp16" not in settings
     assert "torch_autocast" not in settings
+
+
+class TestGradientSums:
+    @pytest.mark.parametrize(
+        ("stage", "precision", "accumulation", "given", "sums", "deepspeed"),
+        [
+            (2, "bf16", 3, None, True, "fp32"),
+            (3, "fp16", 3, "fp32", True, "fp32"),
+            (0, "bf16", 3, None, True, None),  # GradientSums
+            (1, "bf16", 3, "fp32", True, None),
+            (2, "bf16", 1, None, False, None),
+            (2, "bf16", 3, "bf16", False, None),
+            (2, "fp32", 3, None, False, None),
+            (2, "autocast", 3, None, False, None),
+        ],
+    )
+    def test_are_in_fp32_unless_the_json_says_otherwise(
+        self,
+        stage: int,
+        precision: str,
+        accumulation: int,
+        given: str | None,
+        sums: bool,
+        deepspeed: str | None,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+        config = with_sums(tmp_path, stage, given, precision=precision, accumulation=accumulation)
+        assert sums_in_fp32(config) == sums
+        found = deepspeed_config(config, world_size=1).get("data_types")
+        assert found == (deepspeed and {"grad_accum_dtype": deepspeed})
+
+    @pytest.mark.parametrize(("precision", "given"), [("bf16", "fp16"), ("fp32", "bf16")])
+    def test_in_a_type_that_is_not_the_models(
+        self, precision: str, given: str, tmp_path: Path
+    ) -> None:
+        config = with_sums(tmp_path, 2, given, precision=precision)
+        with pytest.raises(ConfigError, match=rf"grad_accum_dtype: expected fp32.*got \"{given}\""):
+            deepspeed_config(config, world_size=1)
+
+
+def with_sums(folder: Path, stage: int, dtype: str | None, **train: object) -> RunConfig:
+    """A run with `data_types.grad_accum_dtype` in its JSON, if it is given."""
+    path = folder / "mine.json"
+    data_types = {"data_types": {"grad_accum_dtype": dtype}} if dtype else {}
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}} | data_types))
+    return run_config(deepspeed=path, global_batch=96, **train)
 
 
 def test_autocast_is_pytorchs() -> None:

@@ -72,6 +72,7 @@ def check_step(config: RunConfig, model: nn.Module, loss: Loss, images: int = 4)
             erase=Erase(config.augment.erase),
             mixup=build_mixup(config),
             dtype=precision.MODEL[config.train.precision],
+            gradient_sums=None,
             loss=loss,
             engine=mock.Mock(side_effect=model, backward=backward),
         )
