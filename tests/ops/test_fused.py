@@ -221,10 +221,12 @@ def test_what_pytorch_asks_of_an_operator(device: str) -> None:
 def test_compiled_before_it_ran(device: str) -> None:
     """The factors, made while PyTorch traces, are real tensors that live on."""
     from irpe_ds.ops.factors import factor
+    from irpe_ds.ops.fused_op import shape
 
     problem = Problem(QKV, device)
     expected = problem.run()
     factor.cache_clear()
+    shape.cache_clear()
     compiled: Any = torch.compile(problem.run, fullgraph=False, backend="aot_eager")
     for _ in range(2):
         results = compiled()
