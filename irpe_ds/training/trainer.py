@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -197,7 +198,7 @@ class Trainer:
         """All forward and backward passes of one update, and the optimizer step."""
         self.schedule.step_update(self.update)
         for micro_step in range(self.config.train.accumulation):
-            batch = self.meter.wait(batches)
+            batch = self.next_batch(batches)
             self.meter.add(self.step(batch, micro_step), len(batch.images))
         self.update += 1
         self.meter.updates += 1
@@ -205,6 +206,21 @@ class Trainer:
             self.skips = 0
         elif not self.state.loss_scale_can_drop():
             self.record_skip(log)
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch of this rank.
+
+        A launcher that signals whole trees of processes may end a worker of the timm pipeline
+        before the rank has noticed the signal: that is a stop, not an error. Of several ranks one
+        alone cannot stop: they end with the error, and continue from the newest checkpoint.
+        """
+        try:
+            return self.meter.wait(batches)
+        except RuntimeError:  # "DataLoader worker exited unexpectedly"
+            time.sleep(1)  # signals to a tree do not arrive at once
+            if self.ranks.world_size > 1 or not self.stop.received:
+                raise
+            raise Stopped from None
 
     def step(self, batch: Batch, micro_step: int) -> Tensor:
         """One forward and backward pass, with the update if it is its last; returns the loss."""
