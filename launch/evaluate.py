@@ -49,10 +49,10 @@ def main() -> None:
     if args.run is None and args.weights is None:
         raise ConfigError("--config needs --weights; --run evaluates the weights of a run")
 
-    from irpe_ds.training import checkpoint
+    from irpe_ds.checkpoint import reader
     from irpe_ds.training.evaluation import evaluate_weights
 
-    weights = args.weights or checkpoint.weights_of(args.run, best=args.best, ema=args.ema)
+    weights = args.weights or reader.weights_of(args.run, best=args.best, ema=args.ema)
     scores = evaluate_weights(config, weights, args.batch_size)
     if scores is not None:
         print(

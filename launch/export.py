@@ -36,23 +36,22 @@ def main() -> None:
         raise ConfigError("--out", "a name that ends in .safetensors or .pth", args.out)
 
     import torch
-    from safetensors.torch import load_file, save_file
 
+    from irpe_ds.checkpoint import reader
+    from irpe_ds.checkpoint.shards import write_whole
     from irpe_ds.files import atomic_write
-    from irpe_ds.training import checkpoint
 
-    source = checkpoint.weights_of(args.run, best=args.best, ema=args.ema)
-    weights = load_file(source)
+    source = reader.weights_of(args.run, best=args.best, ema=args.ema)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.out) as partial:
             if args.out.suffix == ".pth":
-                torch.save({"model": weights}, partial)
+                torch.save({"model": dict(source)}, partial)
             else:
-                save_file(weights, partial, metadata={"format": "pt"})
+                write_whole(partial, source.files, source.keys_in_files)
     except OSError as error:
         raise ConfigError(f"--out: cannot write {args.out}: {error}") from None
-    print(f"{args.out}: {len(weights)} tensors of {source}")
+    print(f"{args.out}: {len(source)} tensors of {source}")
 
 
 if __name__ == "__main__":

@@ -44,10 +44,10 @@ def main() -> None:
     else:
         config = load_run_config(args.run, args.overrides)
 
+    from irpe_ds.checkpoint import reader
     from irpe_ds.plots.tables import draw_tables, read_maps
-    from irpe_ds.training import checkpoint
 
-    weights = args.weights or checkpoint.weights_of(args.run)
+    weights = args.weights or reader.weights_of(args.run)
     on, maps = read_maps(config, weights, args.on, args.layers, args.images)
     figure = draw_tables(maps, on, config.name)
     args.out.parent.mkdir(parents=True, exist_ok=True)

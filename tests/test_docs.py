@@ -273,7 +273,7 @@ class TestChangelog:
     @pytest.mark.parametrize(
         ("row", "module"),
         [
-            ("checkpoint.json", "irpe_ds.training.checkpoint"),
+            ("checkpoint.json", "irpe_ds.checkpoint.reader"),
             ("FILE.beton.json", "irpe_ds.data.beton.manifest"),
         ],
     )

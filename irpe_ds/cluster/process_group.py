@@ -53,6 +53,8 @@ class Ranks:
 
     def all_gather(self, value: Result) -> list[Result]:
         """The values of all ranks, by rank; any picklable object."""
+        if self.world_size == 1:
+            return [value]
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.cpu_group)
         return values
@@ -80,6 +82,8 @@ class Ranks:
 
     def on_rank0(self, function: Callable[[], Result]) -> Result:
         """Call a function on rank 0 alone; all ranks return its result or raise its UserError."""
+        if self.world_size == 1:
+            return function()
         box: list[Any] = [None]
         if self.is_main:
             try:

@@ -13,6 +13,7 @@ from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from irpe_ds.checkpoint.reader import SavedWeights
 from irpe_ds.config import ModelConfig
 from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.models.vision_transformer import equip, set_resolution
@@ -99,9 +100,13 @@ def _classifier(model: Any) -> tuple[str, ...]:
 
 
 def load_weights(
-    model: nn.Module, path: Path, where: str, renewed: Collection[str] = (), hint: str = ""
+    model: nn.Module,
+    path: Path | SavedWeights,
+    where: str,
+    renewed: Collection[str] = (),
+    hint: str = "",
 ) -> None:
-    """Load a checkpoint: .safetensors, or .pth such as the released `{"model": ..., "args": ...}`.
+    """Load .safetensors, .pth such as the released `{"model": ..., "args": ...}`, or a checkpoint.
 
     Position embeddings are interpolated to the model's grid; relative position tables are indexed
     by offsets, which no resize changes, and are loaded unchanged. If the file has none, as a plain
@@ -120,7 +125,10 @@ def load_weights(
         # Not timm's defaults in 1.0.24: pickles run no code, and released files, with a Namespace,
         # load. Drop both when the lower bound of setup.py has them (test_code_in_a_pickle...).
         with torch.serialization.safe_globals([Namespace]):
-            state = load_state_dict(str(path), weights_only=True)
+            if isinstance(path, SavedWeights):
+                state = dict(path)
+            else:
+                state = load_state_dict(str(path), weights_only=True)
         state |= {key: expected[key] for key in renewed}
         if isinstance(model, VisionTransformer) and _first_difference(expected, state):
             state = checkpoint_filter_fn(state, model)

@@ -31,7 +31,7 @@ class Memory:
     optimizer: int
     """fp32 masters and AdamW's moments."""
     ema: int
-    """The moving average, and the model that it is evaluated in."""
+    """The moving average."""
     activations: int
     buckets: int
     """Gradients being sent: the bucket, and the copy that is sent."""
@@ -86,13 +86,12 @@ def memory(
     if zero.offload_optimizer:
         host += states + average + MASTER * shard
         states = average = update = 0
-    evaluated = profile.numel * profile.bytes if has_ema else 0
-    between += states + average + evaluated
+    between += states + average
     return Memory(
         weights=weights,
         gradients=gradients + sums,
         optimizer=states,
-        ema=average + evaluated,
+        ema=average,
         activations=activations(profile, micro_batch),
         buckets=bucket_memory(profile, zero, ranks),
         update=update,

@@ -15,6 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, device
 
+from irpe_ds.checkpoint.reader import SavedWeights
 from irpe_ds.config import RunConfig
 from irpe_ds.data.pipelines.pipeline import open_pipeline
 from irpe_ds.errors import ConfigError
@@ -34,12 +35,16 @@ SHOWN = {
 
 
 def read_maps(
-    config: RunConfig, weights: Path, on: str | None, layers: str | None, images: int
+    config: RunConfig,
+    weights: Path | SavedWeights,
+    on: str | None,
+    layers: str | None,
+    images: int,
 ) -> tuple[str, dict[int, np.ndarray]]:
     """What is drawn, k, q or v, and its maps by layer.
 
     Args:
-        weights: .pth or .safetensors of the model.
+        weights: of the model: .pth, .safetensors or a checkpoint.
         on: None for the first of k, q, v that has tables.
         layers: numbers such as "0,5,11"; None for all.
         images: of the validation set, where the maps depend on images.

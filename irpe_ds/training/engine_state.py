@@ -1,41 +1,46 @@
-"""A training state as full fp32 tensors by parameter name, however ZeRO partitions it.
+"""The training state of a DeepSpeed engine: what this rank holds of each parameter.
 
-DeepSpeed keeps master weights and AdamW's moments as flat shards, laid out by stage, precision and
-number of ranks. Read and written one full tensor at a time they depend on none of these: a run on
-other ranks or with another stage can continue from what one run has saved.
+DeepSpeed keeps master weights and AdamW's moments in fp32, as flat shards laid out by stage,
+precision and number of ranks. Here they are ranges of the flattened parameters, by name, which
+depend on none of these: a run on other ranks or with another stage can continue from them.
 
 Written for DeepSpeed 0.19.8, whose own checkpoints resume on another number of ranks or another
 stage only in part. It uses attributes that are not in DeepSpeed's documented API:
 tests/launch/test_survival.py fails if they change.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor, nn
 
-WEIGHTS, EMA = "weights", "ema"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from irpe_ds.checkpoint.reader import EMA, MOMENTS, WEIGHTS
+from irpe_ds.checkpoint.shards import Shard
 
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """The state of DeepSpeed's DynamicLossScaler, which has no state_dict."""
 
-State = dict[str, dict[str, Tensor]]
-"""Kind (weights, exp_avg, exp_avg_sq, ema) -> parameter name -> tensor of the parameter's shape."""
+
+class Source(Protocol):
+    """Where a state is read from."""
+
+    def read(self, key: str, start: int, count: int) -> Tensor:
+        """The elements [start, start + count) of the flattened tensor KIND.NAME; (count,)."""
 
 
 class EngineState:
-    """Reads and writes the master weights and the optimizer's state of a DeepSpeed engine.
+    """This rank's part of an engine's master weights, moments and moving average, by kind and name.
 
     Args:
-        ema: whether the optimizer keeps a moving average too.
+        ema: whether the optimizer keeps a moving average.
     """
 
     def __init__(self, engine: Any, *, ema: bool) -> None:
         self._engine, self._optimizer = engine, engine.basic_optimizer
-        self._kinds = (*MOMENTS, EMA) if ema else MOMENTS
+        self.kinds = (WEIGHTS, *MOMENTS, *([EMA] if ema else []))
         self._stage: int = engine.zero_optimization_stage()
         self._masters = _masters(engine) if self._stage == 0 else {}
         scaler = self._scaler()
@@ -44,20 +49,16 @@ class EngineState:
             # skipped updates instead, up to train.max_skips.
             scaler.raise_error_at_min_scale = False
 
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Trainable parameters, by name."""
-        for name, parameter in self._engine.module.named_parameters(remove_duplicate=False):
-            if parameter.requires_grad:
-                yield name, parameter
+    @torch.no_grad()
+    def load(self, source: Source, kinds: Collection[str], step: int = 0) -> None:
+        """Set the state, and the model's tensors, from a checkpoint or from first values.
 
-    def initialize(self, weights: Mapping[str, Tensor], step: int = 0) -> None:
-        """Set the master weights, zero the moments and set the average to the weights.
-
-        Without it DeepSpeed 0.19.8 starts from master weights rounded to half precision, and at
-        stage 0 from an optimizer whose initial step has already applied weight decay. Remove it
-        when the first losses are equal in all stages and precisions without it.
+        DeepSpeed 0.19.8 would start from master weights rounded to half precision, and at stage 0
+        from an optimizer whose initial step has already applied weight decay.
 
         Args:
+            kinds: what the source has. Without moments they are zero, without an average it is
+                equal to the weights.
             step: number of updates behind the moments, for AdamW's bias correction.
         """
         for tensor in self._optimized():
@@ -68,48 +69,64 @@ class EngineState:
             state = self._optimizer.state[tensor]
             state.clear()
             state["step"] = count
-            for kind in self._kinds:
+            for kind in self.kinds[1:]:
                 state[kind] = torch.zeros_like(tensor, requires_grad=False)
         if self._stage in (1, 2):
             # Otherwise DeepSpeed 0.19.8 links parameters to the state only after the first step.
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-        self.write({kind: weights for kind in (WEIGHTS, EMA)})
+        for kind in self.kinds:
+            for name, (start, values) in self.shards(kind) if kind in kinds else ():
+                values.copy_(source.read(f"{kind}.{name}", start, values.numel()))
+        for name, tensor in self._constants():
+            start, values = _held(tensor)
+            values.copy_(source.read(f"{WEIGHTS}.{name}", start, values.numel()))
+        if EMA in self.kinds and EMA not in kinds:
+            for weights, average in self._pairs():
+                average.copy_(weights)
+        self._refresh()
 
-    @torch.no_grad()
-    def write(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Set the given tensors; half-precision copies of the weights change at the next update."""
-        for kind, tensors in state.items():
-            if kind in (WEIGHTS, *self._kinds):
-                for name, parameter in self.parameters():
-                    self._set(parameter, kind, tensors[name])
+    def shards(self, kind: str) -> Iterator[tuple[str, Shard]]:
+        """What this rank holds of each trained tensor: views, at stage 0 of the whole."""
+        for name, parameter in self._trained():
+            shard = self._shard(parameter, kind)
+            if shard is not None:
+                yield name, shard
 
-    def read(self, *, keep: bool) -> State:
-        """All tensors on the CPU; every rank must call it, without `keep` for empty dicts."""
-        kinds = (WEIGHTS, *self._kinds)
-        return {kind: self.read_kind(kind, keep=keep) for kind in kinds}
+    def copy_shards(self, rank: int, world_size: int) -> dict[str, Shard]:
+        """Copies on the CPU of what this rank is to save, by kind.NAME.
 
-    def read_kind(self, kind: str, *, keep: bool) -> dict[str, Tensor]:
-        """The tensors of one kind on the CPU, gathered one by one."""
+        Shards of stages 1 to 3 are as they are; of what every rank holds, each saves its part.
+        """
         found = {}
-        for name, parameter in self.parameters():
-            tensor = self._get(parameter, kind)
-            if keep:
-                found[name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-        return found
+        for kind in self.kinds:
+            for name, shard in self.shards(kind):
+                if self._stage == 0:
+                    shard = _part(shard.values, rank, world_size)
+                found[f"{kind}.{name}"] = _copy(shard)
+        for name, tensor in self._constants():
+            if rank == 0 or _is_partitioned(tensor):
+                found[f"{WEIGHTS}.{name}"] = _copy(_held(tensor))
+        return {key: shard for key, shard in found.items() if shard.values.numel()}
 
-    def constants(self) -> dict[str, Tensor]:
-        """The rest of the model's state dict on the CPU: buffers and frozen parameters."""
-        from deepspeed.runtime.zero import GatheredParameters
+    def constant_shapes(self) -> dict[str, list[int]]:
+        """Shapes of the model's tensors that are not trained: buffers and frozen parameters."""
+        return {name: list(_shape(tensor)) for name, tensor in self._constants()}
 
-        trained = {name for name, _ in self.parameters()}
-        found = {}
-        for name, tensor in self._engine.module.state_dict(keep_vars=True).items():
-            if name not in trained:
-                partitioned = [tensor] if hasattr(tensor, "ds_id") else []
-                with GatheredParameters(partitioned):
-                    copy = tensor.detach().to("cpu", copy=True).contiguous()
-                found[name] = copy.float() if copy.is_floating_point() else copy
-        return found
+    @contextmanager
+    def average(self) -> Iterator[None]:
+        """While entered, the model has the moving average as its weights; all ranks enter it.
+
+        The shards of average and weights change places, a tensor at a time.
+        """
+        self._exchange()
+        self._refresh()
+        try:
+            yield
+        except BaseException:
+            self._exchange()  # and nothing that needs ranks which may not be here
+            raise
+        self._exchange()
+        self._refresh()
 
     def steps(self) -> int:
         """Number of updates that the optimizer has applied."""
@@ -136,34 +153,65 @@ class EngineState:
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         return scaler if getattr(scaler, "dynamic", False) else None
 
-    def _get(self, parameter: Any, kind: str) -> Tensor:
-        if self._stage == 0:
-            return self._unpartitioned(parameter, kind)
-        key = None if kind == WEIGHTS else kind
-        if self._stage < 3:
-            return parameter.get_full_hp_param(key)
-        return self._engine.optimizer.get_full_hp_param(parameter, key)
+    def _trained(self) -> Iterator[tuple[str, Any]]:
+        for name, parameter in self._engine.module.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad:
+                yield name, parameter
 
-    def _set(self, parameter: Any, kind: str, value: Tensor) -> None:
-        if self._stage == 0:
-            self._unpartitioned(parameter, kind).copy_(value)
-            return
-        key = None if kind == WEIGHTS else kind
-        if self._stage < 3:
-            parameter.set_full_hp_param(value, key)
-            return
-        # DeepSpeed 0.19.8's set_full_hp_param fails at stage 3 if the size is not a multiple of the
-        # ranks: it does not pad the last partition.
-        zero: Any = self._engine.optimizer
-        size = parameter.ds_tensor.numel()
-        first = size * zero._get_param_partition_rank(parameter)
-        own = value.flatten()[first : first + size]
-        zero.set_local_hp_param(F.pad(own, (0, size - own.numel())), parameter, key)
+    def _constants(self) -> Iterator[tuple[str, Tensor]]:
+        trained = {name for name, _ in self._trained()}
+        for name, tensor in self._engine.module.state_dict(keep_vars=True).items():
+            if name not in trained:
+                yield name, tensor
 
-    def _unpartitioned(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        """A tensor at stage 0."""
-        master = self._masters.get(parameter, parameter)
-        return master if kind == WEIGHTS else self._optimizer.state[master][kind]
+    def _shard(self, parameter: Any, kind: str) -> Shard | None:
+        if self._stage == 0:
+            master = self._masters.get(parameter, parameter)
+            tensor = master if kind == WEIGHTS else self._optimizer.state[master][kind]
+            return Shard(0, tensor.detach().view(-1))
+        if self._stage == 3:
+            return _clipped(parameter, self._partition(parameter, kind))
+        mapping = parameter._hp_mapping
+        if mapping is None:  # all of it is on other ranks
+            return None
+        fragment = mapping.get_hp_fragment(None if kind == WEIGHTS else kind)
+        return Shard(mapping.lp_fragment_address.start, fragment.detach())
+
+    def _partition(self, parameter: Any, kind: str = WEIGHTS) -> Tensor:
+        """This rank's fp32 partition at stage 3, with padding."""
+        found, _ = self._engine.optimizer._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=True, optim_state_key=None if kind == WEIGHTS else kind
+        )
+        return found.detach()
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's weights and their averages."""
+        for (_, weights), (_, average) in zip(self.shards(WEIGHTS), self.shards(EMA), strict=True):
+            yield weights.values, average.values
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for weights, average in self._pairs():
+            kept = weights.clone()
+            weights.copy_(average)
+            average.copy_(kept)
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Set the model's parameters to the master weights, as an update does at its end."""
+        zero = self._engine.optimizer
+        if self._stage == 0:
+            for parameter, master in self._masters.items():
+                parameter.copy_(master)
+        elif self._stage < 3:
+            zero.update_lp_params()
+        else:
+            zero.parameter_offload.partition_all_parameters()
+            for _, parameter in self._trained():
+                parameter.ds_tensor.copy_(self._partition(parameter))
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+            zero.invalidate_secondary_tensor()
 
     def _optimized(self) -> list[Tensor]:
         """The tensors that this rank's optimizer updates: parameters, master weights or shards."""
@@ -172,10 +220,43 @@ class EngineState:
         return [tensor for group in self._optimizer.param_groups for tensor in group["params"]]
 
 
+def _is_partitioned(tensor: Any) -> bool:
+    return hasattr(tensor, "ds_tensor")
+
+
+def _shape(tensor: Any) -> torch.Size:
+    return tensor.ds_shape if _is_partitioned(tensor) else tensor.shape
+
+
+def _held(tensor: Any) -> Shard:
+    """What this rank holds of a buffer or a frozen parameter."""
+    if _is_partitioned(tensor):
+        return _clipped(tensor, tensor.ds_tensor.detach())
+    return Shard(0, tensor.detach().view(-1))
+
+
+def _clipped(parameter: Any, partition: Tensor) -> Shard:
+    """The shard in a partition of stage 3, of which the last may end with padding."""
+    size, rank = partition.numel(), dist.get_rank(parameter.ds_process_group)
+    first = min(size * rank, parameter.ds_numel)
+    return Shard(first, partition[: parameter.ds_numel - first])
+
+
+def _part(flat: Tensor, part: int, parts: int) -> Shard:
+    """One of equal parts of a flattened tensor."""
+    first, end = (flat.numel() * n // parts for n in (part, part + 1))
+    return Shard(first, flat[first:end])
+
+
+def _copy(shard: Shard) -> Shard:
+    dtype = torch.float32 if shard.values.is_floating_point() else shard.values.dtype
+    return Shard(shard.start, shard.values.to("cpu", dtype, copy=True))
+
+
 def _masters(engine: Any) -> dict[nn.Parameter, Tensor]:
     """Parameter -> fp32 master weight, for half precision at stage 0.
 
-    DeepSpeed 0.19.8 has get_full_hp_param for the other stages only.
+    DeepSpeed 0.19.8 names them for the other stages only.
     """
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
@@ -183,3 +264,11 @@ def _masters(engine: Any) -> dict[nn.Parameter, Tensor]:
         return {}
     groups = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
     return {p: m for halves, masters in groups for p, m in zip(halves, masters, strict=True)}
+
+
+class ModelSource:  # TODO(merge): replaced by deferred first values
+    def __init__(self, model: nn.Module) -> None:
+        self._state = {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+    def read(self, key: str, start: int, count: int) -> Tensor:
+        return self._state[key.partition(".")[2]].flatten()[start : start + count]

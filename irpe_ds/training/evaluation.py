@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from irpe_ds.checkpoint.reader import SavedWeights
 from irpe_ds.cluster.process_group import (
     Ranks,
     destroy_process_group,
@@ -61,8 +62,10 @@ def evaluate(
     }
 
 
-def evaluate_weights(config: RunConfig, weights: Path, batch_size: int) -> dict[str, float] | None:
-    """Scores of a weights file in fp32 with a run's configuration; None on all ranks but rank 0.
+def evaluate_weights(
+    config: RunConfig, weights: Path | SavedWeights, batch_size: int
+) -> dict[str, float] | None:
+    """Scores of weights in fp32 with a run's configuration; None on all ranks but rank 0.
 
     Args:
         batch_size: images of one forward pass of one rank.

@@ -8,8 +8,8 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
+from irpe_ds.checkpoint.reader import EMA
 from irpe_ds.config import RunConfig
-from irpe_ds.training.engine_state import EMA
 
 
 class _WithEMA:

@@ -35,6 +35,7 @@ from irpe_ds.ops.dispatch import FallbackWarning, ResolvedImpl, resolve_impl
 from irpe_ds.provenance import commit, package_versions
 from irpe_ds.runlog import RunLog
 from irpe_ds.training.deepspeed_config import deepspeed_config, sums_in_fp32
+from irpe_ds.training.engine_state import ModelSource
 from irpe_ds.training.evaluation import check_data
 from irpe_ds.training.loss import Loss, build_loss
 from irpe_ds.training.precision import PRODUCTS
@@ -98,7 +99,7 @@ def train(
         length, model, op = prepared.length, prepared.model, prepared.op
         check_consistency(ranks, prepared.facts())
         manifest = initial_manifest(config, ds_config, length, model, world_size, op._asdict())
-        start = ranks.on_rank0(partial(find_start, config, resume, manifest))
+        start = find_start(config, resume, manifest, ranks)
         if start.path is not None and ranks.any_rank(not start.path.exists()):
             expected = "a run folder that all nodes share"
             raise ClusterError(config.folder, expected, f"a node without {start.path}")
@@ -112,7 +113,16 @@ def train(
         check_folder(config)
         with FolderLock(config.folder, ranks):
             trainer = Trainer(
-                config, length, manifest, start, model, prepared.loss, ds_config, ranks, stop
+                config,
+                length,
+                manifest,
+                start,
+                model,
+                ModelSource(model),
+                prepared.loss,
+                ds_config,
+                ranks,
+                stop,
             )
             with RunLog(
                 config.folder,

@@ -3,19 +3,20 @@
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch import nn
 
+from irpe_ds.checkpoint import reader
+from irpe_ds.checkpoint.reader import CheckpointManifest
 from irpe_ds.cluster.process_group import Ranks
 from irpe_ds.config import ModelConfig, RunConfig
 from irpe_ds.errors import CheckpointError, ConfigError
 from irpe_ds.files import lock_file
 from irpe_ds.runlog import METRICS
-from irpe_ds.training import checkpoint
-from irpe_ds.training.checkpoint import CheckpointManifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +98,8 @@ class Start(NamedTuple):
     """Messages about it for the log."""
 
 
-def find_start(config: RunConfig, resume: str, present: CheckpointManifest) -> Start:
-    """Find out where to start.
+def find_start(config: RunConfig, resume: str, present: CheckpointManifest, ranks: Ranks) -> Start:
+    """Find out where to start; all ranks call it, and share the reading of checkpoints.
 
     Args:
         resume: `never`, `auto` or the folder of a checkpoint, as in `run.train`.
@@ -108,7 +109,31 @@ def find_start(config: RunConfig, resume: str, present: CheckpointManifest) -> S
         CheckpointError: the checkpoint does not exist, is damaged or is another model's, or an
             existing run would be overwritten.
     """
-    folder = config.folder / checkpoint.FOLDER
+    exists = ranks.on_rank0(partial(_check_resume, config, resume))
+    folder = config.folder / reader.FOLDER
+    if resume == "never":
+        return Start(None, present, [])
+    if resume == "auto" or _is_in(folder, resume):
+        path, damaged = reader.newest_undamaged(folder, ranks)
+        if resume != "auto" and (path is None or Path(resume).resolve() != path.resolve()):
+            expected = f"its newest undamaged checkpoint ({path}), or name=... to start another run"
+            raise CheckpointError(config.folder, expected, resume)
+    else:
+        path, damaged = Path(resume), []
+        if damage := reader.damage_on_any(path, ranks):
+            raise CheckpointError(f"--resume {path}: damaged checkpoint: {damage}")
+    notes = [f"skipped a damaged checkpoint: {text}" for text in damaged]
+    if path is None:
+        return Start(None, present, ["no checkpoint yet: starting from scratch"] if exists else [])
+    saved = ranks.on_rank0(partial(reader.check_compatible, path, present))
+    changes = "; ".join(reader.changes(saved, present))
+    notes.append(f"resuming from {path}" + (f" with {changes}" if changes else ""))
+    return Start(path, saved, notes)
+
+
+def _check_resume(config: RunConfig, resume: str) -> bool:
+    """Whether the run exists; raises CheckpointError if `resume` does not fit that."""
+    folder = config.folder / reader.FOLDER
     exists = (config.folder / METRICS).exists()
     if resume == "never":
         if exists:
@@ -116,28 +141,17 @@ def find_start(config: RunConfig, resume: str, present: CheckpointManifest) -> S
                 f"{config.folder} holds a run already: continue it with --resume auto, or start "
                 "another with name=..."
             )
-        return Start(None, present, [])
-    if resume == "auto" or Path(resume).resolve().parent == folder.resolve():
-        path, damaged = checkpoint.newest_undamaged(folder)
-        if resume != "auto" and (path is None or Path(resume).resolve() != path.resolve()):
-            expected = f"its newest undamaged checkpoint ({path}), or name=... to start another run"
-            raise CheckpointError(config.folder, expected, resume)
-    else:
-        path, damaged = Path(resume), []
-        if not path.is_dir():
+    elif resume != "auto" and not _is_in(folder, resume):
+        if not Path(resume).is_dir():
             raise CheckpointError("--resume", "auto or the folder of a checkpoint", resume)
         if any(folder.glob("update-*")):
             expected = "--resume auto, or name=... to start another run from a checkpoint"
             raise CheckpointError(config.folder, expected, resume)
-        if damage := checkpoint.find_damage(path):
-            raise CheckpointError(f"--resume {path}: damaged checkpoint: {damage}")
-    notes = [f"skipped a damaged checkpoint: {text}" for text in damaged]
-    if path is None:
-        return Start(None, present, ["no checkpoint yet: starting from scratch"] if exists else [])
-    saved = checkpoint.check_compatible(path, present)
-    changes = "; ".join(checkpoint.changes(saved, present))
-    notes.append(f"resuming from {path}" + (f" with {changes}" if changes else ""))
-    return Start(path, saved, notes)
+    return exists
+
+
+def _is_in(folder: Path, resume: str) -> bool:
+    return Path(resume).resolve().parent == folder.resolve()
 
 
 class FolderLock:
@@ -178,7 +192,7 @@ def lock(folder: Path) -> TextIO:
 
 def model_to_build(config: RunConfig, resume: str) -> ModelConfig:
     """The model's configuration, without `weights` if a checkpoint's will replace them."""
-    own = (config.folder / checkpoint.FOLDER).glob("update-*")
+    own = (config.folder / reader.FOLDER).glob("update-*")
     from_scratch = resume == "never" or (resume == "auto" and not any(own))
     return config.model if from_scratch else config.model.model_copy(update={"weights": None})
 

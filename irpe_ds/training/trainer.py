@@ -1,6 +1,5 @@
 """The training loop."""
 
-import copy
 import json
 import sys
 import time
@@ -13,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from irpe_ds.checkpoint import reader
+from irpe_ds.checkpoint.writer import CheckpointWriter
 from irpe_ds.cluster.process_group import Ranks, disable_shm_allreduce
 from irpe_ds.cluster.signals import PreemptionCheck, StopSignals
 from irpe_ds.config import RunConfig
@@ -23,9 +24,9 @@ from irpe_ds.errors import TrainingError
 from irpe_ds.models import flops
 from irpe_ds.models.vision_transformer import set_resolution
 from irpe_ds.runlog import RunLog
-from irpe_ds.training import checkpoint, precision
+from irpe_ds.training import precision
 from irpe_ds.training.batch import Normalize, build_augment, build_mixup, seed_step
-from irpe_ds.training.engine_state import EMA, WEIGHTS, EngineState
+from irpe_ds.training.engine_state import WEIGHTS, EngineState, Source
 from irpe_ds.training.evaluation import EvalBatch, evaluate
 from irpe_ds.training.gradient_sums import build_gradient_sums
 from irpe_ds.training.loss import Loss
@@ -47,7 +48,7 @@ class Trainer:
     Args:
         manifest: the run's checkpoint manifest before its first update.
         start: where training starts.
-        model: its initial weights are used when training starts from scratch.
+        initial: the model's first values, for when training starts from scratch.
         ds_config: DeepSpeed's configuration.
         stop: checked after every update and every batch of an evaluation.
     """
@@ -56,9 +57,10 @@ class Trainer:
         self,
         config: RunConfig,
         length: RunLength,
-        manifest: checkpoint.CheckpointManifest,
+        manifest: reader.CheckpointManifest,
         start: Start,
         model: nn.Module,
+        initial: Source,
         loss: Loss,
         ds_config: dict[str, Any],
         ranks: Ranks,
@@ -66,7 +68,7 @@ class Trainer:
     ) -> None:
         self.config, self.length, self.ranks, self.stop = config, length, ranks, stop
         self.preemption = PreemptionCheck(ranks, stop)
-        self.manifest, self.folder = manifest, config.folder / checkpoint.FOLDER
+        self.manifest, self.folder = manifest, config.folder / reader.FOLDER
         self.loss = loss.to(ranks.device)
         self.dtype = precision.MODEL[config.train.precision]
         shared: dict[str, Any] = {
@@ -83,44 +85,41 @@ class Trainer:
             **shared,
         )
         self.val_batches = EvalLoader(config.data, **shared)
-        self.setup_engine(start, model, ds_config)
+        self.setup_engine(start, model, initial, ds_config)
         self.schedule = build_schedule(self.engine.optimizer, config, length.updates_per_epoch)
         self.augment = build_augment(config)
         self.normalize = Normalize(config.data, ranks.device)
         self.erase = Erase(config.augment.erase)
         self.mixup = build_mixup(config)
         own = start.path is not None and start.path.resolve().parent == self.folder.resolve()
+        self.writer = CheckpointWriter(self.folder, ranks, config.train.keep_checkpoints)
         self.last_checkpoint = start.saved if own else manifest
-        """Manifest of this run's newest checkpoint."""
+        """Manifest of this run's newest checkpoint on disk."""
         self.update = start.saved.update
         self.skips = 0
         """Updates skipped in a row because of gradients that are not finite."""
         self.meter = Meter(ranks, start.saved.meter)
         self.flops = flops.TRAINING * flops.forward_flops(config.model)
 
-    def setup_engine(self, start: Start, model: nn.Module, ds_config: dict[str, Any]) -> None:
+    def setup_engine(
+        self, start: Start, model: nn.Module, initial: Source, ds_config: dict[str, Any]
+    ) -> None:
         """Wrap the model in a DeepSpeed engine, in the state that training starts with."""
         import deepspeed
 
         config = self.config
-        saved = {} if start.path is None else checkpoint.load_state(start.path)
-        if saved:
-            model.load_state_dict(saved[WEIGHTS])
-        named = model.named_parameters(remove_duplicate=False)
-        # Full fp32 copies: ZeRO-3 and half precision replace the parameters in initialize().
-        weights = {name: p.detach().clone() for name, p in named}
-        self.ema_model = None
-        if config.train.ema_decay is not None:
-            self.ema_model = copy.deepcopy(model).to(self.ranks.device, self.dtype).eval()
         self.gradient_sums = build_gradient_sums(model, config, ds_config)
         disable_shm_allreduce()
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model, config, ds_config), config=ds_config
         )
-        self.state = EngineState(self.engine, ema=self.ema_model is not None)
-        self.state.initialize(weights, step=start.saved.steps)
-        if saved:
-            self.state.write(saved)
+        self.state = EngineState(self.engine, ema=config.train.ema_decay is not None)
+        if start.path is None:
+            self.state.load(initial, (WEIGHTS,))
+        else:
+            files = reader.open_files(start.path, self.ranks.rank / self.ranks.world_size)
+            kinds = {key.partition(".")[0] for key in files.shapes}
+            self.state.load(files, kinds, start.saved.steps)
             self.state.set_loss_scaler(start.saved.loss_scaler)
         if config.train.compile:
             self.engine.compile()
@@ -131,14 +130,16 @@ class Trainer:
             if self.last_checkpoint.update != self.update:  # started from another run's
                 self.save(log)
             while True:
-                if self.is_at_end_of_epoch() and not self.last_checkpoint.scores:
+                if self.is_at_end_of_epoch() and not self.is_scored():
                     self.add_scores(log, self.validate(log))
                 if self.update == self.length.last_update:
                     return True
                 self.train_epoch(log)
         except Stopped:
+            self.finish_save()
             if self.last_checkpoint.update != self.update:
                 self.save(log)
+                self.finish_save()
             self.stop.finished = True
             signal = self.stop.received or "a signal to another rank"
             rerun = "rerun with --resume auto to continue"
@@ -149,6 +150,10 @@ class Trainer:
         """Whether the current weights are to be evaluated."""
         ends = self.update % self.length.updates_per_epoch == 0
         return self.update > 0 and (ends or self.update == self.length.last_update)
+
+    def is_scored(self) -> bool:
+        """Whether the checkpoint of the current update has the results of its evaluation."""
+        return self.last_checkpoint.update == self.update and bool(self.last_checkpoint.scores)
 
     def raise_if_stopped(self) -> None:
         """Raise Stopped on all ranks once one of them has received a signal."""
@@ -254,6 +259,7 @@ class Trainer:
                 file.write(json.dumps(row) + "\n")
             log.note(f"update {self.update} skipped: a gradient is not finite; see {path}")
         if self.skips > limit:
+            self.finish_save()
             raise TrainingError(
                 f"{self.skips} updates in a row, up to {self.update}, had gradients that are not "
                 f"finite (train.max_skips is {limit}); their samples are in {path}, and the last "
@@ -297,11 +303,9 @@ class Trainer:
         set_resolution(self.engine.module, self.config.model.img_size)
         scores = self.evaluate(self.engine)
         ema_text = ""
-        if self.ema_model is not None:
-            average = self.state.read_kind(EMA, keep=True) | self.state.constants()
-            self.ema_model.load_state_dict(average)
-            with precision.autocast(self.config.train.precision, self.ranks.device):
-                average_scores = self.evaluate(self.ema_model)
+        if self.config.train.ema_decay is not None:
+            with self.state.average():
+                average_scores = self.evaluate(self.engine)
             scores |= {f"ema_{key}": average_scores[key] for key in ("top1", "top5", "loss")}
             ema_text = f"; EMA: top-1 {scores['ema_top1']:.2f} %"
         epoch = self.update / self.length.updates_per_epoch
@@ -324,27 +328,31 @@ class Trainer:
         return evaluate(model, batches(), lambda x: self.normalize(x).to(self.dtype), self.ranks)
 
     def save(self, log: RunLog) -> None:
-        """Write a checkpoint of the current update; all ranks call it."""
+        """Begin to write a checkpoint of the current update; all ranks call it.
+
+        Training stands still while the checkpoint before is being finished and the state copied.
+        """
+        self.finish_save()
         log.sync()  # a checkpoint's rows are on disk before it
         manifest = self.manifest.at(
             self.update,
             steps=self.state.steps(),
             loss_scaler=self.state.loss_scaler(),
             meter=self.meter.save(),
+            constants=self.state.constant_shapes(),
+            ema=self.config.train.ema_decay is not None,
         )
-        write = partial(
-            checkpoint.save,
-            self.folder,
-            manifest,
-            self.state.read(keep=self.ranks.is_main),
-            constants=self.state.constants(),
-            keep=self.config.train.keep_checkpoints,
-        )
-        self.last_checkpoint = self.ranks.on_rank0(write)
+        shards = self.state.copy_shards(self.ranks.rank, self.ranks.world_size)
+        self.writer.start(manifest, shards)
+
+    def finish_save(self) -> None:
+        """Wait until the checkpoint that is being written is on disk."""
+        self.last_checkpoint = self.writer.finish() or self.last_checkpoint
 
     def add_scores(self, log: RunLog, scores: dict[str, float]) -> None:
         """Add the scores of the newest checkpoint to its manifest."""
+        self.finish_save()
         log.sync()
         manifest = replace(self.last_checkpoint, scores=scores)
-        write = partial(checkpoint.add_scores, self.folder, manifest)
+        write = partial(reader.add_scores, self.folder, manifest)
         self.last_checkpoint = self.ranks.on_rank0(write)

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from irpe_ds.checkpoint.reader import open_files
 from tests.launch.ranks import rows
 
-FILES = ("weights", "ema", "optimizer")
+KINDS = ("weights", "ema", "exp_avg", "exp_avg_sq")
 UPDATES, PER_EPOCH, BATCH = 30, 14, 96
 
 
@@ -31,7 +31,15 @@ but for rounding, such as that of the keys' bias, which softmax does not see."""
 
 
 def tensors(folder: Path, kind: str, updates: int = UPDATES) -> dict[str, torch.Tensor]:
-    return load_file(folder / f"checkpoints/update-{updates:08d}/{kind}.safetensors")
+    """The tensors of one kind in a run's checkpoint, by name."""
+    return saved(folder / f"checkpoints/update-{updates:08d}", kind)
+
+
+def saved(path: Path, kind: str) -> dict[str, torch.Tensor]:
+    """The tensors of one kind in a checkpoint, by name."""
+    files = open_files(path)
+    keys = [key for key in files.shapes if key.startswith(f"{kind}.")]
+    return {key.removeprefix(f"{kind}."): files.whole(key) for key in keys}
 
 
 def losses(folder: Path, updates: int = UPDATES) -> torch.Tensor:
@@ -44,7 +52,7 @@ def same_bits(one: Path, other: Path) -> None:
     """Compare all that two runs have left."""
     for kind in ("train", "eval"):
         assert rows(one, kind) == rows(other, kind)
-    for kind in FILES:
+    for kind in KINDS:
         expected, got = tensors(one, kind), tensors(other, kind)
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[name], got[name]) for name in expected), kind

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import irpe_ds
+from irpe_ds.checkpoint import reader
 from irpe_ds.config import RunConfig, load_config
 from irpe_ds.models.build import build_model, load_weights
-from irpe_ds.training import checkpoint
 from irpe_ds.training.start import initial_manifest, run_length
+from tests import checkpoint_ranks
 
 NAME = "deit_tiny_patch16_224_ctx_product_50_shared_k"
 
@@ -41,8 +42,8 @@ def state(config: RunConfig) -> dict[str, dict[str, torch.Tensor]]:
     ds_config = {"zero_optimization": {"stage": 0}}
     length = run_length(config, 640)
     manifest = initial_manifest(config, ds_config, length, model(), world_size=1, op={})
-    folder = config.folder / checkpoint.FOLDER
-    checkpoint.save(folder, manifest.at(3), state, constants={}, keep=1)
+    folder = config.folder / reader.FOLDER
+    checkpoint_ranks.save(folder, manifest.at(3), state, world_size=2)
     return state
 
 
@@ -83,11 +84,11 @@ def test_there_and_back(
 def test_a_damaged_checkpoint_is_not_exported(
     run: Any, config: RunConfig, state: Any, tmp_path: Path
 ) -> None:
-    path = checkpoint.weights_of(config.folder)
+    path = reader.weights_of(config.folder).path / "rank-00001-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     out = tmp_path / "x.pth"
     done = run(sys.executable, "launch/export.py", "--run", config.folder, "--out", out)
     assert done.returncode == 2
-    assert "weights.safetensors has" in done.stderr
+    assert f"{path.name} has" in done.stderr
     assert "Traceback" not in done.stderr
     assert not out.exists()

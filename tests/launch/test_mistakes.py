@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from irpe_ds.checkpoint.reader import CheckpointManifest
 from irpe_ds.cluster.process_group import destroy_process_group
-from irpe_ds.training import checkpoint
+from tests import checkpoint_ranks
 from tests.launch.ranks import free_port
 
 CONFIG = "launch/configs/quickstart.yaml"
@@ -37,8 +38,7 @@ def mistakes(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "config": {},
         "shapes": {},
     }
-    empty = {kind: {} for kind in ("weights", "exp_avg", "exp_avg_sq")}
-    checkpoint.save(folder, checkpoint.CheckpointManifest(**saved), empty, constants={}, keep=1)
+    checkpoint_ranks.save(folder, CheckpointManifest(**saved), {})
     return {path.name: path for path in folder.iterdir()}
 
 

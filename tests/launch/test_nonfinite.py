@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.launch.outcomes import BATCH, FILES, PER_EPOCH, UPDATES, losses, slow, tensors, zero
+from tests.launch.outcomes import BATCH, KINDS, PER_EPOCH, UPDATES, losses, slow, tensors, zero
 from tests.launch.ranks import Ranks, rows
 
 pytestmark = pytest.mark.dist
@@ -46,7 +46,7 @@ def test_updates_that_are_not_finite_are_left_out(
     skipped = {row["update"]: row["samples"] for row in map(json.loads, lines)}
     permutation = np.random.default_rng([0, 0]).permutation(1438)
     assert skipped == {u: permutation[(u - 1) * BATCH : u * BATCH].tolist() for u in (3, 4, 5)}
-    for kind in FILES:
+    for kind in KINDS:
         assert all(tensor.isfinite().all() for tensor in tensors(output / name, kind).values())
     assert torch.isfinite(losses(output / name)).all()
     manifest = output / name / f"checkpoints/update-{UPDATES:08d}/checkpoint.json"

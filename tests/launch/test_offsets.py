@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from data_prep.offsets import OFFSETS
 from irpe_ds.config import load_config
 from irpe_ds.models.build import build_model
 from irpe_ds.models.offset_maps import offset_maps
 from irpe_ds.plots.tables import validation_images
+from tests.launch.outcomes import tensors
 from tests.launch.ranks import Ranks, rows
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -60,8 +60,7 @@ def test_the_tables_show_it(runs: Path) -> None:
     """No two of the eight offsets look alike in the maps; before training all do."""
     config = load_config(runs / "k/config.yaml")
     model = build_model(config.model).eval()
-    weights = runs / f"k/checkpoints/update-{UPDATES:08d}/weights.safetensors"
-    model.load_state_dict(load_file(weights))
+    model.load_state_dict(tensors(runs / "k", "weights", UPDATES))
     maps = torch.cat(offset_maps(model, "k", lambda: validation_images(config, 64)))
     logits = torch.stack([maps[:, 4 + row, 4 + col] for row, col in OFFSETS.values()])
     for one, other in combinations(logits, 2):

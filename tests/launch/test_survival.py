@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from tests.launch.outcomes import FILES, PER_EPOCH, UPDATES, losses, same_bits, slow, tensors, zero
+from tests.launch.outcomes import KINDS, PER_EPOCH, UPDATES, losses, same_bits, slow, tensors, zero
 from tests.launch.ranks import Ranks, rows
 
 pytestmark = pytest.mark.dist
@@ -63,17 +63,19 @@ def test_killed_again_and_again(
     run.append("train.save_every=1")  # a good part of the time goes into saving
     last = output / f"{name}/checkpoints/update-{UPDATES:08d}"
     moments = random.Random(f"{stage} {precision} {times}")
-    kills = 0
+    kills, cut_short = 0, set()
     while kills < times and not last.exists():
-        ranks = Ranks(tmp_path, 2, [(run, "auto")], slow_steps)
-        if moments.random() < 0.6:
+        ranks = Ranks(tmp_path, 2, [(run, "auto")], slow_saves)
+        if moments.random() < 0.8:
             ranks.wait_for("ranks on CPU, attention op")  # it begins to train
             time.sleep(moments.uniform(0, 1))
         else:
             time.sleep(moments.uniform(0, 4))
         ranks.kill()
         kills += 1
+        cut_short |= {path.name for path in last.parent.glob(".update-*.partial")}
     assert kills > times // 2
+    assert times < 20 or len(cut_short) >= 10
     Ranks(tmp_path, 2, [(run, "auto")]).succeed()
     same_bits(whole, output / name)
 
@@ -100,7 +102,7 @@ def test_a_signal_saves_and_ends(
     text = ranks.output()
     assert f"stopped by {name} after update" in text or "a signal to another rank" in text
     Ranks(tmp_path, 2, [(run, "auto")]).succeed()
-    for kind in FILES:
+    for kind in KINDS:
         expected, got = tensors(whole, kind), tensors(output / name, kind)
         assert all(torch.equal(expected[key], got[key]) for key in expected)
     assert rows(output / name, "eval") == rows(whole, "eval")
@@ -174,6 +176,22 @@ def test_a_signal_to_every_process_finds_no_worker_dead(
     assert ranks.wait() == [75], ranks.output()
     (saved,) = (output / "workers/checkpoints").iterdir()
     assert int(saved.name[-8:]) > 0
+
+
+def slow_saves() -> None:
+    """A checkpoint is on its way most of the time."""
+    from irpe_ds.checkpoint import writer
+
+    write = writer.write_shards
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        written = write(*arguments)
+        time.sleep(0.1)
+        return written
+
+    writer.write_shards = slow
+    slow_steps()
 
 
 def slow_steps() -> None:

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from irpe_ds.config import load_config
 from irpe_ds.models.build import build_model
 from irpe_ds.ops.build.builder import IRPEBuilder
-from tests.launch.outcomes import slow
+from tests.launch.outcomes import slow, tensors
 from tests.launch.ranks import Ranks, free_port
 from tests.ops.ptxsim.simulator import build
 
@@ -142,7 +141,7 @@ def losses(folder: Path) -> torch.Tensor:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / f"checkpoints/update-{UPDATES:08d}/weights.safetensors")
+    return tensors(folder, "weights", UPDATES)
 
 
 def test_fp32_losses_agree_across_stages(runs: Path) -> None:
@@ -294,14 +293,11 @@ def test_fused_attention_under_zero_3(digits: Path, tmp_path: Path) -> None:
     for one, other in zip(found, expected, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=0.02)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.02)
-    moments, reference = (
-        load_file(tmp_path / impl / f"checkpoints/update-{updates:08d}/optimizer.safetensors")
-        for impl in impls
-    )
-    tables = [name for name in moments if name.startswith("exp_avg.") and "rpe_" in name]
+    moments, reference = (tensors(tmp_path / impl, "exp_avg", updates) for impl in impls)
+    tables = [name for name in moments if "rpe_" in name]
     assert len(tables) == 6
     assert sum(bool(moments[name].any()) for name in tables) == 5  # the class token sees one bucket
-    for name in (name for name in moments if name.startswith("exp_avg.")):
+    for name in moments:
         error = (moments[name] - reference[name]).norm()
         assert error <= 0.1 * reference[name].norm() + 1e-6, name
 

@@ -81,13 +81,11 @@ def wire_bytes() -> int:
 
 
 def measure(case: dict[str, Any], folder: Path, counter: Counter) -> dict[str, Any]:
-    import copy
-
     import deepspeed
 
     from irpe_ds.models.build import build_model
     from irpe_ds.training.deepspeed_config import deepspeed_config
-    from irpe_ds.training.engine_state import EngineState
+    from irpe_ds.training.engine_state import EngineState, ModelSource
     from irpe_ds.training.gradient_sums import build_gradient_sums
     from irpe_ds.training.optim import build_optimizer
 
@@ -100,13 +98,12 @@ def measure(case: dict[str, Any], folder: Path, counter: Counter) -> dict[str, A
     model = build_model(config.model)
     ds_config = deepspeed_config(config, world_size=torch.distributed.get_world_size())
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    average = copy.deepcopy(model).to(dtype) if config.train.ema_decay else None
     sums = build_gradient_sums(model, config, ds_config)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model, config, ds_config), config=ds_config
     )
-    state = EngineState(engine, ema=average is not None)
-    state.initialize(dict(build_model(config.model).named_parameters()))
+    state = EngineState(engine, ema=config.train.ema_decay is not None)
+    state.load(ModelSource(build_model(config.model)), ("weights",))
     logger = deepspeed.comm.comm.comms_logger
     wires = []
     # Stage 3 needs two updates to know the order of its parameters.

@@ -13,12 +13,13 @@ from matplotlib.image import imread
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from irpe_ds.checkpoint.reader import CheckpointManifest
 from irpe_ds.config import load_config
 from irpe_ds.errors import CheckpointError, ConfigError, DataError
 from irpe_ds.models.build import build_model
 from irpe_ds.plots import tables
-from irpe_ds.training import checkpoint
 from launch import tables as script
+from tests import checkpoint_ranks
 
 ROOT = Path(__file__).parents[2]
 BIAS = "model.rpe={method: cross, mode: bias, on: k}"
@@ -155,12 +156,12 @@ def test_run_without_a_checkpoint(monkeypatch: pytest.MonkeyPatch, config: Path)
 
 
 def test_newest_checkpoint_of_a_run(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
-    none: dict[str, torch.Tensor] = {}
-    state = {"weights": load_file(save(config)), "exp_avg": none, "exp_avg_sq": none}
+    state = {"weights": load_file(save(config))}
     run: dict[str, Any] = {"updates_per_epoch": 5, "global_batch": 8, "num_samples": 40, "seed": 0}
-    run |= {"world_size": 1, "zero_stage": 0, "shapes": {}, "op": {}, "config": {}}
-    manifest = checkpoint.CheckpointManifest(**run).at(2)
-    checkpoint.save(config.parent / "checkpoints", manifest, state, constants={}, keep=1)
+    run |= {"world_size": 1, "zero_stage": 0, "op": {}, "config": {}}
+    run["shapes"] = {name: list(tensor.shape) for name, tensor in state["weights"].items()}
+    manifest = CheckpointManifest(**run).at(2)
+    checkpoint_ranks.save(config.parent / "checkpoints", manifest, state)
     config.rename(config.with_name("config.yaml"))
     out = config.with_name("t.png")
     draw(monkeypatch, "--run", config.parent, "--out", out)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from irpe_ds.checkpoint.reader import EMA
 from irpe_ds.cluster.process_group import Ranks
 from irpe_ds.config import DistillConfig, RunConfig
 from irpe_ds.data.augment.policies import Erase
@@ -19,7 +20,6 @@ from irpe_ds.models.build import build_model
 from irpe_ds.ops import dispatch
 from irpe_ds.training import precision
 from irpe_ds.training.batch import Normalize, build_augment, build_mixup
-from irpe_ds.training.engine_state import EMA
 from irpe_ds.training.evaluation import evaluate
 from irpe_ds.training.loss import DistillationLoss, Loss, build_loss
 from irpe_ds.training.metrics import Meter

@@ -1,6 +1,7 @@
 """Where a run starts, and how long it is."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,19 @@ import pytest
 import torch
 from torch import nn
 
+from irpe_ds.checkpoint import reader, shards, writer
+from irpe_ds.checkpoint.reader import CheckpointManifest
 from irpe_ds.config import RunConfig
 from irpe_ds.errors import CheckpointError, ConfigError
-from irpe_ds.training import checkpoint
-from irpe_ds.training.checkpoint import CheckpointManifest
+from irpe_ds.training import start
 from irpe_ds.training.start import (
     cautions,
     check_folder,
-    find_start,
     initial_manifest,
     run_length,
 )
+from tests import checkpoint_ranks
+from tests.checkpoint_ranks import SOLO
 
 
 @pytest.fixture
@@ -37,21 +40,26 @@ def present(config: RunConfig) -> CheckpointManifest:
     return initial_manifest(config, ds_config, length, nn.Linear(2, 3), world_size=2, op=op)
 
 
+SHAPES = {"weight": (3, 2), "bias": (3,)}
+
+
 def save(
     folder: Path, manifest: CheckpointManifest, update: int, keep: int = 2, **scores: float
 ) -> Path:
     """A checkpoint of nn.Linear(2, 3) in a run folder."""
-    shapes = {"weight": (3, 2), "bias": (3,)}
     state = {
-        kind: {name: torch.full(shape, float(update)) for name, shape in shapes.items()}
+        kind: {name: torch.full(shape, float(update)) for name, shape in SHAPES.items()}
         for kind in ("weights", "exp_avg", "exp_avg_sq", "ema")
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").touch()
-    checkpoints = folder / checkpoint.FOLDER
+    path = folder / reader.FOLDER
     scored = manifest.at(update, scores=scores)
-    checkpoint.save(checkpoints, scored, state, constants={}, keep=keep)
-    return checkpoint.path_of(checkpoints, update)
+    checkpoint_ranks.save(path, scored, state, keep=keep, world_size=2)
+    return reader.path_of(path, update)
+
+
+find_start = partial(start.find_start, ranks=SOLO)
 
 
 class TestStart:
@@ -63,14 +71,14 @@ class TestStart:
         save(config.folder, present, 9)
         newest = save(config.folder, present, 10)
         for resume in ("auto", str(newest)):
-            start = find_start(config, resume, present)
-            assert start.path == newest
-            assert (start.saved.update, start.saved.epoch, start.saved.images) == (10, 1, 0)
-            assert start.notes == [f"resuming from {newest}"]
+            begin = find_start(config, resume, present)
+            assert begin.path == newest
+            assert (begin.saved.update, begin.saved.epoch, begin.saved.images) == (10, 1, 0)
+            assert begin.notes == [f"resuming from {newest}"]
 
     def test_what_changed_is_said(self, config: RunConfig, present: CheckpointManifest) -> None:
         save(config.folder, present, 9)
-        other = checkpoint.replace(present, world_size=4, zero_stage=3)
+        other = reader.replace(present, world_size=4, zero_stage=3)
         (note,) = find_start(config, "auto", other).notes
         assert note.endswith(" with ranks: 2 -> 4; ZeRO stage: 1 -> 3")
 
@@ -118,12 +126,12 @@ class TestStart:
         self, key: str, config: RunConfig, present: CheckpointManifest
     ) -> None:
         save(config.folder, present, 9)
-        other = checkpoint.replace(present, **{key: 5})
+        other = reader.replace(present, **{key: 5})
         with pytest.raises(CheckpointError, match=f"expected {key} 5, as in this run"):
             find_start(config, "auto", other)
 
 
-FILES = ("checkpoint.json", "weights.safetensors", "ema.safetensors", "optimizer.safetensors")
+FILES = ("checkpoint.json", "rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors")
 
 
 def truncate(path: Path) -> None:
@@ -143,10 +151,10 @@ def test_a_damaged_checkpoint_is_skipped(
 ) -> None:
     whole, newest = (save(config.folder, present, update) for update in (9, 10))
     damage(newest / name)
-    start = find_start(config, "auto", present)
-    assert start.path == whole
-    assert str(newest) in start.notes[0]
-    assert name in start.notes[0]
+    found = find_start(config, "auto", present)
+    assert found.path == whole
+    assert str(newest) in found.notes[0]
+    assert name in found.notes[0]
     with pytest.raises(CheckpointError, match=r"expected its newest undamaged checkpoint"):
         find_start(config, str(newest), present)
     damage(whole / name)
@@ -161,13 +169,15 @@ class TestCheckpoint:
         scores = {1: 30.0, 2: 80.0, 3: 40.0, 4: 50.0, 5: 60.0}
         for update, top1 in scores.items():
             save(config.folder, present, update, top1=99.0, ema_top1=top1)
-        folder = config.folder / checkpoint.FOLDER
-        kept = [int(path.name[-2:]) for path in checkpoint.complete(folder)]
+        folder = config.folder / reader.FOLDER
+        kept = [int(path.name[-2:]) for path in reader.complete(folder)]
         assert kept == [2, 4, 5]
-        best = checkpoint.weights_of(config.folder, best=True, ema=True)
-        assert best == checkpoint.path_of(folder, 2) / "ema.safetensors"
-        newest = checkpoint.weights_of(config.folder)
-        assert newest == checkpoint.path_of(folder, 5) / "weights.safetensors"
+        best = reader.weights_of(config.folder, best=True, ema=True)
+        assert best.path == reader.path_of(folder, 2)
+        assert best["bias"].tolist() == [2.0] * 3
+        newest = reader.weights_of(config.folder)
+        assert newest.path == reader.path_of(folder, 5)
+        assert {name: tensor.shape for name, tensor in newest.items()} == SHAPES
 
     @pytest.mark.parametrize("keep", [1, 2])
     def test_damaged_ones_that_are_newer_take_no_place(
@@ -175,7 +185,7 @@ class TestCheckpoint:
     ) -> None:
         whole, *newer = (save(config.folder, present, u, keep=3) for u in (1, 5, 6))
         for path in newer:
-            flip(path / "ema.safetensors")
+            flip(path / FILES[1])
         assert find_start(config, "auto", present).path == whole
         new = save(config.folder, present, 2, keep=keep)
         assert find_start(config, "auto", present).path == new
@@ -187,40 +197,38 @@ class TestCheckpoint:
         self, config: RunConfig, present: CheckpointManifest, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """As on NFS, while another process reads it."""
-        remove = checkpoint.shutil.rmtree
+        remove = writer.shutil.rmtree
 
         def busy(path: Path, ignore_errors: bool = False) -> None:
             if not ignore_errors:
                 raise OSError(39, "Directory not empty")
 
-        monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+        monkeypatch.setattr(writer.shutil, "rmtree", busy)
         for update in range(1, 6):
             newest = save(config.folder, present, update)
-        monkeypatch.setattr(checkpoint.shutil, "rmtree", remove)
-        kept = checkpoint.complete(config.folder / checkpoint.FOLDER)
+        monkeypatch.setattr(writer.shutil, "rmtree", remove)
+        kept = reader.complete(config.folder / reader.FOLDER)
         assert kept == [newest.with_name(f"update-{n:08d}") for n in (4, 5)]
         assert find_start(config, "auto", present).path == newest
 
     def test_it_comes_back(self, config: RunConfig, present: CheckpointManifest) -> None:
         path = save(config.folder, present, 9)
-        state = checkpoint.load_state(path)
-        assert state.keys() == {"weights", "exp_avg", "exp_avg_sq", "ema"}
-        for tensors in state.values():
-            assert {name: t.unique().tolist() for name, t in tensors.items()} == {
-                "weight": [9.0],
-                "bias": [9.0],
-            }
-        manifest = checkpoint.read_manifest(path)
+        files = reader.open_files(path)
+        kinds = ("weights", "exp_avg", "exp_avg_sq", "ema")
+        assert files.shapes.keys() == {f"{kind}.{name}" for kind in kinds for name in SHAPES}
+        for key in files.shapes:
+            assert files.whole(key).unique().tolist() == [9.0]
+        manifest = reader.read_manifest(path)
         assert manifest.config == config.model_dump(mode="json")
         assert manifest.files.keys() == {*FILES[1:]}
 
     def test_scores_come_later(self, config: RunConfig, present: CheckpointManifest) -> None:
         path = save(config.folder, present, 9)
-        saved = checkpoint.read_manifest(path)
-        scored = checkpoint.replace(saved, scores={"top1": 5.0})
-        checkpoint.add_scores(path.parent, scored)
-        assert checkpoint.read_manifest(path) == scored
-        assert checkpoint.find_damage(path) is None
+        saved = reader.read_manifest(path)
+        scored = reader.replace(saved, scores={"top1": 5.0})
+        reader.add_scores(path.parent, scored)
+        assert reader.read_manifest(path) == scored
+        assert reader.find_damage(path) is None
 
     def test_what_a_kill_left_is_swept(
         self, config: RunConfig, present: CheckpointManifest
@@ -228,7 +236,7 @@ class TestCheckpoint:
         path = save(config.folder, present, 9)
         leftover = path.parent / ".update-00000010.partial"
         leftover.mkdir()
-        (leftover / "weights.safetensors").write_bytes(b"half")
+        (leftover / FILES[1]).write_bytes(b"half")
         assert find_start(config, "auto", present).path == path
         save(config.folder, present, 11)
         assert not leftover.exists()
@@ -241,18 +249,28 @@ class TestCheckpoint:
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(checkpoint, "fsync", full)
-        with pytest.raises(CheckpointError, match=r"^cannot write checkpoint: .*No space left"):
-            save(config.folder, present, 10)
-        monkeypatch.undo()
-        assert find_start(config, "auto", present).path == path
+        def full_for_one(path: Path, *arguments: Any) -> Any:
+            return full() if "rank-00001" in path.name else write_shards(path, *arguments)
+
+        write_shards = writer.write_shards
+        for module, name, fails in (
+            (writer, "write_shards", full_for_one),
+            (shards.os, "fsync", full),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, fails)
+                with pytest.raises(CheckpointError, match=r"cannot write checkpoint: .*No space"):
+                    save(config.folder, present, 10)
+            assert find_start(config, "auto", present).path == path
+        newest = save(config.folder, present, 10)
+        assert find_start(config, "auto", present).path == newest
 
     def test_an_older_format_is_refused(
         self, config: RunConfig, present: CheckpointManifest
     ) -> None:
         path = save(config.folder, present, 9)
         (path / "checkpoint.json").write_text(json.dumps({"update": 9, "world_size": 2}))
-        with pytest.raises(CheckpointError, match="a manifest of format 2, got None"):
+        with pytest.raises(CheckpointError, match="a manifest of format 2 to 3, got None"):
             find_start(config, "auto", present)
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints: sharded, written behind training, read by any number of ranks."""

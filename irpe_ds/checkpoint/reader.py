@@ -1,0 +1,336 @@
+"""Checkpoints: the whole training state, from which any number of ranks and any stage can resume.
+
+run/checkpoints/update-00000720/
+    checkpoint.json                     the manifest, with the size and hash of each file
+    rank-00000-of-00002.safetensors     what rank 0 held: ranges of the flattened tensors
+    rank-00001-of-00002.safetensors         weights.NAME, exp_avg.NAME, exp_avg_sq.NAME, ema.NAME
+
+All trained tensors are in fp32. A checkpoint appears all at once: it is written under a hidden name
+and renamed once it is on disk. It contains no pickles: reading one cannot run code. Checkpoints of
+format 2, which had whole tensors in weights, ema and optimizer.safetensors, are read as well.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from irpe_ds.checkpoint.shards import ShardFiles
+from irpe_ds.cluster.process_group import Ranks
+from irpe_ds.data.beton.manifest import file_sha256
+from irpe_ds.errors import CheckpointError, UserError
+from irpe_ds.files import replace_file
+
+FORMAT = 3
+OLDEST = 2
+"""The oldest format that can be read."""
+WEIGHTS, EMA = "weights", "ema"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's: with the above, the kinds of tensors."""
+FOLDER, MANIFEST = "checkpoints", "checkpoint.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointManifest:
+    """What a checkpoint holds, and what a run must have in common with it to resume from it."""
+
+    format: int = FORMAT
+    """Version of this format."""
+    update: int = 0
+    """Updates done."""
+    epoch: int = 0
+    """Epochs done."""
+    images: int = 0
+    """Images of the current epoch that are done, in its order."""
+    updates_per_epoch: int
+    """Updates in an epoch."""
+    global_batch: int
+    """Images per update."""
+    num_samples: int
+    """Images in the training set."""
+    seed: int
+    """The only random state: what is drawn is a function of seed, update, sample and rank."""
+    shapes: dict[str, list[int]]
+    """Shape of every parameter of the model, by name."""
+    constants: dict[str, list[int]] = field(default_factory=dict)
+    """Shapes of what is not trained, and saved with the weights: buffers, frozen parameters."""
+    ema: bool = False
+    """Whether it has a moving average of the weights."""
+    world_size: int
+    """Number of ranks that saved it; any number may resume."""
+    zero_stage: int
+    """ZeRO stage it was trained with; any stage may resume."""
+    op: dict[str, str]
+    """Implementation of the attention op that trained it, and why it was chosen."""
+    config: dict[str, Any]
+    """Configuration of the run."""
+    steps: int = 0
+    """Updates that AdamW has applied: those done, less those skipped."""
+    loss_scaler: dict[str, float] | None = None
+    """State of the dynamic loss scale; None unless in fp16."""
+    meter: dict[str, float] = field(default_factory=dict)
+    """Sums of the training metrics since the last log row."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Results of the evaluation at this update, if there was one."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Bytes and SHA-256 of each file beside this one."""
+
+    def at(self, update: int, **state: Any) -> "CheckpointManifest":
+        """The manifest of the same run after `update` updates, with other fields replaced."""
+        epoch, done = divmod(update, self.updates_per_epoch)
+        images = done * self.global_batch
+        return replace(self, update=update, epoch=epoch, images=images, **state)
+
+    @property
+    def score(self) -> float:
+        """The top-1 accuracy that picks the best checkpoint; -1 without an evaluation."""
+        return self.scores.get("ema_top1", self.scores.get("top1", -1.0))
+
+
+MUST_AGREE = ("num_samples", "updates_per_epoch", "global_batch", "seed")
+
+
+def path_of(folder: Path, update: int) -> Path:
+    """The folder of an update's checkpoint."""
+    return folder / f"update-{update:08d}"
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints in a folder that have a manifest, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"update-*/{MANIFEST}"))
+
+
+def score_of(path: Path) -> float:
+    """The score of a checkpoint; -1 if its manifest cannot be read."""
+    try:
+        return read_manifest(path).score
+    except UserError:
+        return -1.0
+
+
+def write_manifest(path: Path, manifest: CheckpointManifest) -> None:
+    """Write a checkpoint's manifest: a line per key, the last the hash of the lines before it."""
+    lines = (f" {json.dumps(k)}: {json.dumps(v)}" for k, v in asdict(manifest).items())
+    body = "{\n" + ",\n".join(lines)
+    replace_file(path / MANIFEST, body + _last_line(body))
+
+
+def _last_line(body: str) -> str:
+    return f',\n "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
+
+
+def read_manifest(path: Path) -> CheckpointManifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, is damaged, or has another format version.
+    """
+    file = path / MANIFEST
+    damaged = CheckpointError(f"{file}: damaged manifest")
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text)
+        values.pop("sha256", None)
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from None
+    except (ValueError, AttributeError):
+        raise damaged from None
+    if values.get("format") not in range(OLDEST, FORMAT + 1):
+        expected = f"a manifest of format {OLDEST} to {FORMAT}"
+        raise CheckpointError(file, expected, values.get("format"))
+    body, _, _ = text.rpartition(',\n "sha256"')
+    if body + _last_line(body) != text:
+        raise damaged
+    try:
+        return CheckpointManifest(**values)
+    except TypeError:
+        raise damaged from None
+
+
+def add_scores(folder: Path, manifest: CheckpointManifest) -> CheckpointManifest:
+    """Add the scores in this manifest to its checkpoint on disk."""
+    path = path_of(folder, manifest.update)
+    try:
+        write_manifest(path, manifest)
+    except OSError as error:
+        raise CheckpointError(f"cannot write checkpoint: {path}: {error}") from None
+    return manifest
+
+
+def find_damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is damaged in a checkpoint, if anything; reads every byte of every `parts`-th file."""
+    try:
+        files = read_manifest(path).files
+    except UserError as error:
+        return str(error)
+    for name, recorded in [*files.items()][part::parts]:
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != recorded["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {recorded['bytes']}"
+        if file_sha256(file) != recorded["sha256"]:
+            return f"{name} differs from what was saved"
+    return None
+
+
+class Newest(NamedTuple):
+    """The checkpoint to resume from."""
+
+    path: Path | None
+    """None if there is none."""
+    damaged: list[str]
+    """Newer ones that were skipped, each with what is damaged."""
+
+
+def newest_undamaged(folder: Path, ranks: Ranks) -> Newest:
+    """The newest checkpoint of which every byte is as saved; all ranks call it, and share the work.
+
+    Raises:
+        CheckpointError: there are checkpoints, but all are damaged.
+    """
+    damaged: list[str] = []
+    # A folder without a manifest has lost it: it appears together with its files.
+    for path in ranks.on_rank0(lambda: sorted(folder.glob("update-*"), reverse=True)):
+        damage = damage_on_any(path, ranks)
+        if damage is None:
+            return Newest(path, damaged)
+        damaged.append(f"{path}: {damage}")
+    if damaged:
+        raise CheckpointError(f"{folder}: every checkpoint is damaged: {'; '.join(damaged)}")
+    return Newest(None, [])
+
+
+def damage_on_any(path: Path, ranks: Ranks) -> str | None:
+    """`find_damage`, by all ranks together."""
+    found = ranks.all_gather(find_damage(path, ranks.rank, ranks.world_size))
+    return next((damage for damage in found if damage is not None), None)
+
+
+def check_compatible(path: Path, present: CheckpointManifest) -> CheckpointManifest:
+    """The manifest of a checkpoint, from which the run described by `present` can resume.
+
+    Raises:
+        CheckpointError: it is of another model, or of data in another order.
+    """
+    saved = read_manifest(path)
+    if saved.shapes != present.shapes:
+        names = saved.shapes.keys() | present.shapes.keys()
+        name = min(n for n in names if saved.shapes.get(n) != present.shapes.get(n))
+        there, here = (manifest.shapes.get(name, "absent") for manifest in (saved, present))
+        raise CheckpointError(
+            f"{path}: checkpoint of another model: {name} of shape {there}, here {here}"
+        )
+    for key in MUST_AGREE:
+        here, there = getattr(present, key), getattr(saved, key)
+        if here != there:
+            raise CheckpointError(path, f"{key} {here}, as in this run", there)
+    return saved
+
+
+def changes(saved: CheckpointManifest, present: CheckpointManifest) -> list[str]:
+    """Settings that changed since the checkpoint, as `key: old -> new`."""
+    old, new = (
+        _flat({"ranks": manifest.world_size, "ZeRO stage": manifest.zero_stage} | manifest.config)
+        for manifest in (saved, present)
+    )
+    return [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in dict.fromkeys((*old, *new))
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with keys like `train.epochs`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        is_section = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
+    return flat
+
+
+def open_files(path: Path, nearest: float = 0) -> ShardFiles:
+    """The tensors of a checkpoint, as kind.NAME.
+
+    Args:
+        nearest: which of its files to look into first, as a fraction of their number.
+
+    Raises:
+        CheckpointError: its manifest or, in an old format, a file cannot be read.
+    """
+    manifest = read_manifest(path)
+    files = [path / name for name in manifest.files]
+    if manifest.format < FORMAT:
+        prefixes = {f"{kind}.safetensors": f"{kind}." for kind in (WEIGHTS, EMA)}
+        return ShardFiles(files, prefixes=prefixes)
+    trained = {n: s for n, s in manifest.shapes.items() if n not in manifest.constants}
+    kinds = (WEIGHTS, *MOMENTS, *([EMA] if manifest.ema else []))
+    shapes = {f"{kind}.{name}": shape for kind in kinds for name, shape in trained.items()}
+    shapes |= {f"{WEIGHTS}.{name}": shape for name, shape in manifest.constants.items()}
+    return ShardFiles(files, shapes, nearest)
+
+
+class SavedWeights(Mapping[str, Tensor]):
+    """The model's state dict in a checkpoint; each tensor is read when it is asked for.
+
+    Args:
+        path: the checkpoint.
+        ema: the moving average of the trained tensors instead of the tensors.
+
+    Raises:
+        CheckpointError: it cannot be read, or has no average.
+    """
+
+    def __init__(self, path: Path, *, ema: bool = False) -> None:
+        self.path, self.files = path, open_files(path)
+        averages = {name for kind, _, name in self._keys() if kind == EMA}
+        if ema and not averages:
+            raise CheckpointError(
+                f"{path}: no moving average: the run keeps none (train.ema_decay); leave out --ema"
+            )
+        self.keys_in_files = {
+            name: f"{EMA if ema and name in averages else WEIGHTS}.{name}"
+            for kind, _, name in self._keys()
+            if kind == WEIGHTS
+        }
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def _keys(self) -> Iterator[tuple[str, str, str]]:
+        return (key.partition(".") for key in self.files.shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.files.whole(self.keys_in_files[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_in_files)
+
+    def __len__(self) -> int:
+        return len(self.keys_in_files)
+
+
+def weights_of(run: Path, *, best: bool = False, ema: bool = False) -> SavedWeights:
+    """The weights in a run's newest checkpoint, or in its best one.
+
+    Args:
+        run: the run folder.
+        best: by top-1 accuracy, of the moving average if the run keeps one, else of the weights.
+        ema: take the moving average instead of the weights.
+
+    Raises:
+        CheckpointError: the run has none, or it is damaged.
+    """
+    paths = complete(run / FOLDER)
+    if not paths:
+        none = "no checkpoint in this run folder" if run.is_dir() else "no such run folder"
+        raise CheckpointError(f"{run}: {none}")
+    path = max(paths, key=lambda path: (score_of(path), path)) if best else paths[-1]
+    if damage := find_damage(path):
+        raise CheckpointError(f"{path}: damaged checkpoint: {damage}")
+    return SavedWeights(path, ema=ema)
