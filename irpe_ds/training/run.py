@@ -17,6 +17,7 @@ from torch import nn
 
 from irpe_ds.cluster.consistency import check_consistency, software_facts
 from irpe_ds.cluster.heartbeat import Heartbeat
+from irpe_ds.cluster.preemption import PreemptionSync
 from irpe_ds.cluster.process_group import (
     Ranks,
     device_type,
@@ -91,8 +92,9 @@ def train(
     with (
         redirect_stdout(broken_pipe_safe(sys.stdout)),
         redirect_stderr(broken_pipe_safe(sys.stderr)),
-        StopSignals() as stop,
-        Heartbeat(ranks),
+        StopSignals() as signals,
+        Heartbeat(ranks) as heartbeat,
+        PreemptionSync(ranks, signals, heartbeat) as preemption,
     ):
         prepared = ranks.run_checked(partial(prepare, config, resume))
         length, model, op = prepared.length, prepared.model, prepared.op
@@ -112,7 +114,7 @@ def train(
         check_folder(config)
         with FolderLock(config.folder, ranks):
             trainer = Trainer(
-                config, length, manifest, start, model, prepared.loss, ds_config, ranks, stop
+                config, length, manifest, start, model, prepared.loss, ds_config, ranks, preemption
             )
             with RunLog(
                 config.folder,

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from irpe_ds.cluster.preemption import PreemptionSync
 from irpe_ds.cluster.process_group import Ranks, disable_shm_allreduce
-from irpe_ds.cluster.signals import PreemptionCheck, StopSignals
 from irpe_ds.config import RunConfig
 from irpe_ds.data.augment.policies import Erase
 from irpe_ds.data.loaders import Batch, EvalLoader, TrainLoader
@@ -49,7 +49,7 @@ class Trainer:
         start: where training starts.
         model: its initial weights are used when training starts from scratch.
         ds_config: DeepSpeed's configuration.
-        stop: checked after every update and every batch of an evaluation.
+        preemption: checked after every update and every batch of an evaluation.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Trainer:
         loss: Loss,
         ds_config: dict[str, Any],
         ranks: Ranks,
-        stop: StopSignals,
+        preemption: PreemptionSync,
     ) -> None:
-        self.config, self.length, self.ranks, self.stop = config, length, ranks, stop
-        self.preemption = PreemptionCheck(ranks, stop)
+        self.config, self.length, self.ranks = config, length, ranks
+        self.preemption, self.stop = preemption, preemption.signals
         self.manifest, self.folder = manifest, config.folder / checkpoint.FOLDER
         self.loss = loss.to(ranks.device)
         self.dtype = precision.MODEL[config.train.precision]
@@ -152,7 +152,7 @@ class Trainer:
 
     def raise_if_stopped(self) -> None:
         """Raise Stopped on all ranks once one of them has received a signal."""
-        if self.preemption():
+        if self.preemption.reached():
             raise Stopped
 
     def train_epoch(self, log: RunLog) -> None:
@@ -166,7 +166,6 @@ class Trainer:
         batches = self.train_batches.epoch(epoch, first_pass, img_size=size)
         with closing(batches), self.progress_bar(epoch, done) as bar:
             self.meter.start_clock()
-            self.preemption.reset()
             while self.update < end:
                 self.train_update(batches, log)
                 bar.update()
@@ -314,7 +313,6 @@ class Trainer:
 
     def evaluate(self, model: Any) -> dict[str, float]:
         """Scores of one model; raises Stopped between batches."""
-        self.preemption.reset()
 
         def batches() -> Iterator[EvalBatch]:
             for batch in self.val_batches:
