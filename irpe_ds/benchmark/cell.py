@@ -34,7 +34,6 @@ def measure(trainer: Trainer, log: RunLog, *, warmup: int, updates: int, repeats
     per update of the profiled one (see StepProfiler), times also over ranks. `memory_gib` is the
     peak of any rank since its start.
     """
-    trainer.preemption.reset()
     loop, rows = Updates(trainer, warmup), []
     with closing(loop):
         loop.run(warmup, log)

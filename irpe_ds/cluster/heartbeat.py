@@ -41,11 +41,11 @@ class Heartbeat:
         if ranks.world_size == 1:
             return self
         if ranks.is_main:
-            self._store = self._connect(0)
-        port = ranks.on_rank0(lambda: self._store.port)
+            self.store = self._connect(0, is_server=True)
+        self._port = ranks.on_rank0(lambda: self.store.port)
         if not ranks.is_main:
-            self._store = self._connect(port)
-        self._store.set(str(ranks.rank), "0")
+            self.store = self.connect()
+        self.store.set(str(ranks.rank), "0")
         ranks.any_rank(False)  # a barrier: every rank has set its key
         self._last_contact = time.monotonic()
         self._threads = [Thread(target=self._beat, daemon=True)]
@@ -69,9 +69,12 @@ class Heartbeat:
                 thread.join()
             self.ranks.any_rank(False)  # a barrier: rank 0 serves the store until all are done
 
-    def _connect(self, port: int) -> TCPStore:
+    def connect(self) -> TCPStore:
+        """Another client of the store."""
+        return self._connect(self._port, is_server=False)
+
+    def _connect(self, port: int, is_server: bool) -> TCPStore:
         address, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=self.silence)
-        is_server = self.ranks.is_main
         return TCPStore(address, port, None, is_server, timeout=timeout, wait_for_workers=False)
 
     def _beat(self) -> None:
@@ -82,10 +85,10 @@ class Heartbeat:
         while not self._stopping.wait(self.silence / BEATS):
             count += 1
             try:
-                self._store.set(str(self.ranks.rank), str(count))
-                if self._store.check([FAILURE]):
-                    self._abort(self._store.get(FAILURE).decode())
-                beats = self._store.multi_get(others) if self.ranks.is_main else []
+                self.store.set(str(self.ranks.rank), str(count))
+                if self.store.check([FAILURE]):
+                    self._abort(self.store.get(FAILURE).decode())
+                beats = self.store.multi_get(others) if self.ranks.is_main else []
             except RuntimeError:  # rank 0 closed the connection
                 self._stopping.wait(self.silence / BEATS)  # this rank may be about to finish too
                 self._abort(f"rank 0 on {self.ranks.hostnames[0]} is gone")
@@ -94,7 +97,7 @@ class Heartbeat:
                 if heard[rank][0] != beat:
                     heard[rank] = beat, now
                 elif now - heard[rank][1] > self.silence:
-                    self._publish_lost(int(rank))
+                    self.publish_lost(int(rank))
 
     def _watch(self) -> None:
         """End this rank when rank 0 does not answer."""
@@ -106,8 +109,9 @@ class Heartbeat:
         """For how long rank 0 has not answered."""
         return time.monotonic() - self._last_contact
 
-    def _publish_lost(self, rank: int) -> None:
-        self._store.set(FAILURE, self._lost(rank))
+    def publish_lost(self, rank: int) -> None:
+        """End all ranks, naming one that does not answer; rank 0 calls it."""
+        self.store.set(FAILURE, self._lost(rank))
         time.sleep(3 * self.silence / BEATS)  # for the others to read it
         self._abort(self._lost(rank))
 

@@ -1,9 +1,10 @@
 """The ranks of a run: how many there are, which one this is, and its device."""
 
 import os
+import resource
 import socket
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -41,15 +42,11 @@ class Ranks:
         dist.all_reduce(values)
         return values
 
-    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
-        """The maximum of each value over the ranks."""
-        largest = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.cpu_group)
-        return cast(list[float], largest.tolist())
-
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
-        return bool(self.all_reduce_max([flag])[0])
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.cpu_group)
+        return bool(found)
 
     def all_gather(self, value: Result) -> list[Result]:
         """The values of all ranks, by rank; any picklable object."""
@@ -99,6 +96,9 @@ class Ranks:
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a collective waits for a rank that is alive: longer than anything that one rank does
 while the others wait, such as compiling operators. The heartbeat reports dead ranks much sooner."""
+CONNECTIONS, OTHER_FILES = 3, 1024
+"""Connections of every rank to rank 0: PyTorch's store, the heartbeat, the wait for a stop; and
+what else a process opens."""
 
 
 def set_environment() -> None:
@@ -112,6 +112,8 @@ def set_environment() -> None:
         # Without it DeepSpeed 0.19.8 warns on every rank that it found no accelerator. Remove this
         # when `import deepspeed` is silent on a machine without a GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # gloo connects ranks when they first exchange something: not each with all, at 4,096 too.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     launchers.check_hostfile(launchers.parent_commands())
     os.environ.update(launchers.rank_environment(os.environ))
     if "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1:
@@ -119,6 +121,14 @@ def set_environment() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+
+
+def allow_connections(world_size: int) -> None:
+    """Raise the limit of open files, often 1,024, as far as rank 0's stores need it and may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, OTHER_FILES + CONNECTIONS * world_size)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -142,6 +152,7 @@ def init_process_group(seconds: float) -> Ranks:
         ClusterError: on all ranks, if one is missing or cannot take part; names its host.
     """
     rank, world_size = rank_and_world_size()
+    allow_connections(world_size)
     gpu, local = device_type() == "cuda", int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if not dist.is_initialized():

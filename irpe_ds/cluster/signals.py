@@ -4,18 +4,12 @@ import errno
 import os
 import signal
 import time
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, TextIO, cast
-
-from irpe_ds.cluster.process_group import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 DUPLICATE_SECONDS = 2.0
 """Signals this close together are one request, passed on by both terminal and launcher."""
-POLL_SECONDS = 1.0
-"""How long a signal to one rank may take to reach the others."""
-POLL_CALLS = 100
-"""Most calls between two polls, however short they are."""
 
 
 class BrokenPipeSafe:
@@ -43,35 +37,6 @@ def broken_pipe_safe(stream: TextIO) -> TextIO:
     return cast(TextIO, BrokenPipeSafe(stream))
 
 
-class PreemptionCheck:
-    """Has any rank received a stop signal? All ranks poll on the same call.
-
-    A poll is an all-reduce, which at hundreds of ranks takes longer than an update. It carries the
-    slowest rank's time per call too, from which all ranks derive the same next call to poll on.
-    Every rank must call it equally often.
-    """
-
-    def __init__(self, ranks: Ranks, stop: "StopSignals") -> None:
-        self._ranks, self._stop = ranks, stop
-        self.reset()
-
-    def reset(self) -> None:
-        """Poll on the next call, because the work between calls is about to change."""
-        self._calls, self._next, self._since = 0, 1, time.monotonic()
-
-    def __call__(self) -> bool:
-        """Whether to stop."""
-        self._calls += 1
-        if self._calls < self._next:
-            return False
-        now = time.monotonic()
-        own = (now - self._since) / self._calls
-        received, slowest = self._ranks.all_reduce_max([self._stop.received is not None, own])
-        calls = int(POLL_SECONDS / max(slowest, 1e-9))
-        self._calls, self._next, self._since = 0, min(max(calls, 1), POLL_CALLS), now
-        return bool(received)
-
-
 class StopSignals:
     """While entered, SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C are only recorded.
 
@@ -83,6 +48,8 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: str | None = None
         """Name of the first signal."""
+        self.arrived = Event()
+        """Set once there is one, and on exit."""
         self.finished = False
         """Set once everything is saved: further signals have no effect."""
 
@@ -98,6 +65,7 @@ class StopSignals:
         signal.set_wakeup_fd(self._fd_before)
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
+        self.arrived.set()
         os.close(self._writer)  # ends the thread, which closes the other end
 
     def _listen(self) -> None:
@@ -108,6 +76,7 @@ class StopSignals:
                 continue
             if self.received is None:
                 self.received, first = signal.Signals(number).name, time.monotonic()
+                self.arrived.set()
                 continue
             is_new = time.monotonic() - first > DUPLICATE_SECONDS
             if number == signal.SIGINT and is_new and not self.finished:

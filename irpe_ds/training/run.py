@@ -17,6 +17,7 @@ from torch import nn
 
 from irpe_ds.cluster.consistency import check_consistency, software_facts
 from irpe_ds.cluster.heartbeat import Heartbeat
+from irpe_ds.cluster.preemption import PreemptionSync
 from irpe_ds.cluster.process_group import (
     Ranks,
     device_type,
@@ -92,8 +93,9 @@ def train(
     with (
         redirect_stdout(broken_pipe_safe(sys.stdout)),
         redirect_stderr(broken_pipe_safe(sys.stderr)),
-        StopSignals() as stop,
-        Heartbeat(ranks),
+        StopSignals() as signals,
+        Heartbeat(ranks) as heartbeat,
+        PreemptionSync(ranks, signals, heartbeat) as preemption,
     ):
         prepared = ranks.run_checked(partial(prepare, config, resume))
         length, model, op = prepared.length, prepared.model, prepared.op
@@ -122,7 +124,7 @@ def train(
                 prepared.loss,
                 ds_config,
                 ranks,
-                stop,
+                preemption,
             )
             with RunLog(
                 config.folder,

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from irpe_ds.checkpoint import reader
 from irpe_ds.checkpoint.writer import CheckpointWriter
+from irpe_ds.cluster.preemption import PreemptionSync
 from irpe_ds.cluster.process_group import Ranks, disable_shm_allreduce
-from irpe_ds.cluster.signals import PreemptionCheck, StopSignals
 from irpe_ds.config import RunConfig
 from irpe_ds.data.augment.policies import Erase
 from irpe_ds.data.loaders import Batch, EvalLoader, TrainLoader
@@ -50,7 +50,7 @@ class Trainer:
         start: where training starts.
         initial: the model's first values, for when training starts from scratch.
         ds_config: DeepSpeed's configuration.
-        stop: checked after every update and every batch of an evaluation.
+        preemption: checked after every update and every batch of an evaluation.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class Trainer:
         loss: Loss,
         ds_config: dict[str, Any],
         ranks: Ranks,
-        stop: StopSignals,
+        preemption: PreemptionSync,
     ) -> None:
-        self.config, self.length, self.ranks, self.stop = config, length, ranks, stop
-        self.preemption = PreemptionCheck(ranks, stop)
+        self.config, self.length, self.ranks = config, length, ranks
+        self.preemption, self.stop = preemption, preemption.signals
         self.manifest, self.folder = manifest, config.folder / reader.FOLDER
         self.loss = loss.to(ranks.device)
         self.dtype = precision.MODEL[config.train.precision]
@@ -157,7 +157,7 @@ class Trainer:
 
     def raise_if_stopped(self) -> None:
         """Raise Stopped on all ranks once one of them has received a signal."""
-        if self.preemption():
+        if self.preemption.reached():
             raise Stopped
 
     def train_epoch(self, log: RunLog) -> None:
@@ -171,7 +171,6 @@ class Trainer:
         batches = self.train_batches.epoch(epoch, first_pass, img_size=size)
         with closing(batches), self.progress_bar(epoch, done) as bar:
             self.meter.start_clock()
-            self.preemption.reset()
             while self.update < end:
                 self.train_update(batches, log)
                 bar.update()
@@ -318,7 +317,6 @@ class Trainer:
 
     def evaluate(self, model: Any) -> dict[str, float]:
         """Scores of one model; raises Stopped between batches."""
-        self.preemption.reset()
 
         def batches() -> Iterator[EvalBatch]:
             for batch in self.val_batches:

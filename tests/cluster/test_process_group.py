@@ -1,9 +1,11 @@
 """An error of one rank is raised on all: of its class, with the rank's name on the others."""
 
+import resource
+
 import pytest
 import torch
 
-from irpe_ds.cluster.process_group import Ranks
+from irpe_ds.cluster.process_group import Ranks, allow_connections
 from irpe_ds.errors import CheckpointError, ConfigError, DataError, UserError
 
 ERRORS = [
@@ -50,3 +52,13 @@ def test_the_rank_that_failed_raises_its_own_error(
 
 def test_without_errors_it_is_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rank(0, monkeypatch, [None, None]).run_checked(lambda: 5) == 5
+
+
+def test_rank_0_may_have_connections_of_4096_ranks() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
+        allow_connections(4096)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(limits[1], 1024 + 3 * 4096)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
