@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "irpe_ds"
-SOURCES = (PACKAGE / "config.py", PACKAGE / "rpe" / "config.py")
+SOURCES = (PACKAGE / "config_types.py", PACKAGE / "config.py", PACKAGE / "rpe" / "config.py")
 WORDS = {
     "StrictBool": "true or false",
     "bool": "true or false",
@@ -96,11 +96,7 @@ def _string(node: ast.stmt | None) -> str:
 def _default(value: ast.expr) -> str:
     """As YAML has it."""
     if isinstance(value, ast.Call):  # Path("..."), a section with its defaults
-        return (
-            str(value.args[0].value)
-            if value.args and isinstance(value.args[0], ast.Constant)
-            else ""
-        )
+        return " ".join(str(arg.value) for arg in value.args if isinstance(arg, ast.Constant))
     text = ast.unparse(value).replace("(", "[").replace(")", "]")
     return {"None": "null", "True": "true", "False": "false"}.get(text, text.strip("'"))
 

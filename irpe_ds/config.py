@@ -13,61 +13,28 @@ import pydantic
 import yaml
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     StrictBool,
 )
 
 from irpe_ds.config_file import read_values
+from irpe_ds.config_types import (
+    Count,
+    Decay,
+    Every,
+    Interval,
+    Natural,
+    NonNegative,
+    Positive,
+    Probability,
+    Share,
+    Size,
+    ascending,
+    from_the_first_epoch,
+)
 from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.rpe.config import RPEConfig
-
-Count = Annotated[int, Field(strict=True, gt=0)]
-"""integer above 0"""
-Natural = Annotated[int, Field(strict=True, ge=0)]
-"""integer from 0"""
-Positive = Annotated[float, Field(strict=True, gt=0)]
-"""number above 0"""
-NonNegative = Annotated[float, Field(strict=True, ge=0)]
-"""number from 0"""
-Probability = Annotated[float, Field(strict=True, ge=0, le=1)]
-"""number in [0, 1]"""
-Share = Annotated[float, Field(strict=True, gt=0, le=1)]
-"""number in (0, 1]"""
-Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
-"""number in [0, 1)"""
-
-
-def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
-    if pair[0] > pair[1]:
-        raise ConfigError("", "the smaller number first", list(pair))
-    return pair
-
-
-def _height_width(size: object) -> object:
-    sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size, size]
-    if not all(type(side) is int and side > 0 for side in sides):
-        raise ConfigError("", "a positive integer or [height, width]", repr(size))
-    return tuple(sides)
-
-
-def _written_size(size: tuple[int, int]) -> int | tuple[int, int]:
-    height, width = size
-    return height if height == width else size
-
-
-def _from_the_first_epoch(rows: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    epochs = [epoch for epoch, _ in rows]
-    if epochs and (epochs[0] != 0 or epochs != sorted(set(epochs))):
-        expected = "[epoch, pixels] pairs with ascending epochs, the first 0"
-        raise ConfigError("", expected, [list(row) for row in rows])
-    return rows
-
-
-Size = Annotated[tuple[int, int], BeforeValidator(_height_width), PlainSerializer(_written_size)]
-"""pixels, or [height, width]"""
 
 
 class Section(pydantic.BaseModel):
@@ -98,7 +65,7 @@ class ModelConfig(Section):
     img_size: Size = (224, 224)
     """Input height and width, pixels."""
     resolutions: Annotated[
-        tuple[tuple[Natural, Count], ...], AfterValidator(_from_the_first_epoch)
+        tuple[tuple[Natural, Count], ...], AfterValidator(from_the_first_epoch)
     ] = ()
     """Progressive resolution, [epoch, pixels] pairs: [[0, 160], [100, 192], [200, 224]] trains at
     160 pixels from epoch 0, at 192 from 100. Validation uses img_size. Empty: img_size always."""
@@ -150,9 +117,9 @@ class DataConfig(Section):
 
 
 class AugmentConfig(Section):
-    scale: Annotated[tuple[Share, Share], AfterValidator(_ascending)] = (0.08, 1.0)
+    scale: Annotated[tuple[Share, Share], AfterValidator(ascending)] = (0.08, 1.0)
     """Area of the random resized crop, as a share of the image; smallest and largest."""
-    ratio: Annotated[tuple[Positive, Positive], AfterValidator(_ascending)] = (3 / 4, 4 / 3)
+    ratio: Annotated[tuple[Positive, Positive], AfterValidator(ascending)] = (3 / 4, 4 / 3)
     """Aspect ratio of the random resized crop, width over height; smallest and largest."""
     hflip: Probability = 0.5
     """Probability of a horizontal flip."""
@@ -228,6 +195,9 @@ class TrainConfig(Section):
     ema_decay: Decay | None = None
     """Keep an exponential moving average of the weights, in fp32, with this decay per update. None:
     no average. timm, DeiT: model-ema-decay."""
+    ema_warmup: StrictBool = False
+    """Begin with less decay, (1 + n) / (10 + n) after n updates if that is smaller: an average of a
+    short run forgets its first weights. timm: model-ema-warmup."""
     deepspeed: Path = Path("ds_configs/zero1.json")
     """DeepSpeed JSON with ZeRO and communication settings only."""
     max_updates: Count | None = None
@@ -235,9 +205,12 @@ class TrainConfig(Section):
     max_steps."""
     log_every: Count = 50
     """Updates between two rows of the training log. timm: log-interval; HF: logging_steps."""
-    save_every: Count | None = None
-    """Updates between checkpoints within an epoch. None: one after every epoch. timm:
-    recovery-interval; HF: save_steps."""
+    eval_every: Every = Interval(1, "epoch")
+    """How often the model is evaluated and saved; minutes are looked at when a row is logged. After
+    the last update it always is. timm: val-interval; HF: eval_steps."""
+    save_every: Every | None = None
+    """How often it is saved beside that. None: with evaluations only. timm: recovery-interval; HF:
+    save_steps."""
     keep_checkpoints: Count = 3
     """How many of the newest checkpoints are kept, beside the best. timm: checkpoint-hist; HF:
     save_total_limit."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from irpe_ds.checkpoint.reader import SavedWeights
 from irpe_ds.cluster.process_group import (
@@ -60,6 +61,21 @@ def evaluate(
         "loss": loss_sum / count,
         "images": count,
     }
+
+
+def average_statistics(model: nn.Module, ranks: Ranks) -> None:
+    """Set BatchNorm's running statistics to their means over the ranks, which saw other images.
+
+    What is evaluated, and logged, is then the model of the checkpoint; all ranks call it.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    statistics = [s for m in norms for s in (m.running_mean, m.running_var) if s is not None]
+    if ranks.world_size == 1 or not statistics:
+        return
+    means = ranks.all_reduce_sum(torch.cat([s.flatten().float() for s in statistics]))
+    means /= ranks.world_size
+    for own, mean in zip(statistics, means.split([s.numel() for s in statistics]), strict=True):
+        own.copy_(mean.view_as(own))
 
 
 def evaluate_weights(

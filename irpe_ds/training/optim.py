@@ -9,7 +9,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from irpe_ds.checkpoint.reader import EMA
-from irpe_ds.config import RunConfig
+from irpe_ds.config import RunConfig, TrainConfig
 
 
 class _WithEMA:
@@ -108,6 +108,16 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
 def peak_lr(config: RunConfig) -> float:
     """optim.lr under the linear scaling rule: lr * global_batch / lr_batch."""
     return config.optim.lr * config.train.global_batch / config.optim.lr_batch
+
+
+def ema_decay_at(train: TrainConfig, update: int) -> float | None:
+    """The decay of the average in the update after this many.
+
+    With train.ema_warmup as of TensorFlow's ExponentialMovingAverage with `num_updates`.
+    """
+    if train.ema_decay is None or not train.ema_warmup:
+        return train.ema_decay
+    return min(train.ema_decay, (1 + update) / (10 + update))
 
 
 def build_schedule(

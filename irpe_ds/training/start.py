@@ -53,11 +53,12 @@ def run_length(config: RunConfig, num_samples: int) -> RunLength:
 def cautions(config: RunConfig, length: RunLength) -> list[str]:
     """What a careful colleague would say of settings that are no mistake, for the log."""
     train, updates, found = config.train, length.last_update, []
-    share = (train.ema_decay or 0) ** updates
+    share = 0.0 if train.ema_warmup else (train.ema_decay or 0) ** updates
     if share > 0.1:
         found.append(
             f"train.ema_decay={train.ema_decay:g}: after this run's {updates} updates the average "
-            f"is still {share:.0%} first weights; train.ema_decay=null keeps no average"
+            f"is still {share:.0%} first weights; train.ema_warmup=true makes it forget them, "
+            "train.ema_decay=null keeps no average"
         )
     emulated = not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported()
     if train.precision == "bf16" and emulated:

@@ -27,11 +27,12 @@ from irpe_ds.runlog import RunLog
 from irpe_ds.training import precision
 from irpe_ds.training.batch import Normalize, build_augment, build_mixup, seed_step
 from irpe_ds.training.engine_state import WEIGHTS, EngineState, Source
-from irpe_ds.training.evaluation import EvalBatch, evaluate
+from irpe_ds.training.evaluation import EvalBatch, average_statistics, evaluate
 from irpe_ds.training.gradient_sums import build_gradient_sums
+from irpe_ds.training.intervals import Recurrence
 from irpe_ds.training.loss import Loss
 from irpe_ds.training.metrics import Meter
-from irpe_ds.training.optim import build_optimizer, build_schedule
+from irpe_ds.training.optim import build_optimizer, build_schedule, ema_decay_at
 from irpe_ds.training.start import RunLength, Start
 
 SKIPPED = "skipped.jsonl"
@@ -96,6 +97,18 @@ class Trainer:
         self.last_checkpoint = start.saved if own else manifest
         """Manifest of this run's newest checkpoint on disk."""
         self.update = start.saved.update
+        recurrence = partial(
+            Recurrence,
+            updates_per_epoch=length.updates_per_epoch,
+            log_every=config.train.log_every,
+            ranks=ranks,
+        )
+        self.evaluations = recurrence(config.train.eval_every)
+        self.checkpoints = recurrence(config.train.save_every)
+        is_last = self.update == length.last_update
+        self.evaluation_due = self.update > 0 and (
+            is_last or self.evaluations.falls_on(self.update)
+        )
         self.skips = 0
         """Updates skipped in a row because of gradients that are not finite."""
         self.meter = Meter(ranks, start.saved.meter)
@@ -130,8 +143,9 @@ class Trainer:
             if self.last_checkpoint.update != self.update:  # started from another run's
                 self.save(log)
             while True:
-                if self.is_at_end_of_epoch() and not self.is_scored():
+                if self.evaluation_due and not self.is_scored():
                     self.add_scores(log, self.validate(log))
+                self.evaluation_due = False
                 if self.update == self.length.last_update:
                     return True
                 self.train_epoch(log)
@@ -146,11 +160,6 @@ class Trainer:
             log.note(f"stopped by {signal} after update {self.update}; {rerun}")
             return False
 
-    def is_at_end_of_epoch(self) -> bool:
-        """Whether the current weights are to be evaluated."""
-        ends = self.update % self.length.updates_per_epoch == 0
-        return self.update > 0 and (ends or self.update == self.length.last_update)
-
     def is_scored(self) -> bool:
         """Whether the checkpoint of the current update has the results of its evaluation."""
         return self.last_checkpoint.update == self.update and bool(self.last_checkpoint.scores)
@@ -161,7 +170,7 @@ class Trainer:
             raise Stopped
 
     def train_epoch(self, log: RunLog) -> None:
-        """Train from the current update to the end of its epoch, or to the last update."""
+        """Train to the end of the epoch, the last update, or until an evaluation is due."""
         train = self.config.train
         epoch, done = divmod(self.update, self.length.updates_per_epoch)
         end = min(self.length.last_update, (epoch + 1) * self.length.updates_per_epoch)
@@ -171,7 +180,7 @@ class Trainer:
         batches = self.train_batches.epoch(epoch, first_pass, img_size=size)
         with closing(batches), self.progress_bar(epoch, done) as bar:
             self.meter.start_clock()
-            while self.update < end:
+            while self.update < end and not self.evaluation_due:
                 self.train_update(batches, log)
                 bar.update()
                 if self.update % train.log_every == 0 or self.update == end:
@@ -181,8 +190,9 @@ class Trainer:
                         f"loss {row['loss']:.3f}, lr {row['lr']:.1e}, "
                         f"{row['images_per_s']:.0f} img/s"
                     )
-                save_every = train.save_every or end
-                if self.update % save_every == 0 or self.update == end:
+                is_last = self.update == self.length.last_update
+                self.evaluation_due = is_last or self.evaluations.is_due(self.update)
+                if self.evaluation_due or self.checkpoints.is_due(self.update):
                     self.save(log)
                 self.raise_if_stopped()
 
@@ -201,6 +211,7 @@ class Trainer:
     def train_update(self, batches: Iterator[Batch], log: RunLog) -> None:
         """All forward and backward passes of one update, and the optimizer step."""
         self.schedule.step_update(self.update)
+        self.engine.basic_optimizer.ema_decay = ema_decay_at(self.config.train, self.update)
         for micro_step in range(self.config.train.accumulation):
             batch = self.next_batch(batches)
             self.meter.add(self.step(batch, micro_step), len(batch.images))
@@ -300,6 +311,7 @@ class Trainer:
     def validate(self, log: RunLog) -> dict[str, float]:
         """Scores of the current weights, and of their average, on the whole validation set."""
         set_resolution(self.engine.module, self.config.model.img_size)
+        average_statistics(self.engine.module, self.ranks)
         scores = self.evaluate(self.engine)
         ema_text = ""
         if self.config.train.ema_decay is not None:
@@ -340,6 +352,7 @@ class Trainer:
             constants=self.state.constant_shapes(),
             ema=self.config.train.ema_decay is not None,
         )
+        average_statistics(self.engine.module, self.ranks)
         shards = self.state.copy_shards(self.ranks.rank, self.ranks.world_size)
         self.writer.start(manifest, shards)
 

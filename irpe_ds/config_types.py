@@ -1,0 +1,85 @@
+"""The types of values in a run's configuration, checked as they are read."""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, PlainSerializer
+
+from irpe_ds.errors import ConfigError
+
+Count = Annotated[int, Field(strict=True, gt=0)]
+"""integer above 0"""
+Natural = Annotated[int, Field(strict=True, ge=0)]
+"""integer from 0"""
+Positive = Annotated[float, Field(strict=True, gt=0)]
+"""number above 0"""
+NonNegative = Annotated[float, Field(strict=True, ge=0)]
+"""number from 0"""
+Probability = Annotated[float, Field(strict=True, ge=0, le=1)]
+"""number in [0, 1]"""
+Share = Annotated[float, Field(strict=True, gt=0, le=1)]
+"""number in (0, 1]"""
+Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
+"""number in [0, 1)"""
+
+
+def ascending(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ConfigError("", "the smaller number first", list(pair))
+    return pair
+
+
+def _height_width(size: object) -> object:
+    sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size, size]
+    if not all(type(side) is int and side > 0 for side in sides):
+        raise ConfigError("", "a positive integer or [height, width]", repr(size))
+    return tuple(sides)
+
+
+def _written_size(size: tuple[int, int]) -> int | tuple[int, int]:
+    height, width = size
+    return height if height == width else size
+
+
+def from_the_first_epoch(rows: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    epochs = [epoch for epoch, _ in rows]
+    if epochs and (epochs[0] != 0 or epochs != sorted(set(epochs))):
+        expected = "[epoch, pixels] pairs with ascending epochs, the first 0"
+        raise ConfigError("", expected, [list(row) for row in rows])
+    return rows
+
+
+Size = Annotated[tuple[int, int], BeforeValidator(_height_width), PlainSerializer(_written_size)]
+"""pixels, or [height, width]"""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often something is done."""
+
+    count: int
+    unit: Literal["update", "epoch", "minute"]
+
+
+def every(text: object) -> object:
+    """An Interval from `500`, which are updates, `2 epochs` or `30 minutes`."""
+    if isinstance(text, Interval):
+        return text
+    pattern = r"([1-9]\d*)(?: (update|epoch|minute)s?)?"
+    match = None if isinstance(text, bool) else re.fullmatch(pattern, str(text))
+    if match is None:
+        raise ConfigError(
+            "", "a number of updates, or such as `2 epochs`, `30 minutes`", repr(text)
+        )
+    return Interval(int(match[1]), match[2] or "update")  # type: ignore[arg-type]
+
+
+def _written_interval(interval: Interval) -> int | str:
+    if interval.unit == "update":
+        return interval.count
+    return f"{interval.count} {interval.unit}" + ("s" if interval.count > 1 else "")
+
+
+Every = Annotated[Interval, BeforeValidator(every), PlainSerializer(_written_interval)]
+"""updates, `2 epochs` or `30 minutes`"""
