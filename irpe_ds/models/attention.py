@@ -36,11 +36,11 @@ class RPEAttention(nn.Module):
         self.scale, self.impl = attention.scale, impl
         for name, child in attention.named_children():
             self.add_module(name, child)
+        weight = attention.qkv.weight
         for target in "qkv":
-            heads = (self.num_heads, self.head_dim)
-            table = build_table(rpe, target, maps, *heads) if target in rpe.on else None
+            form = (self.num_heads, self.head_dim, weight.device, weight.dtype)
+            table = build_table(rpe, target, maps, *form) if target in rpe.on else None
             self.add_module(f"rpe_{target}", table)
-        self.to(attention.qkv.weight)
         self.train(attention.training)
 
     def forward(

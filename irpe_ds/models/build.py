@@ -4,6 +4,7 @@ import difflib
 import logging
 from argparse import Namespace
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from irpe_ds.checkpoint.reader import SavedWeights
 from irpe_ds.config import ModelConfig
 from irpe_ds.errors import ConfigError, UserError
+from irpe_ds.models.deferred import Initial, defer, materialize
 from irpe_ds.models.vision_transformer import equip, set_resolution
 from irpe_ds.models.zoo import ZOO
 
@@ -27,21 +29,60 @@ OWN_FIELDS = {"num_classes", "img_size", "drop_path_rate", "impl"}
 def build_model(config: ModelConfig) -> nn.Module:
     """Any timm model by name, with relative position if `model.rpe` is set.
 
+    Its first values are those of `build_deferred`, with a seed from PyTorch's generator.
+
     Raises:
         ConfigError: an unknown model, an argument it does not accept, or weights that do not fit.
+    """
+    seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+    return materialize(*build_deferred(config, seed))
+
+
+def build_deferred(config: ModelConfig, seed: int) -> tuple[nn.Module, Initial]:
+    """The model of `build_model` with parameters on the meta device, and their first values.
+
+    At no moment are there values of the whole model, but for those models of timm that compute in
+    Python with their parameters while they are built. Weights of a .safetensors file are read
+    when the parameter is.
+
+    Raises:
+        ConfigError: as `build_model`.
     """
     if not timm.is_model(config.name):
         close = difflib.get_close_matches(config.name, timm.list_models(), n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise ConfigError("model.name", "a timm model name", f"{config.name!r}{hint}")
     model: Any
+    arguments = _arguments(config)
     try:
-        model = timm.create_model(config.name, **_arguments(config))
+        model, initial = defer(partial(_create, config, arguments), seed)
+    except UserError:
+        raise
+    except Exception as error:  # timm 1.0 raises any type for an argument it does not accept
+        got = f"{arguments}: {_first_line(error)}"
+        raise ConfigError("model", f"arguments that {config.name} accepts", got) from None
+    if config.weights is not None:
+        renewed = _classifier(model) if config.new_head else ()
+        hint = "model.new_head=true reinitialises the classifier"
+        load_weights(model, config.weights, "model.weights", renewed, hint, initial)
+    if config.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (
+            AssertionError,
+            AttributeError,
+        ):  # how timm 1.0 says that a model does not support it
+            expected = f"false: {config.name} does not support activation checkpointing"
+            raise ConfigError("model.grad_checkpointing", expected, "true") from None
+    return model, initial
+
+
+def _create(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
+    """timm's model, with relative position, at the last of its resolutions."""
+    try:
+        model = timm.create_model(config.name, **arguments)
     except UserError as error:
         raise ConfigError(f"model.{error.where}", error.expected, error.got) from None
-    except Exception as error:  # timm 1.0 raises any type for an argument it does not accept
-        got = f"{_arguments(config)}: {_first_line(error)}"
-        raise ConfigError("model", f"arguments that {config.name} accepts", got) from None
     if config.rpe is not None:
         try:
             model = equip(model, config.rpe, config.impl)
@@ -56,19 +97,6 @@ def build_model(config: ModelConfig) -> nn.Module:
             set_resolution(model, size)
         except UserError as error:
             raise ConfigError("model.resolutions", error.expected, error.got) from None
-    if config.weights is not None:
-        renewed = _classifier(model) if config.new_head else ()
-        hint = "model.new_head=true reinitialises the classifier"
-        load_weights(model, config.weights, where="model.weights", renewed=renewed, hint=hint)
-    if config.grad_checkpointing:
-        try:
-            model.set_grad_checkpointing(True)
-        except (
-            AssertionError,
-            AttributeError,
-        ):  # how timm 1.0 says that a model does not support it
-            expected = f"false: {config.name} does not support activation checkpointing"
-            raise ConfigError("model.grad_checkpointing", expected, "true") from None
     return model
 
 
@@ -77,7 +105,7 @@ def _arguments(config: ModelConfig) -> dict[str, Any]:
     twice = OWN_FIELDS & config.options.keys()
     if twice:
         expected = "no argument with a key of its own in `model`"
-        raise ConfigError("options", expected, ", ".join(sorted(twice)))
+        raise ConfigError("model.options", expected, ", ".join(sorted(twice)))
     arguments = {"num_classes": config.num_classes, **config.options}
     name, _, _ = config.name.partition(".")  # the rest is timm's tag of the weights
     pretrained = timm.models.get_pretrained_cfg(name)
@@ -105,6 +133,7 @@ def load_weights(
     where: str,
     renewed: Collection[str] = (),
     hint: str = "",
+    initial: Initial | None = None,
 ) -> None:
     """Load .safetensors, .pth such as the released `{"model": ..., "args": ...}`, or a checkpoint.
 
@@ -116,6 +145,8 @@ def load_weights(
     Args:
         renewed: tensors that keep their present values instead of the file's.
         hint: what the user can do about a file with other classes.
+        initial: of a model of `build_deferred`, to get the weights in place of the model; those of
+            a .safetensors file are read when the parameter is.
 
     Raises:
         ConfigError: an unreadable file, or the weights of another model.
@@ -151,7 +182,14 @@ def load_weights(
         if hint and key in _classifier(model):
             got = f"{got} ({hint})"
         raise ConfigError(where, f"the weights of this {type(model).__name__}", got)
-    model.load_state_dict(state)
+    if initial is None:
+        model.load_state_dict(state)
+        return
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        value = state.pop(name)
+        if not value.is_meta:  # else the model's own, which keeps its first value
+            initial.replace(name, value, parameter.dtype)
+    model.load_state_dict(state, strict=False)  # buffers
 
 
 def _first_difference(expected: dict[str, Tensor], got: dict[str, Any]) -> tuple[str, str] | None:

@@ -18,17 +18,24 @@ class RPETable(nn.Module):
     """
 
     def __init__(
-        self, rpe: RPEConfig, target: str, buckets: BucketMap, num_heads: int, head_dim: int
+        self,
+        rpe: RPEConfig,
+        target: str,
+        buckets: BucketMap,
+        num_heads: int,
+        head_dim: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.buckets = buckets
         self.is_bias = rpe.mode == "bias"
         heads, n = 1 if rpe.shared_heads else num_heads, buckets.num_buckets
         if self.is_bias:
-            self.lookup_table_bias = nn.Parameter(torch.zeros(heads, n))
+            self.lookup_table_bias = nn.Parameter(torch.zeros(heads, n, device=device, dtype=dtype))
         else:
             shape = (heads, n, head_dim) if target == "v" else (heads, head_dim, n)
-            self.lookup_table_weight = nn.Parameter(torch.zeros(shape))
+            self.lookup_table_weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """Reset to zero, the initialisation."""
@@ -63,8 +70,16 @@ def build_maps(rpe: RPEConfig, height: int, width: int, skip: int) -> tuple[Buck
 
 
 def build_table(
-    rpe: RPEConfig, target: str, maps: tuple[BucketMap, ...], num_heads: int, head_dim: int
+    rpe: RPEConfig,
+    target: str,
+    maps: tuple[BucketMap, ...],
+    num_heads: int,
+    head_dim: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> RPETable | CrossRPETable:
     """The table or tables of one `target`, q, k or v; `maps` are those of `build_maps`."""
-    tables = [RPETable(rpe, target, buckets, num_heads, head_dim) for buckets in maps]
+    tables = [
+        RPETable(rpe, target, buckets, num_heads, head_dim, device, dtype) for buckets in maps
+    ]
     return CrossRPETable(*tables) if rpe.method == "cross" else tables[0]

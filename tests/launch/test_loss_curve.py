@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
+import torch
+from safetensors.torch import save_file
 
 LOSS = (
     *(2.310807, 2.36793, 2.31414, 2.361977),
@@ -24,9 +27,15 @@ bits. The tolerance is for other processors, which add in another order."""
 
 
 def test_the_first_updates_of_the_quickstart(run: Any, digits: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    torch.manual_seed(0)  # that commit's first values: timm's, of the seed of the run
+    size = {"img_size": 24, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **size)
+    save_file(model.state_dict(), weights)
     done = run(
         *(sys.executable, "launch/train.py", "--config", "launch/configs/quickstart.yaml"),
         *(f"output={tmp_path}", "name=curve", "train.precision=fp32", "train.log_every=1"),
+        f"model.weights={weights}",
         *(f"data.train={digits}/train.beton", f"data.val={digits}/val.beton"),
         *("optim.warmup_epochs=0", "optim.lr=1e-3", f"train.max_updates={len(LOSS)}"),
     )
