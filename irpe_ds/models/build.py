@@ -52,7 +52,6 @@ def build_deferred(config: ModelConfig, seed: int) -> tuple[nn.Module, Initial]:
         close = difflib.get_close_matches(config.name, timm.list_models(), n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise ConfigError("model.name", "a timm model name", f"{config.name!r}{hint}")
-    model: Any
     arguments = _arguments(config)
     try:
         model, initial = defer(partial(_create, config, arguments), seed)
@@ -65,20 +64,12 @@ def build_deferred(config: ModelConfig, seed: int) -> tuple[nn.Module, Initial]:
         renewed = _classifier(model) if config.new_head else ()
         hint = "model.new_head=true reinitialises the classifier"
         load_weights(model, config.weights, "model.weights", renewed, hint, initial)
-    if config.grad_checkpointing:
-        try:
-            model.set_grad_checkpointing(True)
-        except (
-            AssertionError,
-            AttributeError,
-        ):  # how timm 1.0 says that a model does not support it
-            expected = f"false: {config.name} does not support activation checkpointing"
-            raise ConfigError("model.grad_checkpointing", expected, "true") from None
     return model, initial
 
 
 def _create(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
     """timm's model, with relative position, at the last of its resolutions."""
+    model: Any
     try:
         model = timm.create_model(config.name, **arguments)
     except UserError as error:
@@ -97,6 +88,15 @@ def _create(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
             set_resolution(model, size)
         except UserError as error:
             raise ConfigError("model.resolutions", error.expected, error.got) from None
+    if config.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (
+            AssertionError,
+            AttributeError,
+        ):  # how timm 1.0 says that a model does not support it
+            expected = f"false: {config.name} does not support activation checkpointing"
+            raise ConfigError("model.grad_checkpointing", expected, "true") from None
     return model
 
 
