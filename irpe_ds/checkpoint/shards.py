@@ -130,6 +130,9 @@ class ShardFiles:
         """Shape of every tensor, by key."""
         return self._shapes
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._shapes
+
     def read(self, key: str, start: int = 0, count: int | None = None) -> Tensor:
         """The elements [start, start + count) of a flattened tensor, by default all; (count,).
 

@@ -9,7 +9,7 @@ stage only in part. It uses attributes that are not in DeepSpeed's documented AP
 tests/launch/test_survival.py fails if they change.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -26,6 +26,9 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 class Source(Protocol):
     """Where a state is read from."""
+
+    def __contains__(self, key: str) -> bool:
+        """Whether it has the tensor KIND.NAME."""
 
     def read(self, key: str, start: int, count: int) -> Tensor:
         """The elements [start, start + count) of the flattened tensor KIND.NAME; (count,)."""
@@ -50,15 +53,16 @@ class EngineState:
             scaler.raise_error_at_min_scale = False
 
     @torch.no_grad()
-    def load(self, source: Source, kinds: Collection[str], step: int = 0) -> None:
+    def load(self, source: Source, step: int = 0) -> None:
         """Set the state, and the model's tensors, from a checkpoint or from first values.
 
         DeepSpeed 0.19.8 would start from master weights rounded to half precision, and at stage 0
         from an optimizer whose initial step has already applied weight decay.
 
+        Without moments in the source they are zero, without an average it is equal to the weights;
+        buffers that it does not have stay as they are.
+
         Args:
-            kinds: what the source has. Without moments they are zero, without an average it is
-                equal to the weights.
             step: number of updates behind the moments, for AdamW's bias correction.
         """
         for tensor in self._optimized():
@@ -74,13 +78,12 @@ class EngineState:
         if self._stage in (1, 2):
             # Otherwise DeepSpeed 0.19.8 links parameters to the state only after the first step.
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-        for kind in self.kinds:
-            for name, (start, values) in self.shards(kind) if kind in kinds else ():
-                values.copy_(source.read(f"{kind}.{name}", start, values.numel()))
-        for name, tensor in self._constants():
-            start, values = _held(tensor)
-            values.copy_(source.read(f"{WEIGHTS}.{name}", start, values.numel()))
-        if EMA in self.kinds and EMA not in kinds:
+        held = [(WEIGHTS, name, _held(tensor)) for name, tensor in self._constants()]
+        held += [(kind, *named) for kind in self.kinds for named in self.shards(kind)]
+        for kind, name, (start, values) in held:
+            if (key := f"{kind}.{name}") in source:
+                values.copy_(source.read(key, start, values.numel()))
+        if EMA in self.kinds and not any(f"{EMA}.{name}" in source for name, _ in self._trained()):
             for weights, average in self._pairs():
                 average.copy_(weights)
         self._refresh()
@@ -264,11 +267,3 @@ def _masters(engine: Any) -> dict[nn.Parameter, Tensor]:
         return {}
     groups = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
     return {p: m for halves, masters in groups for p, m in zip(halves, masters, strict=True)}
-
-
-class ModelSource:  # TODO(merge): replaced by deferred first values
-    def __init__(self, model: nn.Module) -> None:
-        self._state = {name: t.detach().clone() for name, t in model.state_dict().items()}
-
-    def read(self, key: str, start: int, count: int) -> Tensor:
-        return self._state[key.partition(".")[2]].flatten()[start : start + count]

@@ -64,9 +64,13 @@ def cpu_adamw() -> type[torch.optim.Optimizer]:
 
 
 def build_optimizer(
-    model: nn.Module, config: RunConfig, ds_config: dict[str, Any]
+    groups: list[dict[str, Any]], config: RunConfig, ds_config: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """AdamW with the run's moving average; on the host if `ds_config` offloads the optimizer."""
+    """AdamW with the run's moving average; on the host if `ds_config` offloads the optimizer.
+
+    Args:
+        groups: of `parameter_groups`.
+    """
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     optim, zero = config.optim, ds_config["zero_optimization"]
@@ -78,7 +82,6 @@ def build_optimizer(
         # ZeRO and half precision check all gradients before they call the optimizer.
         "skip_nonfinite": zero["stage"] == 0 and config.train.precision in ("fp32", "autocast"),
     }
-    groups = parameter_groups(model, config)
     if zero.get("offload_optimizer"):
         optimizer = cpu_adamw()(groups, **arguments)
     else:

@@ -31,12 +31,12 @@ from irpe_ds.config import RunConfig
 from irpe_ds.data.beton.reader import DatasetInfo
 from irpe_ds.errors import ClusterError, ConfigError, UserError
 from irpe_ds.models.attention import RPEAttention
-from irpe_ds.models.build import build_model
+from irpe_ds.models.build import build_deferred
+from irpe_ds.models.deferred import Initial
 from irpe_ds.ops.dispatch import FallbackWarning, ResolvedImpl, resolve_impl
 from irpe_ds.provenance import commit, package_versions
 from irpe_ds.runlog import RunLog
 from irpe_ds.training.deepspeed_config import deepspeed_config, sums_in_fp32
-from irpe_ds.training.engine_state import ModelSource
 from irpe_ds.training.evaluation import check_data
 from irpe_ds.training.loss import Loss, build_loss
 from irpe_ds.training.precision import PRODUCTS
@@ -59,6 +59,9 @@ class Prepared(NamedTuple):
     data: dict[str, DatasetInfo]
     length: RunLength
     model: nn.Module
+    """Its parameters are on the meta device."""
+    initial: Initial
+    """Their first values."""
     loss: Loss
     op: ResolvedImpl
 
@@ -120,7 +123,7 @@ def train(
                 manifest,
                 start,
                 model,
-                ModelSource(model),
+                prepared.initial,
                 prepared.loss,
                 ds_config,
                 ranks,
@@ -153,11 +156,10 @@ def prepare(config: RunConfig, resume: str) -> Prepared:
     length = run_length(config, data["train"].num_samples)
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.train.tf32
-    torch.manual_seed(config.seed)
-    model = build_model(model_to_build(config, resume))
+    model, initial = build_deferred(model_to_build(config, resume), config.seed)
     loss = build_loss(config)
     loss.prepare(model)
-    return Prepared(data, length, model, loss, choose_op(config, model, device_type()))
+    return Prepared(data, length, model, initial, loss, choose_op(config, model, device_type()))
 
 
 def input_facts(config: RunConfig) -> dict[str, str]:

@@ -15,24 +15,25 @@ from tqdm import tqdm
 from irpe_ds.checkpoint import reader
 from irpe_ds.checkpoint.writer import CheckpointWriter
 from irpe_ds.cluster.preemption import PreemptionSync
-from irpe_ds.cluster.process_group import Ranks, disable_shm_allreduce
+from irpe_ds.cluster.process_group import Ranks
 from irpe_ds.config import RunConfig
 from irpe_ds.data.augment.policies import Erase
 from irpe_ds.data.loaders import Batch, EvalLoader, TrainLoader
 from irpe_ds.data.order import train_order
 from irpe_ds.errors import TrainingError
 from irpe_ds.models import flops
+from irpe_ds.models.deferred import Initial
 from irpe_ds.models.vision_transformer import set_resolution
 from irpe_ds.runlog import RunLog
 from irpe_ds.training import precision
 from irpe_ds.training.batch import Normalize, build_augment, build_mixup, seed_step
-from irpe_ds.training.engine_state import WEIGHTS, EngineState, Source
+from irpe_ds.training.engine import FirstValues, build_engine
+from irpe_ds.training.engine_state import EngineState
 from irpe_ds.training.evaluation import EvalBatch, average_statistics, evaluate
-from irpe_ds.training.gradient_sums import build_gradient_sums
 from irpe_ds.training.intervals import Recurrence
 from irpe_ds.training.loss import Loss
 from irpe_ds.training.metrics import Meter
-from irpe_ds.training.optim import build_optimizer, build_schedule, ema_decay_at
+from irpe_ds.training.optim import build_schedule, ema_decay_at
 from irpe_ds.training.start import RunLength, Start
 
 SKIPPED = "skipped.jsonl"
@@ -49,7 +50,7 @@ class Trainer:
     Args:
         manifest: the run's checkpoint manifest before its first update.
         start: where training starts.
-        initial: the model's first values, for when training starts from scratch.
+        model, initial: of `build_deferred`.
         ds_config: DeepSpeed's configuration.
         preemption: checked after every update and every batch of an evaluation.
     """
@@ -61,7 +62,7 @@ class Trainer:
         manifest: reader.CheckpointManifest,
         start: Start,
         model: nn.Module,
-        initial: Source,
+        initial: Initial,
         loss: Loss,
         ds_config: dict[str, Any],
         ranks: Ranks,
@@ -115,24 +116,18 @@ class Trainer:
         self.flops = flops.TRAINING * flops.forward_flops(config.model)
 
     def setup_engine(
-        self, start: Start, model: nn.Module, initial: Source, ds_config: dict[str, Any]
+        self, start: Start, model: nn.Module, initial: Initial, ds_config: dict[str, Any]
     ) -> None:
         """Wrap the model in a DeepSpeed engine, in the state that training starts with."""
-        import deepspeed
-
-        config = self.config
-        self.gradient_sums = build_gradient_sums(model, config, ds_config)
-        disable_shm_allreduce()
-        self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=build_optimizer(model, config, ds_config), config=ds_config
-        )
+        config, device = self.config, self.ranks.device
+        first_values = FirstValues(model, initial, device)
+        self.engine, self.gradient_sums = build_engine(model, config, ds_config, device)
         self.state = EngineState(self.engine, ema=config.train.ema_decay is not None)
         if start.path is None:
-            self.state.load(initial, (WEIGHTS,))
+            self.state.load(first_values)
         else:
             files = reader.open_files(start.path, self.ranks.rank / self.ranks.world_size)
-            kinds = {key.partition(".")[0] for key in files.shapes}
-            self.state.load(files, kinds, start.saved.steps)
+            self.state.load(files, start.saved.steps)
             self.state.set_loss_scaler(start.saved.loss_scaler)
         if config.train.compile:
             self.engine.compile()

@@ -100,6 +100,12 @@ def _train(
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     sys.argv = ["launch/train.py"]
 
+    import torch
+
+    # In a forked process two threads that set it first at the same time abort (torch 2.14: the pool
+    # that the parent had is replaced without a lock), as autograd's threads do.
+    torch.set_num_threads(1)
+
     from irpe_ds.cli import run
     from irpe_ds.cluster.process_group import destroy_process_group
     from irpe_ds.config import load_config

@@ -83,11 +83,10 @@ def wire_bytes() -> int:
 def measure(case: dict[str, Any], folder: Path, counter: Counter) -> dict[str, Any]:
     import deepspeed
 
-    from irpe_ds.models.build import build_model
+    from irpe_ds.models.build import build_deferred
     from irpe_ds.training.deepspeed_config import deepspeed_config
-    from irpe_ds.training.engine_state import EngineState, ModelSource
-    from irpe_ds.training.gradient_sums import build_gradient_sums
-    from irpe_ds.training.optim import build_optimizer
+    from irpe_ds.training.engine import FirstValues, build_engine
+    from irpe_ds.training.engine_state import EngineState
 
     path = folder / "zero.json"
     path.write_text(json.dumps({"zero_optimization": case["zero"]}))
@@ -95,15 +94,14 @@ def measure(case: dict[str, Any], folder: Path, counter: Counter) -> dict[str, A
         "launch/configs/quickstart.yaml", [f"train.deepspeed={path}", *case["overrides"]]
     )
     before = live_bytes()
-    model = build_model(config.model)
+    model, initial = build_deferred(config.model, seed=0)
     ds_config = deepspeed_config(config, world_size=torch.distributed.get_world_size())
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    sums = build_gradient_sums(model, config, ds_config)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(model, config, ds_config), config=ds_config
-    )
-    state = EngineState(engine, ema=config.train.ema_decay is not None)
-    state.load(ModelSource(build_model(config.model)), ("weights",))
+    device = torch.device("cpu")
+    first_values = FirstValues(model, initial, device)
+    engine, sums = build_engine(model, config, ds_config, device)
+    EngineState(engine, ema=config.train.ema_decay is not None).load(first_values)
+    del initial, first_values
     logger = deepspeed.comm.comm.comms_logger
     wires = []
     # Stage 3 needs two updates to know the order of its parameters.
