@@ -43,8 +43,7 @@ def measure(
     `images_per_s`, `step_ms`, `tflops`, `mfu` and `data_wait` are those of the median repetition,
     not profiled. `{phase}_ms`, their sum INSTRUMENTED_STEP_MS and `{collective}_bytes` are means
     per update of the profiled one (see StepProfiler), times also over ranks. `memory_gib` is the
-    peak of any rank since its start. RANKS has what is known of each rank: see
-    `rank_columns`.
+    peak of any rank since its start. The file RANKS has what `rank_columns` gives.
     """
     loop, rows = Updates(trainer, warmup), []
     with closing(loop):

@@ -31,8 +31,9 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str
         elif "error" in old:
             yield f"failed before   {_name(new)}"
     for rows, others, where in ((old_rows, new_rows, "before"), (new_rows, old_rows, "after")):
-        for key in rows.keys() - others.keys():
-            yield f"only {where}   {_name(rows[key])}"
+        for key, row in rows.items():
+            if key not in others:
+                yield f"only {where}   {_name(row)}"
 
 
 def _ratio(pair: tuple[CellRow, CellRow]) -> float:

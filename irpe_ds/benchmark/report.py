@@ -195,7 +195,7 @@ def _links(links: Mapping[str, Any]) -> str:
         return f"<h2>Links</h2><p>{html.escape(links['error'])}</p>"
     if not links.get("rows"):
         return ""
-    head = ["collective", "where", "ranks", "MiB", "ms", "fastest ms", "GB/s", "slowest on"]
+    head = ["collective", "where", "ranks", "MiB", "ms", "fastest ms", "GB/s", "slowest"]
     lines = []
     for row in links["rows"]:
         cells = [row["collective"].replace("_", "-"), row["where"], row["ranks"]]

@@ -137,22 +137,18 @@ def _measure(experiment: Experiment, cell: Cell, held: TextIO) -> CellRow:
     try:
         (row,) = (row for row in read_rows(folder / METRICS) if row["kind"] == KIND)
         environment = json.loads((folder / "environment.json").read_text())
-        of_ranks = json.loads((folder / RANKS).read_text())
+        row |= json.loads((folder / RANKS).read_text())
     except (OSError, ValueError):
         raise CellError(f"the run ended without a result; see {output}") from None
     numbers = {key: value for key, value in row.items() if key not in ("kind", "update")}
     packages = environment["packages"]
-    return (
-        numbers
-        | of_ranks
-        | {
-            "impl": environment["attention_op"]["name"],
-            "device": environment["device"],
-            "torch": packages["torch"],
-            "deepspeed_version": packages["deepspeed"],
-            "commit": environment["commit"],
-        }
-    )
+    return numbers | {
+        "impl": environment["attention_op"]["name"],
+        "device": environment["device"],
+        "torch": packages["torch"],
+        "deepspeed_version": packages["deepspeed"],
+        "commit": environment["commit"],
+    }
 
 
 def command(experiment: Experiment, cell: Cell, file: Path) -> list[str]:
