@@ -217,6 +217,8 @@ class TrainConfig(Section):
     max_skips: Natural = 10
     """How many updates in a row may be skipped because a gradient is not finite (NaN or inf) before
     the run stops: max_nonfinite_steps."""
+    profile: Count | None = None
+    """Trace this many updates with torch.profiler: traces/rank-N.json.gz in the run folder."""
     join_seconds: Positive = 45.0
     """Rendezvous timeout: how long the ranks wait for each other at the start before those that are
     absent are named. Raise it where some hosts load Python much more slowly than others."""

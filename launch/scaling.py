@@ -21,6 +21,7 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", type=Path, metavar="YAML", help="the experiment")
     source.add_argument("--report", type=Path, metavar="JSON", help="results to report again")
+    parser.add_argument("--before", type=Path, metavar="JSON", help="results to compare with")
     parser.add_argument("--retry", action="store_true", help="run again what has failed")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
@@ -31,7 +32,12 @@ def main() -> None:
     from irpe_ds.benchmark.report import write_report
     from irpe_ds.benchmark.rows import read_results_file
 
-    for file in write_report(read_results_file(path), path.parent):
+    results = read_results_file(path)
+    if args.before is not None:
+        from irpe_ds.benchmark.compare import compare
+
+        print(*compare(read_results_file(args.before), results), sep="\n")
+    for file in write_report(results, path.parent):
         print(file)
 
 

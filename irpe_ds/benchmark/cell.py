@@ -1,16 +1,22 @@
 """One run of a scaling experiment, started on every rank as training is."""
 
 import argparse
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from statistics import fmean
+from typing import Any
 
-from irpe_ds.benchmark.rows import INSTRUMENTED_STEP_MS, KIND, PHASES
+from irpe_ds.benchmark.gpu_monitor import GpuMonitor
+from irpe_ds.benchmark.rows import INSTRUMENTED_STEP_MS, KIND, PHASES, RANKS
 from irpe_ds.benchmark.step_profiler import StepProfiler
 from irpe_ds.cli import run
 from irpe_ds.cluster.process_group import destroy_process_group
 from irpe_ds.config import load_config
 from irpe_ds.runlog import RunLog
 from irpe_ds.training.run import train
+from irpe_ds.training.trace import SKIPPED, Trace
 from irpe_ds.training.trainer import Trainer
 
 
@@ -22,43 +28,78 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int)
     args = parser.parse_args()
     shape = {"warmup": args.warmup, "updates": args.updates, "repeats": args.repeats}
-    train(load_config(args.config), work=partial(measure, **shape))
+    config = load_config(args.config)
+    section = config.train.model_copy(update={"profile": None})  # not while updates are timed
+    work = partial(measure, **shape, traced=config.train.profile)
+    train(config.model_copy(update={"train": section}), work=work)
     destroy_process_group()
 
 
-def measure(trainer: Trainer, log: RunLog, *, warmup: int, updates: int, repeats: int) -> bool:
-    """Time repetitions of some updates, then profile one more; log one row.
+def measure(
+    trainer: Trainer, log: RunLog, *, warmup: int, updates: int, repeats: int, traced: int | None
+) -> bool:
+    """Time repetitions of some updates, then profile one more; log one row; trace a few updates.
 
     `images_per_s`, `step_ms`, `tflops`, `mfu` and `data_wait` are those of the median repetition,
     not profiled. `{phase}_ms`, their sum INSTRUMENTED_STEP_MS and `{collective}_bytes` are means
     per update of the profiled one (see StepProfiler), times also over ranks. `memory_gib` is the
-    peak of any rank since its start.
+    peak of any rank since its start. The file RANKS has what `rank_columns` gives.
     """
     loop, rows = Updates(trainer, warmup), []
     with closing(loop):
         loop.run(warmup, log)
-        for _ in range(repeats):
-            loop.prepare(updates, log)
-            trainer.meter.read()  # a collective: all ranks start together
-            loop.run(updates, log)
-            rows.append(trainer.log_row(trainer.meter.read()))
+        with GpuMonitor(trainer.ranks.device) as gpu:
+            for _ in range(repeats):
+                loop.prepare(updates, log)
+                trainer.meter.read()  # a collective: all ranks start together
+                loop.run(updates, log)
+                rows.append(trainer.log_row(trainer.meter.read()))
         loop.prepare(updates, log)
         trainer.ranks.any_rank(False)
         with StepProfiler(trainer) as profiler:
             loop.run(updates, log)
+        if traced is not None:
+            with Trace(traced, trainer.config.folder, trainer.ranks) as trainer.trace:
+                loop.run(SKIPPED + traced, log)
     rows.sort(key=lambda row: row["images_per_s"])
     row = rows[(len(rows) - 1) // 2]
     row["slowest_images_per_s"] = rows[0]["images_per_s"]
     row["fastest_images_per_s"] = rows[-1]["images_per_s"]
-    found = trainer.ranks.all_gather((dict(profiler.seconds), row["memory_gib"]))
-    row["memory_gib"] = max(memory for _, memory in found)
+    own = {phase: 1000 * profiler.seconds.get(phase, 0.0) / updates for phase in PHASES}
+    found = trainer.ranks.all_gather((own, row["memory_gib"], gpu.means()))
+    row["memory_gib"] = max(memory for _, memory, _ in found)
     for phase in PHASES:
-        seconds = sum(times.get(phase, 0.0) for times, _ in found)
-        row[f"{phase}_ms"] = 1000 * seconds / (len(found) * updates)
+        row[f"{phase}_ms"] = fmean(times[phase] for times, _, _ in found)
     row[INSTRUMENTED_STEP_MS] = sum(row[f"{phase}_ms"] for phase in PHASES)
     row |= {f"{kind}_bytes": size / updates for kind, size in profiler.bytes.items()}
+    if trainer.ranks.is_main:
+        columns = rank_columns([(times, gpu) for times, _, gpu in found], trainer.ranks.hostnames)
+        (trainer.config.folder / RANKS).write_text(json.dumps(columns))
     log.log(KIND, trainer.update, row)
     return True
+
+
+def rank_columns(
+    found: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], hostnames: Sequence[str]
+) -> dict[str, Any]:
+    """Columns with a value for each rank, and the rank on which an update takes longest.
+
+    `rank_ms` is the time of an update without communication, in which a rank waits for slower ones.
+    `rank_mhz`, `rank_watt` and `rank_celsius` are there if all ranks have a GPU that tells them.
+
+    Args:
+        found: milliseconds by phase, and GpuMonitor's means, of each rank.
+    """
+    every = [
+        sum(ms for phase, ms in times.items() if phase != "communication") for times, _ in found
+    ]
+    slowest = max(range(len(every)), key=every.__getitem__)
+    columns: dict[str, Any] = {"rank_ms": every, "slowest_rank": slowest}
+    columns["slowest_host"] = hostnames[slowest]
+    for name in found[0][1]:
+        if all(name in gpu for _, gpu in found):
+            columns[f"rank_{name}"] = [gpu[name] for _, gpu in found]
+    return columns
 
 
 class Updates:

@@ -48,6 +48,8 @@ class Scaling(Section):
     """Hosts and slots as DeepSpeed reads them. None: this machine alone."""
     network: Annotated[str | None, AfterValidator(_rate)] = None
     """Rate of a network card, such as 100Gb/s, recorded for the planner's calibration."""
+    link_mib: tuple[Positive, ...] = (0.0625, 1, 16, 64)
+    """Sizes in MiB that the self-test of links exchanges before the first run; [] leaves it out."""
     timeout: Positive = 900
     """Seconds after which a run counts as failed."""
 

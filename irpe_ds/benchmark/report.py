@@ -7,12 +7,13 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from irpe_ds.benchmark.rows import INSTRUMENTED_STEP_MS, PHASES, CellRow
 from irpe_ds.errors import ConfigError
 from irpe_ds.files import replace_file
-from irpe_ds.plots.scaling import draw_figures
+from irpe_ds.plots.scaling import draw_figures, draw_links
 from irpe_ds.plots.style import FAINT, INK, PALE
 
 WHERE = ("device", "torch", "deepspeed_version")
@@ -37,6 +38,9 @@ def write_report(results: Mapping[str, Any], folder: Path) -> list[Path]:
     table = folder / "results.csv"
     replace_file(table, to_csv(rows))
     figures = draw_figures(folder, results["name"], _panels(good)) if good else []
+    links = (results.get("links") or {}).get("rows")
+    if links:
+        figures.append(draw_links(folder, results["name"], links))
     page = folder / "report.html"
     replace_file(page, _page(results, rows, figures))
     return [table, *figures, page]
@@ -58,6 +62,8 @@ def _add_derived(rows: Sequence[CellRow]) -> None:
         fewest = first.setdefault((panel_title(row, names), row["deepspeed"]), row)
         speed, reference = (r["images_per_s"] / r["ranks"] for r in (row, fewest))
         row["efficiency"] = speed / reference
+        if "rank_ms" in row:
+            row["slowest_over_median"] = max(row["rank_ms"]) / median(row["rank_ms"])
         row["communication_share"] = row["communication_ms"] / row[INSTRUMENTED_STEP_MS]
 
 
@@ -118,6 +124,7 @@ def _page(results: Mapping[str, Any], rows: Sequence[CellRow], figures: Sequence
         images,
         _runs(good) if good else "",
         _failures(failed) if failed else "",
+        _links(results.get("links") or {}),
         "<details><summary>Configuration shared by all runs</summary><pre>"
         + html.escape(json.dumps(results["settings"], indent=1))
         + "</pre></details>",
@@ -149,7 +156,7 @@ def _runs(rows: Sequence[CellRow]) -> str:
     head += ["img/s", "slowest to fastest", "ms per update", "efficiency %"]
     head += [f"{phase} %" for phase in PHASES]
     head += [f"{kind.removesuffix('_bytes').replace('_', '-')} MB" for kind in kinds]
-    head += ["GiB", "TFLOP/s", *(["MFU %"] if known else [])]
+    head += ["slowest rank", "GiB", "TFLOP/s", *(["MFU %"] if known else [])]
     lines = []
     for row in rows:
         speed = f"{row['slowest_images_per_s']:,.0f} to {row['fastest_images_per_s']:,.0f}"
@@ -159,15 +166,42 @@ def _runs(rows: Sequence[CellRow]) -> str:
         cells += [f"{100 * row['efficiency']:.0f}"]
         cells += [f"{100 * row[f'{phase}_ms'] / row[INSTRUMENTED_STEP_MS]:.1f}" for phase in PHASES]
         cells += [f"{row.get(kind, 0) / 1e6:,.3f}" for kind in kinds]
-        cells += [f"{row['memory_gib']:.2f}", f"{row['tflops']:.3g}"]
+        cells += [_slowest(row), f"{row['memory_gib']:.2f}", f"{row['tflops']:.3g}"]
         cells += [f"{100 * row['mfu']:.1f}" if "mfu" in row else "?"] if known else []
         lines.append(cells)
     note = (
         "Throughput, time, TFLOP/s and MFU are those of the median repetition. Shares and bytes "
         "are of profiled updates, in which collectives are synchronous; bytes are those of a "
-        "collective's whole vector, per rank and update."
+        "collective's whole vector, per rank and update. The slowest rank is the one on which an "
+        "update without communication takes longest, beside the median rank."
     )
     return f'<h2>Runs</h2>{_table(head, lines)}<p class="note">{note}</p>'
+
+
+def _slowest(row: CellRow) -> str:
+    """Which rank is slowest, by how much, and how its GPU does."""
+    if "rank_ms" not in row:
+        return "?"
+    rank = row["slowest_rank"]
+    units = {"mhz": "MHz", "watt": "W", "celsius": "°C"}
+    known = {unit: row[f"rank_{key}"][rank] for key, unit in units.items() if f"rank_{key}" in row}
+    gpu = "".join(f", {value:,.0f} {unit}" for unit, value in known.items())
+    return f"{rank} on {row['slowest_host']}: {row['slowest_over_median']:.2f} x{gpu}"
+
+
+def _links(links: Mapping[str, Any]) -> str:
+    """The self-test of links: bandwidths and the slowest group's hosts, or why it failed."""
+    if "error" in links:
+        return f"<h2>Links</h2><p>{html.escape(links['error'])}</p>"
+    if not links.get("rows"):
+        return ""
+    head = ["collective", "where", "ranks", "MiB", "ms", "fastest ms", "GB/s", "slowest"]
+    lines = []
+    for row in links["rows"]:
+        cells = [row["collective"].replace("_", "-"), row["where"], row["ranks"]]
+        cells += [f"{row['bytes'] / 2**20:g}", f"{row['ms']:.3g}", f"{row['fastest_ms']:.3g}"]
+        lines.append([*cells, f"{row['gb_s']:.3g}", row["slowest"]])
+    return f"<h2>Links</h2>{_table(head, lines)}"
 
 
 def _failures(rows: Sequence[CellRow]) -> str:

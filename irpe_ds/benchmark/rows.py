@@ -11,6 +11,8 @@ from irpe_ds.files import replace_file
 RESULTS = "results.json"
 KIND = "scaling"
 """Kind of the row that a run logs."""
+RANKS = "ranks.json"
+"""File of a run's folder with more columns, which have a value for each rank."""
 CellRow = dict[str, Any]
 """Facts and measurements of one run by column."""
 
@@ -31,10 +33,12 @@ class Results:
         self.path = experiment.config.folder / RESULTS
         self._name, self._common = experiment.config.name, experiment.common
         self.rows: dict[str, CellRow] = {}
+        self.links: dict[str, Any] | None = None
         if not self.path.exists():
             return
         saved = read_results_file(self.path)
         self.rows = {row["key"]: row for row in saved["rows"]}
+        self.links = saved.get("links")
         found = first_difference(saved["settings"], self._common)
         if found is not None:
             key, before, now = found
@@ -44,9 +48,18 @@ class Results:
     def add(self, row: CellRow) -> None:
         """Add a row, or replace that of the same cell."""
         self.rows[row["key"]] = row
+        self._write()
+
+    def add_links(self, links: dict[str, Any]) -> None:
+        """Add what the self-test of links has found."""
+        self.links = links
+        self._write()
+
+    def _write(self) -> None:
         content = {
             "name": self._name,
             "settings": self._common,
+            "links": self.links,
             "rows": list(self.rows.values()),
         }
         replace_file(self.path, json.dumps(content, indent=1) + "\n")

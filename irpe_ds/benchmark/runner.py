@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from irpe_ds.benchmark.experiment import Cell, Experiment
-from irpe_ds.benchmark.rows import KIND, CellRow, Results
+from irpe_ds.benchmark.experiment import Cell, Experiment, Scaling
+from irpe_ds.benchmark.rows import KIND, RANKS, CellRow, Results
 from irpe_ds.cluster.launchers import free_port
 from irpe_ds.cluster.process_group import device_type
 from irpe_ds.errors import ConfigError
@@ -47,6 +47,11 @@ def run_experiment(
     check_folder(experiment.config)
     with lock(folder) as held:
         results = Results(experiment)
+        if results.links is None or (retry and "error" in results.links):
+            links = check_links(experiment, held)
+            results.add_links(links)
+            if "error" in links:
+                say(f"links: failed: {links['error']}")
         for number, cell in enumerate(experiment.cells, 1):
             place = f"[{number}/{len(experiment.cells)}] {cell}"
             known = results.rows.get(cell.key)
@@ -56,6 +61,23 @@ def run_experiment(
                 place += " (known)"
             say(f"{place}: {_summary(results.rows[cell.key])}")
     return results
+
+
+def check_links(experiment: Experiment, held: TextIO) -> dict[str, Any]:
+    """The links between the ranks of the largest cell: `rows` (see `links.measure`), or `error`."""
+    largest = max(experiment.cells, key=lambda cell: (cell.ranks, cell.nodes))
+    scaling, folder = experiment.scaling, experiment.config.folder
+    if largest.ranks == 1 or not scaling.link_mib:
+        return {"rows": []}
+    out = folder / "links.json"
+    options = [f"--out={out}", f"--join_seconds={experiment.config.train.join_seconds}"]
+    sizes = ["--mib", *map(str, scaling.link_mib)]
+    try:
+        start = launcher(scaling, largest, "irpe_ds.benchmark.links")
+        _launch([*start, *options, *sizes], folder / "links.log", scaling.timeout, held)
+        return {"rows": json.loads(out.read_text())}
+    except (ConfigError, CellError) as error:
+        return {"error": str(error)}
 
 
 def _summary(row: CellRow) -> str:
@@ -115,6 +137,7 @@ def _measure(experiment: Experiment, cell: Cell, held: TextIO) -> CellRow:
     try:
         (row,) = (row for row in read_rows(folder / METRICS) if row["kind"] == KIND)
         environment = json.loads((folder / "environment.json").read_text())
+        row |= json.loads((folder / RANKS).read_text())
     except (OSError, ValueError):
         raise CellError(f"the run ended without a result; see {output}") from None
     numbers = {key: value for key, value in row.items() if key not in ("kind", "update")}
@@ -129,12 +152,20 @@ def _measure(experiment: Experiment, cell: Cell, held: TextIO) -> CellRow:
 
 
 def command(experiment: Experiment, cell: Cell, file: Path) -> list[str]:
-    """The command line that starts the ranks of a cell.
+    """The command line that starts the ranks of a cell; raises what `launcher` does."""
+    scaling = experiment.scaling
+    shape = {"warmup": scaling.warmup, "updates": scaling.updates, "repeats": scaling.repeats}
+    options = [f"--{name}={number}" for name, number in shape.items()]
+    start = launcher(scaling, cell, "irpe_ds.benchmark.cell")
+    return [*start, f"--config={file}", *options]
+
+
+def launcher(scaling: Scaling, cell: Cell, module: str) -> list[str]:
+    """The command line that starts a module on the ranks of a cell.
 
     Raises:
         ConfigError: CUDA_VISIBLE_DEVICES has fewer GPUs than the cell has ranks.
     """
-    scaling = experiment.scaling
     runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
     hosts = ["--num_nodes", str(cell.nodes), "--num_accelerators", str(cell.ranks_per_node)]
     # DeepSpeed's launcher (0.19) ignores CUDA_VISIBLE_DEVICES beside --num_accelerators and would
@@ -147,9 +178,7 @@ def command(experiment: Experiment, cell: Cell, file: Path) -> list[str]:
         hosts = ["--include", f"localhost:{','.join(gpus[: cell.ranks_per_node])}"]
     hosts += ["--hostfile", str(scaling.hostfile or "/dev/null"), "--master_port", str(free_port())]
     hosts += ["--force_multi"] if scaling.hostfile else []  # one node is started as several are
-    shape = {"warmup": scaling.warmup, "updates": scaling.updates, "repeats": scaling.repeats}
-    options = [f"--{name}={number}" for name, number in shape.items()]
-    return [*runner, *hosts, "--module", "irpe_ds.benchmark.cell", f"--config={file}", *options]
+    return [*runner, *hosts, "--module", module]
 
 
 def _launch(command: list[str], output: Path, timeout: float, held: TextIO) -> None:

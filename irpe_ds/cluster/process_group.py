@@ -96,9 +96,9 @@ class Ranks:
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a collective waits for a rank that is alive: longer than anything that one rank does
 while the others wait, such as compiling operators. The heartbeat reports dead ranks much sooner."""
-CONNECTIONS, OTHER_FILES = 3, 1024
-"""Connections of every rank to rank 0: PyTorch's store, the heartbeat, the wait for a stop; and
-what else a process opens."""
+CONNECTIONS, OTHER_FILES = 8, 1024
+"""Connections of every rank to rank 0: the heartbeat, the wait for a stop, PyTorch's store and room
+for its clones, one for each NCCL group; and what else a process opens."""
 
 
 def set_environment() -> None:

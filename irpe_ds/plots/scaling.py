@@ -72,6 +72,38 @@ def draw_figures(folder: Path, name: str, panels: Mapping[str, Sequence[CellRow]
     return [_draw(folder, name, panels, figure) for figure in FIGURES]
 
 
+LINKS = "links.png"
+
+
+def draw_links(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write LINKS, bandwidth by message size (`irpe_ds.benchmark.links`), into a folder."""
+    places = list(dict.fromkeys(row["where"] for row in rows))
+    note = (
+        "Of each rank's link: 2 (n - 1) / n of the vector for all-reduce, (n - 1) / n for "
+        "all-gather, over the median\ntime of the slowest group."
+    )
+    drawn = titled(f"Links: {name}", note, (max(6.2, 4.2 * len(places)), 4.5), above=0.3)
+    grid = drawn.subplots(1, len(places), squeeze=False)
+    kinds = list(dict.fromkeys(row["collective"] for row in rows))
+    colours = dict(zip(kinds, COLOURS, strict=False))
+    for axes, place in zip(grid.flat, places, strict=True):
+        found = [row for row in rows if row["where"] == place]
+        frame(axes, f"{place}, {found[0]['ranks']} ranks", "GB/s", size=10)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("MiB", color=INK)
+        sizes = sorted({row["bytes"] / 2**20 for row in found})
+        axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
+        axes.minorticks_off()
+        for kind, colour in colours.items():
+            line = [row for row in found if row["collective"] == kind]
+            sizes_mib = [row["bytes"] / 2**20 for row in line]
+            axes.plot(sizes_mib, [row["gb_s"] for row in line], "o-", color=colour, linewidth=1.6)
+        axes.set_ylim(0)
+    _legend(drawn, {kind.replace("_", "-"): colour for kind, colour in colours.items()}, {})
+    drawn.savefig(folder / LINKS)
+    return folder / LINKS
+
+
 def _draw(folder: Path, name: str, panels: Mapping[str, Sequence[CellRow]], figure: Figure) -> Path:
     rows = [row for found in panels.values() for row in found]
     columns = min(len(panels), PANELS_IN_A_ROW)

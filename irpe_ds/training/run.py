@@ -143,7 +143,8 @@ def train(
                     log.note(write_run_metadata(config, ds_config, ranks, op))
                 for text in [*cautions(config, length), *start.notes]:
                     log.note(text)
-                return work(trainer, log)
+                with trainer.trace:
+                    return work(trainer, log)
 
 
 def prepare(config: RunConfig, resume: str) -> Prepared:

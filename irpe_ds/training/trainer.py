@@ -35,6 +35,7 @@ from irpe_ds.training.loss import Loss
 from irpe_ds.training.metrics import Meter
 from irpe_ds.training.optim import build_schedule, ema_decay_at
 from irpe_ds.training.start import RunLength, Start
+from irpe_ds.training.trace import Trace
 
 SKIPPED = "skipped.jsonl"
 """File of the run folder: the updates that were skipped, and the samples of each."""
@@ -112,6 +113,7 @@ class Trainer:
         )
         self.skips = 0
         """Updates skipped in a row because of gradients that are not finite."""
+        self.trace = Trace(config.train.profile, config.folder, ranks)
         self.meter = Meter(ranks, start.saved.meter)
         self.flops = flops.TRAINING * flops.forward_flops(config.model)
 
@@ -216,6 +218,7 @@ class Trainer:
             self.skips = 0
         elif not self.state.loss_scale_can_drop():
             self.record_skip(log)
+        self.trace.step()
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """The next batch of this rank.

@@ -58,6 +58,27 @@ def test_files(tmp_path: Path) -> None:
     assert "rank 3 &lt;died&gt;" in page
 
 
+def test_links_and_the_slowest_rank_are_in_it(tmp_path: Path) -> None:
+    ranks = {"rank_ms": [8.0, 12.0, 8.0], "slowest_rank": 1, "slowest_host": "node<2>"}
+    gpu = {"rank_mhz": [1900.0, 1210.0, 1900.0], "rank_celsius": [60.0, 91.0, 60.0]}
+    found = results(row(3, 100, **ranks, **gpu), row(1, 30))
+    link = {"collective": "all_reduce", "ranks": 2, "ms": 0.5, "fastest_ms": 0.4, "gb_s": 3.25}
+    found["links"] = {
+        "rows": [
+            {**link, "where": where, "bytes": 2**20, "slowest": "ranks 0, 1 on a"}
+            for where in ("intra", "inter")
+        ]
+    }
+    written = write_report(found, tmp_path)
+    assert "links.png" in [path.name for path in written]
+    page = (tmp_path / "report.html").read_text()
+    assert "1 on node&lt;2&gt;: 1.50 x, 1,210 MHz, 91 °C" in page
+    assert page.count("data:image/png;base64,") == 5
+    assert all(text in page for text in ("all-reduce", "inter", "3.25", "ranks 0, 1 on a"))
+    write_report({**found, "links": {"error": "no <link>"}}, tmp_path)
+    assert "no &lt;link&gt;" in (tmp_path / "report.html").read_text()
+
+
 def test_efficiency_compares_the_same_thing_only(tmp_path: Path) -> None:
     half = row(2, 60, precision="fp32", axes={"train.precision": "fp32"})
     found = results(row(1, 100), half, row(2, 200))

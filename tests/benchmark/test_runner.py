@@ -32,8 +32,16 @@ row = {"kind": "scaling", "update": 9, "images_per_s": speed, "step_ms": 1.0}
 packages = {"torch": "2", "deepspeed": "0"}
 facts = {"attention_op": {"name": "cpu"}, "device": "CPU", "packages": packages, "commit": None}
 (folder / "environment.json").write_text(json.dumps(facts))
+(folder / "ranks.json").write_text('{"rank_ms": [1.0]}')
 """
 """What is started instead of ranks: logs the speed that it is given, fails, or hangs."""
+LINKS = """
+import json, sys
+from pathlib import Path
+out, _, _, *sizes = sys.argv[1:]
+Path(out.removeprefix("--out=")).write_text(json.dumps([{"bytes": float(size)} for size in sizes]))
+"""
+"""What is started instead of the self-test of links."""
 
 Speeds = dict[int, float]
 
@@ -48,6 +56,7 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> Speeds:
 
     monkeypatch.setattr(runner, "command", command)
     monkeypatch.setattr(runner, "check_data", lambda config: {})
+    monkeypatch.setattr(runner, "launcher", lambda *_: [sys.executable, "-c", LINKS])
     return found
 
 
@@ -68,6 +77,35 @@ def test_every_cell_has_a_row(tmp_path: Path, speeds: Speeds) -> None:
     assert [(row["ranks"], row["images_per_s"]) for row in rows] == [(1, 100.0), (2, 190.0)]
     assert [row["micro_batch"] for row in rows] == [64, 32]
     assert read_results_file(tmp_path / "test/results.json")["rows"] == rows
+
+
+def test_links_are_tested_once_before_the_first_cell(tmp_path: Path, speeds: Speeds) -> None:
+    run(experiment(tmp_path, link_mib=[1, 2]))
+    links = {"rows": [{"bytes": 1.0}, {"bytes": 2.0}]}
+    assert read_results_file(tmp_path / "test/results.json")["links"] == links
+    (tmp_path / "test/links.json").unlink()
+    run(experiment(tmp_path, link_mib=[3]))
+    assert read_results_file(tmp_path / "test/results.json")["links"] == links
+
+
+def test_links_that_fail_are_said_and_tried_again(
+    tmp_path: Path, speeds: Speeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(runner, "launcher", lambda *_: ["false"])
+        rows, said = run(experiment(tmp_path))
+    assert said[0].startswith("links: failed: exit code 1")
+    assert [row["images_per_s"] for row in rows] == [100.0, 190.0]
+    run(experiment(tmp_path), retry=True)
+    assert "rows" in read_results_file(tmp_path / "test/results.json")["links"]
+
+
+@pytest.mark.parametrize(("ranks", "sizes"), [([1], [1]), ([1, 2], [])])
+def test_without_links_or_sizes_none_are_tested(
+    ranks: list[int], sizes: list[float], tmp_path: Path, speeds: Speeds
+) -> None:
+    run(experiment(tmp_path, ranks, link_mib=sizes))
+    assert read_results_file(tmp_path / "test/results.json")["links"] == {"rows": []}
 
 
 def test_goes_on_where_it_stopped(tmp_path: Path, speeds: Speeds) -> None:

@@ -59,6 +59,6 @@ def test_rank_0_may_have_connections_of_4096_ranks() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
         allow_connections(4096)
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(limits[1], 1024 + 3 * 4096)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(limits[1], 1024 + 8 * 4096)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -39,6 +39,7 @@ def experiment(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
         "name": "test",
         "output": str(folder),
         "data": {**data, "workers": 1},
+        "train": {"profile": 1},
         "log": {"wandb": {"mode": "offline"}},
         "scaling": {"matrix": matrix, "updates": 4, "repeats": 3},
     }
@@ -79,6 +80,23 @@ def test_a_cell_says_what_was_fast_and_where_time_went(rows: list[dict[str, Any]
         assert sum(row[f"{phase}_ms"] for phase in PHASES) == pytest.approx(row["apart_ms"])
         assert row["memory_gib"] > 0.1
         assert (row["impl"], row["device"]) == ("cpu", "CPU")
+        assert row["slowest_rank"] == row["rank_ms"].index(max(row["rank_ms"]))
+        busy = sum(row[f"{phase}_ms"] for phase in PHASES if phase != "communication")
+        assert sum(row["rank_ms"]) == pytest.approx(2 * busy)
+
+
+def test_links_are_tested_and_every_rank_leaves_a_trace(
+    experiment: list[str], rows: list[dict[str, Any]]
+) -> None:
+    folder = Path(experiment[-1]).parent / "test"
+    links = json.loads((folder / "results.json").read_text())["links"]["rows"]
+    assert {(row["collective"], row["where"]) for row in links} == {
+        ("all_reduce", "intra"),
+        ("all_gather", "intra"),
+    }
+    for row in rows[:2]:
+        traces = folder / "cells" / row["key"] / "traces"
+        assert {path.name for path in traces.iterdir()} == {"rank-0.json.gz", "rank-1.json.gz"}
 
 
 def test_bytes_are_those_that_the_planner_counts(rows: list[dict[str, Any]]) -> None:
