@@ -259,7 +259,8 @@ class Erase:
         height, width = images.shape[2:]
         rows, boxes = erase_boxes(keys, self.probability, height, width)
         if images.device.type != "cpu":
-            batched_ops.erase(images, keys[rows], rows, boxes)
+            if len(rows):
+                batched_ops.erase(images, keys[rows], rows, boxes)
             return images
         generator = torch.Generator()
         for row, (top, left, box_height, box_width) in zip(rows, boxes.tolist(), strict=True):
