@@ -20,6 +20,8 @@ class Assumptions:
     memory_share: float = _assumed(0.8, "of the GPU's memory bandwidth in other operators")
     link_share: float = _assumed(0.8, "of the links' rates in collectives")
     launch_us: float = _assumed(10.0, "microseconds of host time to launch an operator")
+    loader_img_s: float = _assumed(704.0, "img/s that a core of the host decodes and crops")
+    """Measured on a Xeon: data/bench/results/load-xeon_2cores-2026-11-24.json, one worker."""
     latency: float = _assumed(1.0, "times the latencies in the communication library's tables")
     hook_us: float = _assumed(100.0, "microseconds of host time per parameter and pass, ZeRO 3")
     context_gib: float = _assumed(1.5, "GiB for CUDA, NCCL and libraries")

@@ -1,5 +1,6 @@
 """A run on a cluster: what fits, how fast it is, what it costs, what bounds it."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -81,6 +82,7 @@ class PlanRow:
     hours: float
     """To the last epoch, training alone."""
     image_kb: float
+    loader_img_s: float
 
     @property
     def global_batch(self) -> int:
@@ -98,6 +100,11 @@ class PlanRow:
     def storage_gb_s(self) -> float:
         """What the loaders of all nodes read while nothing is cached, 1e9 bytes per second."""
         return self.images_per_s * self.image_kb / 1e6
+
+    @property
+    def loader_cores(self) -> int:
+        """Cores of each node that decode its images."""
+        return math.ceil(self.images_per_s / self.cluster.nodes / self.loader_img_s)
 
     @property
     def bottleneck(self) -> str:
@@ -208,6 +215,7 @@ def _row(
         efficiency=speed / _best_of_one(scenario, cluster, micro_batch),
         hours=images / speed / 3600,
         image_kb=scenario.image_kb,
+        loader_img_s=scenario.assumed.loader_img_s,
     )
 
 

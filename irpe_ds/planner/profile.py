@@ -5,18 +5,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from irpe_ds.config import RunConfig
-from irpe_ds.errors import ConfigError
+from irpe_ds.data.augment.policies import Erase
+from irpe_ds.data.rng import image_keys
+from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.models.build import build_model
 from irpe_ds.models.flops import forward_flops
 from irpe_ds.ops.fused import kernel_shape, unsupported_reason
+from irpe_ds.training.batch import Normalize, build_augment, build_mixup
 from irpe_ds.training.optim import parameter_groups
 from irpe_ds.training.precision import MODEL, PRODUCTS
 
@@ -82,6 +87,8 @@ class Profile:
     """The same of the weights, for any number of images."""
     kernels: tuple[int, int]
     """Operators that move data in the forward and the backward pass, for any number of images."""
+    input_kernels: int
+    """Those that normalise, augment, erase and mix, once every operation has images."""
     checkpointing: bool
     """Whether activation checkpointing recomputes them in the backward pass."""
 
@@ -103,8 +110,20 @@ def profile(config: RunConfig) -> Profile:
     """Count a training step of a configuration's model; nothing is computed.
 
     Raises:
-        ConfigError: the model cannot be built, or the planner does not know the op's memory.
+        ConfigError: the model cannot be built or run on fake images, or the planner does not know
+            the op's memory.
     """
+    try:
+        return _profile(config)
+    except UserError:
+        raise
+    except Exception as error:  # of any type: the models are timm's
+        expected = f"a model that runs on images of {config.model.img_size} pixels without data"
+        got = f"{config.model.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ConfigError("model.name", expected, got) from error
+
+
+def _profile(config: RunConfig) -> Profile:
     plain = config.model.model_copy(update={"weights": None, "impl": "auto"})
     if config.model.impl not in IMPLEMENTATIONS:
         expected = f"one of {', '.join(IMPLEMENTATIONS)}, whose memory the planner knows"
@@ -134,6 +153,7 @@ def profile(config: RunConfig) -> Profile:
         traffic=(per_image[1], per_image[2]),
         traffic_once=(one.bytes[1] - 2 * per_image[1], one.bytes[2] - 2 * per_image[2]),
         kernels=two.kernels,
+        input_kernels=_input_kernels(config),
         checkpointing=config.model.grad_checkpointing,
     )
 
@@ -158,11 +178,24 @@ def _call(model: nn.Module, config: RunConfig) -> Call:
         own = tuple(name for name, _ in names if name in known)
         handles.append(module.register_forward_pre_hook(begin))
         handles.append(module.register_forward_hook(lambda *_, own=own: end(own)))
-    model(_images(config, 1, "meta"))
+    model(_images(config, 2, "meta"))  # batch normalisation refuses one
     for handle in handles:
         handle.remove()
     ((call,),) = running
     return call
+
+
+def _input_kernels(config: RunConfig) -> int:
+    """Operators between decoded images and the model, with more images than any of them needs."""
+    device, keys = torch.device("meta"), image_keys(np.arange(256), seed=0, epoch=0)
+    normalize, mixup = Normalize(config.data, device), build_mixup(config)
+    images = torch.empty(len(keys), 3, 32, 32, dtype=torch.uint8, device=device)
+    with _Traffic() as counted:
+        shown = normalize(build_augment(config)(images, keys))
+        shown = Erase(config.augment.erase)(shown, keys)
+        if mixup is not None:
+            mixup(shown, torch.empty(len(keys), dtype=torch.int64, device=device))
+    return counted.kernels
 
 
 def _images(config: RunConfig, number: int, device: str) -> Tensor:
@@ -229,7 +262,7 @@ def _count(model: nn.Module, config: RunConfig, images: int) -> _Counts:
     weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
     batch = _images(config, images, "cpu")
     cast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "autocast")
-    with _Traffic() as forward, cast:
+    with _Traffic() as forward, cast, _FusedCalls():
         with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
             out = model(batch)
             out = out[0] if isinstance(out, tuple) else out
@@ -246,27 +279,39 @@ def _count(model: nn.Module, config: RunConfig, images: int) -> _Counts:
 
 
 def _replace_attention(model: nn.Module, impl: str, dtype: torch.dtype) -> str:
-    """Make attention layers save and move what they do on a GPU; returns the implementation."""
+    """Make RPEAttention save and move what it does on a GPU; returns the implementation."""
     used = "timm's fused attention"
     for parent in list(model.modules()):
         attention: Any = getattr(parent, "attn", None)
-        if not hasattr(attention, "qkv"):
+        if not isinstance(attention, RPEAttention):
             continue
-        name, sums = "fused", 0
-        if isinstance(attention, RPEAttention):
-            key = attention.dispatch_key("cuda", dtype)
-            reason = unsupported_reason(key)
-            if impl == "fused" and reason is not None:
-                raise ConfigError("model.impl", "an implementation that can run the model", reason)
-            name = impl if impl != "auto" else "fused" if reason is None else "gather"
-            used = name
-            shape = kernel_shape(key, keys=False) if name == "fused" else None
+        key = attention.dispatch_key("cuda", dtype)
+        reason = unsupported_reason(key)
+        if impl == "fused" and reason is not None:
+            raise ConfigError("model.impl", "an implementation that can run the model", reason)
+        used = impl if impl != "auto" else "fused" if reason is None else "gather"
+        if used == "fused":
+            shape = kernel_shape(key, keys=False)
             sums = shape.rpe_v.row_classes * shape.rpe_v.slots if shape else 0
-        if name == "fused":
             parent.attn = _FusedAttention(attention, sums)
         else:
             attention.impl = "reference"
     return used
+
+
+class _FusedCalls(TorchFunctionMode):
+    """Makes calls of PyTorch's fused attention save and move what they do on a GPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        q, k, v = args[:3]
+        if not (q.ndim == 4 and q.shape == k.shape == v.shape):
+            return func(*args, **kwargs)  # such as pooling by attention: little of a model
+        mask = kwargs.get("attn_mask")
+        mask = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
+        return _Fused.apply(q.to(v.dtype), k.to(v.dtype), v, 0, mask)
 
 
 class _FusedAttention(nn.Module):
@@ -290,20 +335,23 @@ class _Fused(torch.autograd.Function):
     """Moves as many bytes as `ops/fused.py`: four tensors forward, twelve backward."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sums: int) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sums: int, mask: Tensor | None = None
+    ) -> Tensor:
         batch, heads, length, dim = q.shape
         lse = q.new_empty(batch, heads, length, dtype=torch.float32)
         out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
         torch.addcmul(q, k, v, out=out)
-        ctx.save_for_backward(q, k, v, out, lse, q.new_empty(batch, length, heads, sums))
+        ctx.save_for_backward(q, k, v, out, lse, q.new_empty(batch, length, heads, sums), mask)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *_ = ctx.saved_tensors
+        q, k, v, out, *_, mask = ctx.saved_tensors
         return (
             torch.addcmul(grad, k, v),
             torch.addcmul(grad, q, v),
             torch.addcmul(grad, out, q),
             None,
+            None if mask is None else torch.zeros_like(mask),
         )

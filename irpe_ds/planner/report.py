@@ -52,6 +52,36 @@ class Report:
             for name, zero in self.zero_configs.items()
         }
 
+    @property
+    def advice(self) -> str:
+        """What would be faster, most important first."""
+        run, scenario = self.row, self.scenario.with_accumulation(self.row.accumulation)
+        fewer = [
+            row
+            for row in self.strong
+            if row.cluster.gpus < run.cluster.gpus and row.global_batch == run.global_batch
+        ]
+        best = max(fewer, key=lambda row: row.images_per_s, default=run)
+        if best.images_per_s > run.images_per_s:
+            return f"{best.cluster.gpus} GPUs are faster: {best.images_per_s:,.0f} img/s"
+        train = scenario.config.train.model_copy(update={"compile": True})
+        compiled = scenario.config.model_copy(update={"train": train})
+        others = {
+            f"train.deepspeed of {name}": replace(scenario, zero=zero)
+            for name, zero in self.zero_configs.items()
+        }
+        others["train.compile=true"] = replace(scenario, config=compiled)
+        shape = (run.cluster, run.micro_batch, run.accumulation)
+        speeds = {
+            name: run.global_batch / other.step_time(*shape).total
+            for name, other in others.items()
+            if run.micro_batch <= other.largest(run.cluster)
+        }
+        name, speed = max(speeds.items(), key=lambda item: item[1])
+        if speed > 1.01 * run.images_per_s:
+            return f"{name} is faster: {speed:,.0f} img/s"
+        return "none: neither fewer GPUs, another JSON of the folder nor train.compile is faster"
+
 
 def build_report(
     config: RunConfig,
@@ -168,15 +198,17 @@ def _answer(report: Report) -> Iterator[str]:
     )
     parts = ", ".join(f"{name} {1e3 * x:.2f}" for name, x in row.step.parts.items())
     yield f"- update: {1e3 * row.step.total:.2f} ms ({parts} exposed)"
-    yield f"- throughput: {row.images_per_s:,.0f} img/s, efficiency {100 * row.efficiency:.0f} %"
+    speed = f"{row.images_per_s:,.0f} img/s {'compiled' if train.compile else 'eager'}"
+    yield f"- throughput: {speed}, efficiency {100 * row.efficiency:.0f} %"
+    per_node = row.images_per_s / cluster.nodes, row.storage_gb_s / cluster.nodes
+    yield (
+        f"- loader: {row.loader_cores} cores of each node for its {per_node[0]:,.0f} img/s, and "
+        f"{per_node[1]:.2f} GB/s ({row.storage_gb_s:.2f} in all) unless the files are cached"
+    )
+    yield f"- advice: {report.advice}"
     imagenet = " (ImageNet; --images for another set)" * (scenario.images == IMAGENET_IMAGES)
     epochs = f"{train.epochs} epochs of {scenario.images:,} images{imagenet}"
     yield f"- {epochs}: {row.hours:,.2f} hours, {row.gpu_hours:,.1f} GPU-hours"
-    per_node = row.images_per_s / cluster.nodes, row.storage_gb_s / cluster.nodes
-    yield (
-        f"- loader: {per_node[0]:,.0f} img/s and {per_node[1]:.2f} GB/s on each node, "
-        f"{row.storage_gb_s:.2f} GB/s in all, unless the files are cached"
-    )
     used = f"{row.memory.gib()['total']:.1f} of {cluster.gpu.memory_gib:g} GiB"
     yield f"- memory: {used}; up to {row.largest} images fit"
     yield f"- bottleneck: {row.bottleneck}"

@@ -26,7 +26,7 @@ class StepTime:
     products: float
     """Matrix products in forward and backward."""
     launches: float
-    """Host time to launch the operators of forward and backward."""
+    """Host time to launch the operators of augmentation, forward and backward."""
     latency: float
     """All communication's time on infinitely fast links."""
     offload: float
@@ -73,12 +73,14 @@ def step_time(
     gpu = cluster.gpu
     peak = gpu.peak_flops(profile.precision, config.train.tf32) * assumed.flop_share
     bandwidth = 1e9 * gpu.memory_gb_s * assumed.memory_share
+    bandwidth *= 1.0 if config.train.compile else gpu.eager
     backwards = TRAINING if profile.checkpointing else TRAINING - 1
     products = [factor * profile.flops * micro_batch / peak for factor in (1, backwards)]
     passes, launches = [], 0.0
     for n in (0, 1):
         moved = micro_batch * profile.traffic[n] + profile.traffic_once[n]
-        device, host = products[n] + moved / bandwidth, assumed.launch_us * profile.kernels[n]
+        kernels = profile.kernels[n] + (profile.input_kernels if n == 0 else 0)
+        device, host = products[n] + moved / bandwidth, assumed.launch_us * kernels
         hooks = assumed.hook_us * len(profile.parameters) if zero.stage == 3 else 0.0
         if cluster.backend == "gloo":  # the host is the device
             device, hooks = device + 1e-6 * hooks, 0.0

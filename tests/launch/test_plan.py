@@ -58,6 +58,9 @@ def test_answers_and_draws(call: Call, tmp_path: Path) -> None:
         "| assumed | no |",
     ):
         assert said in stdout
+    top = "\n".join(stdout.splitlines()[:10])
+    assert "cores of each node" in top
+    assert "- advice: " in top
     with Image.open(figure) as picture:
         assert picture.width > 1000
 

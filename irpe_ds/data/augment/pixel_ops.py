@@ -111,7 +111,8 @@ def per_image(values_N: Arguments, images: Tensor, dtype: torch.dtype) -> Tensor
 def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
     """Copy host numbers to the device without waiting for it."""
     tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
 
 
 def _levels(images: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from irpe_ds.config import AugmentConfig
-from irpe_ds.data.augment import pixel_ops, spatial_ops
+from irpe_ds.data.augment import batched_ops, pixel_ops, spatial_ops
 from irpe_ds.data.augment.pixel_ops import Arguments, to_device
 from irpe_ds.data.rng import Keys, PerSampleRNG
 from irpe_ds.errors import ConfigError
@@ -71,6 +71,7 @@ class Augment:
 def _apply(layer: Layer, images_NHWC: Tensor) -> Tensor:
     """Sort the images by function, apply each function to its images, and restore the order."""
     device = images_NHWC.device
+    layer = layer if device.type == "cpu" else list(batched_ops.merge(layer))
     touched = np.concatenate([np.empty(0, np.int64), *(rows for _, rows, _ in layer)])
     rest = np.setdiff1d(np.arange(len(images_NHWC)), touched)
     order = np.concatenate([touched, rest])
@@ -255,14 +256,17 @@ class Erase:
 
     def __call__(self, images: Tensor, keys: Keys) -> Tensor:
         """Erase in place and return the images (B, 3, H, W)."""
-        generator = torch.Generator(images.device)
         height, width = images.shape[2:]
         rows, boxes = erase_boxes(keys, self.probability, height, width)
+        if images.device.type != "cpu":
+            if len(rows):
+                batched_ops.erase(images, keys[rows], rows, boxes)
+            return images
+        generator = torch.Generator()
         for row, (top, left, box_height, box_width) in zip(rows, boxes.tolist(), strict=True):
             noise = torch.randn(
                 (3, box_height, box_width),
                 generator=generator.manual_seed(int(keys[row])),
-                device=images.device,
                 dtype=images.dtype,
             )
             images[row, :, top : top + box_height, left : left + box_width] = noise
