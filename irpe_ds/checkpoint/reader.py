@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from irpe_ds.checkpoint.shards import ShardFiles
 from irpe_ds.cluster.process_group import Ranks
@@ -298,6 +298,15 @@ class SavedWeights(Mapping[str, Tensor]):
             for kind, _, name in self._keys()
             if kind == WEIGHTS
         }
+
+    def read(self, name: str, start: int, count: int) -> Tensor:
+        """The elements [start, start + count) of a flattened tensor; (count,)."""
+        return self.files.read(self.keys_in_files[name], start, count)
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the model has tensors of these names and shapes, on any device."""
+        shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        return shapes == {n: list(self.files.shapes[key]) for n, key in self.keys_in_files.items()}
 
     def __str__(self) -> str:
         return str(self.path)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from irpe_ds.checkpoint.reader import WEIGHTS
-from irpe_ds.cluster.process_group import disable_shm_allreduce
+from irpe_ds.cluster.process_group import Ranks, disable_shm_allreduce
 from irpe_ds.config import RunConfig
 from irpe_ds.models.deferred import Initial, like, replace_parameters
 from irpe_ds.training.gradient_sums import GradientSums, build_gradient_sums
@@ -35,6 +35,26 @@ def build_engine(
         model=model, optimizer=build_optimizer(groups, config, ds_config), config=ds_config
     )
     return engine, sums
+
+
+def build_evaluation_model(model: nn.Module, section: Mapping[str, Any], ranks: Ranks) -> nn.Module:
+    """A model for forward passes in fp32, with zeros for `load_tensors` to set.
+
+    Args:
+        model: built by `build_deferred`; changed in place.
+        section: `zero_optimization`. At stage 3 several ranks share the parameters.
+    """
+    is_partitioned = section["stage"] == 3 and ranks.world_size > 1
+    zero = {**section, "stage": 3 if is_partitioned else 0, "offload_optimizer": None}
+    ds_config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    place_parameters(model, ds_config, torch.float32, ranks.device)
+    if not is_partitioned:
+        return model
+    import deepspeed
+
+    disable_shm_allreduce()
+    engine, *_ = deepspeed.initialize(model=model, config=ds_config)
+    return engine
 
 
 def place_parameters(

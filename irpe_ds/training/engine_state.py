@@ -223,6 +223,19 @@ class EngineState:
         return [tensor for group in self._optimizer.param_groups for tensor in group["params"]]
 
 
+@torch.no_grad()
+def load_tensors(model: nn.Module, source: Source, prefix: str = "") -> None:
+    """Set what this rank holds of the tensors of a model without an optimizer.
+
+    Args:
+        prefix: before the names of the model's state dict in the source's keys.
+    """
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if (key := prefix + name) in source:
+            start, values = _held(tensor)
+            values.copy_(source.read(key, start, values.numel()))
+
+
 def _is_partitioned(tensor: Any) -> bool:
     return hasattr(tensor, "ds_tensor")
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from irpe_ds.checkpoint.reader import SavedWeights
+from irpe_ds.checkpoint.reader import WEIGHTS, SavedWeights
 from irpe_ds.cluster.process_group import (
     Ranks,
     destroy_process_group,
@@ -20,8 +20,11 @@ from irpe_ds.data.beton.reader import DatasetInfo, read_beton
 from irpe_ds.data.loaders import EvalLoader
 from irpe_ds.data.pipelines.pipeline import Part, dataset_info
 from irpe_ds.errors import ConfigError
-from irpe_ds.models.build import build_model, load_weights
+from irpe_ds.models.build import build_deferred, load_weights
 from irpe_ds.training.batch import Normalize
+from irpe_ds.training.deepspeed_config import read_ds_config
+from irpe_ds.training.engine import FirstValues, build_evaluation_model
+from irpe_ds.training.engine_state import load_tensors
 
 EvalBatch = tuple[Tensor, Tensor, Tensor]
 """Images, labels and which of them are valid."""
@@ -83,6 +86,8 @@ def evaluate_weights(
 ) -> dict[str, float] | None:
     """Scores of weights in fp32 with a run's configuration; None on all ranks but rank 0.
 
+    If train.deepspeed has stage 3, several ranks hold a partition of each weight.
+
     Args:
         batch_size: images of one forward pass of one rank.
 
@@ -91,8 +96,10 @@ def evaluate_weights(
     """
     set_environment()
     open_checked(config, "val")
-    model = build_model(config.model.model_copy(update={"weights": None}))
-    load_weights(model, weights, where="--weights")
+    model, initial = build_deferred(config.model.model_copy(update={"weights": None}), config.seed)
+    is_its_own = isinstance(weights, SavedWeights) and weights.fits(model)
+    if not is_its_own:
+        load_weights(model, weights, where="--weights", initial=initial)
     ranks = init_process_group(config.train.join_seconds)
     batches = EvalLoader(
         config.data,
@@ -102,7 +109,14 @@ def evaluate_weights(
         world_size=ranks.world_size,
     )
     normalize = Normalize(config.data, ranks.device)
-    scores = evaluate(model.to(ranks.device), batches, normalize, ranks)
+    section = read_ds_config(config.train.deepspeed)["zero_optimization"]
+    first_values = FirstValues(model, initial, ranks.device)
+    placed = build_evaluation_model(model, section, ranks)
+    if isinstance(weights, SavedWeights) and is_its_own:
+        load_tensors(model, weights)
+    else:
+        load_tensors(model, first_values, f"{WEIGHTS}.")
+    scores = evaluate(placed, batches, normalize, ranks)
     destroy_process_group()
     return scores if ranks.is_main else None
 

@@ -17,17 +17,19 @@ def keep_gradients(folder: Path) -> None:
     """Write down the gradients of a run's first update, and each rank's exact sums of them."""
     from deepspeed.utils import safe_get_full_grad
 
+    from irpe_ds.training import engine
     from irpe_ds.training.trainer import Trainer
 
-    step, setup_engine = Trainer.step, Trainer.setup_engine
+    step, build_gradient_sums = Trainer.step, engine.build_gradient_sums
+    exact: dict[str, Any] = {}
 
-    def setup(self: Any, start: Any, model: Any, ds_config: Any) -> None:
-        self.exact = {}
+    def build(model: Any, *others: Any) -> Any:
+        exact.clear()
         for name, parameter in model.named_parameters():  # hooks run in the order of registration
-            parameter.register_post_accumulate_grad_hook(partial(add, self.exact, name))
-        setup_engine(self, start, model, ds_config)
+            parameter.register_post_accumulate_grad_hook(partial(add, name))
+        return build_gradient_sums(model, *others)
 
-    def add(exact: dict[str, Any], name: str, parameter: Any) -> None:
+    def add(name: str, parameter: Any) -> None:
         exact[name] = exact.get(name, 0) + parameter.grad.double()
 
     def keeping(self: Any, batch: Any, micro_step: int) -> Any:
@@ -37,7 +39,7 @@ def keep_gradients(folder: Path) -> None:
             if self.engine.is_gradient_accumulation_boundary():
                 named = dict(self.engine.module.named_parameters())
                 found = {name: safe_get_full_grad(p).double() for name, p in named.items()}
-                torch.save((found, self.exact), folder / f"{self.config.name}-{self.ranks.rank}.pt")
+                torch.save((found, exact), folder / f"{self.config.name}-{self.ranks.rank}.pt")
             apply()
 
         self.engine.step = keep_and_apply
@@ -46,7 +48,8 @@ def keep_gradients(folder: Path) -> None:
         finally:
             self.engine.step = apply
 
-    Trainer.step, Trainer.setup_engine = keeping, setup  # type: ignore[method-assign]
+    Trainer.step = keeping  # type: ignore[method-assign]
+    engine.build_gradient_sums = build
 
 
 @pytest.mark.parametrize(
