@@ -40,7 +40,7 @@ def tiny(precision: str = "bf16") -> Profile:
         traffic=(10_000, 20_000),
         traffic_once=(0, 0),
         kernels=(10, 20),
-        checkpointing=False,
+        recomputed=0.0,
     )
 
 
