@@ -23,6 +23,7 @@ from irpe_ds.config_types import (
     Count,
     Decay,
     Every,
+    EveryNth,
     Interval,
     Natural,
     NonNegative,
@@ -78,9 +79,10 @@ class ModelConfig(Section):
     new_head: StrictBool = False
     """Ignore the classifier in `weights` and initialise a new one, for other classes. timm:
     reset_classifier."""
-    grad_checkpointing: StrictBool = False
-    """Recompute activations in the backward pass instead of storing them. timm: grad-checkpointing;
-    HF: gradient_checkpointing."""
+    grad_checkpointing: EveryNth = 0
+    """Recompute activations in the backward pass instead of storing them: of every block (true), or
+    of every n-th, which is faster and takes more memory. timm: grad-checkpointing; HF:
+    gradient_checkpointing."""
     options: dict[str, Any] = {}
     """Further keyword arguments of `timm.create_model`, such as patch_size or depth. timm:
     model-kwargs."""
@@ -192,6 +194,10 @@ class TrainConfig(Section):
     compile: StrictBool = False
     """Compile the model with torch.compile; the first update takes minutes longer. timm, HF:
     torchcompile, torch_compile."""
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    """`bce`: binary cross entropy of each class, mean over classes too; an image mixed of two has
+    both labels in full, as in DeiT III. Needs label_smoothing 0. Evaluations report cross entropy.
+    timm, DeiT: bce-loss."""
     ema_decay: Decay | None = None
     """Keep an exponential moving average of the weights, in fp32, with this decay per update. None:
     no average. timm, DeiT: model-ema-decay."""
@@ -286,6 +292,13 @@ class RunConfig(Section):
         if self.optim.warmup_epochs >= self.train.epochs:
             expected = f"less than train.epochs, which is {self.train.epochs}, such as 0"
             raise ConfigError("optim.warmup_epochs", expected, self.optim.warmup_epochs)
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _bce_has_labels(self) -> "RunConfig":
+        smoothing = self.augment.label_smoothing
+        if self.train.loss == "bce" and smoothing:
+            raise ConfigError("augment.label_smoothing", "0 with train.loss bce", smoothing)
         return self
 
     @property

@@ -50,6 +50,21 @@ def from_the_first_epoch(rows: tuple[tuple[int, int], ...]) -> tuple[tuple[int, 
     return rows
 
 
+def _every_nth(value: object) -> object:
+    if type(value) is bool:
+        return int(value)
+    if type(value) is not int or value < 0:
+        raise ConfigError("", "true, false or a number of blocks", repr(value))
+    return value
+
+
+def _written_nth(number: int) -> int | bool:
+    return bool(number) if number < 2 else number
+
+
+EveryNth = Annotated[int, BeforeValidator(_every_nth), PlainSerializer(_written_nth)]
+"""true, false or a number n"""
+
 Size = Annotated[tuple[int, int], BeforeValidator(_height_width), PlainSerializer(_written_size)]
 """pixels, or [height, width]"""
 

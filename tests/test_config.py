@@ -45,6 +45,12 @@ class TestReading:
             config = load_config(file, [f"model.img_size={size}"])
             assert config.model_dump(mode="json")["model"]["img_size"] == size
 
+    def test_recomputation_is_written_as_it_was_read(self, file: Path) -> None:
+        for every in (False, True, 3):
+            config = load_config(file, [f"model.grad_checkpointing={str(every).lower()}"])
+            written = config.model_dump(mode="json")["model"]["grad_checkpointing"]
+            assert (written, type(written)) == (every, type(every))
+
     def test_dump_reads_back_unchanged(self, file: Path) -> None:
         config = load_config(
             file,
@@ -94,6 +100,9 @@ class TestOverrides:
             ("log.wandb.tags=[a, b]", ("a", "b")),
             ("model.img_size=384", (384, 384)),
             ("model.img_size=[192, 256]", (192, 256)),
+            ("model.grad_checkpointing=false", 0),
+            ("model.grad_checkpointing=true", 1),
+            ("model.grad_checkpointing=3", 3),
             ("model.rpe={}", RPEConfig()),
             ("model.rpe={on: qkv}", RPEConfig(on="qkv")),
             ("model.rpe.on=q", RPEConfig(on="q")),
@@ -276,6 +285,12 @@ MISTAKES = {
     "a number is no boolean": ("log.tensorboard=1", "log.tensorboard", "boolean", "1"),
     "infinite": ("optim.lr=1e999", "optim.lr", "a finite number", "inf"),
     "a size below one": ("model.img_size=0", "model.img_size", "a positive integer", "0"),
+    "recomputed less often than never": (
+        "model.grad_checkpointing=-1",
+        "model.grad_checkpointing",
+        "true, false or a number of blocks",
+        "-1",
+    ),
     "distillation without a teacher": (
         "distill.kind=hard",
         "distill.weights",
@@ -319,6 +334,13 @@ class TestMistakes:
     def test_scientific_notation_where_no_type_is_known(self, file: Path) -> None:
         config = load_config(file, ["model.options.init_values=1e-5"])
         assert config.model.options == {"init_values": 1e-5}
+
+    def test_of_smoothed_labels_that_are_all_present(self, file: Path) -> None:
+        load_config(file, ["train.loss=bce"])
+        with pytest.raises(
+            ConfigError, match=r"^augment\.label_smoothing: expected 0 .*, got 0\.1"
+        ):
+            load_config(file, ["train.loss=bce", "augment.label_smoothing=0.1"])
 
     @pytest.mark.parametrize("section", ["name", "model", "data"])
     def test_what_is_required(self, section: str, file: Path) -> None:

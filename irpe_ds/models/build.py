@@ -13,6 +13,7 @@ import torch
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from irpe_ds.checkpoint.reader import SavedWeights
 from irpe_ds.config import ModelConfig
@@ -90,14 +91,34 @@ def _create(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
             raise ConfigError("model.resolutions", error.expected, error.got) from None
     if config.grad_checkpointing:
         try:
-            model.set_grad_checkpointing(True)
-        except (
-            AssertionError,
-            AttributeError,
-        ):  # how timm 1.0 says that a model does not support it
-            expected = f"false: {config.name} does not support activation checkpointing"
-            raise ConfigError("model.grad_checkpointing", expected, "true") from None
+            recompute_blocks(model, config.grad_checkpointing)
+        except UserError as error:
+            what = "activation checkpointing" if error.expected == "false" else "a choice of blocks"
+            expected = f"{error.expected}: {config.name} does not support {what}"
+            raise ConfigError("model.grad_checkpointing", expected, error.got) from None
     return model
+
+
+def recompute_blocks(model: Any, every: int) -> None:
+    """Compute activations again in the backward pass: those of every n-th block, or with 0 none.
+
+    1 is timm's own activation checkpointing, of all blocks. More begins with the first block, and
+    stores the activations of those between.
+
+    Raises:
+        ConfigError: the model does not support it.
+    """
+    blocks = getattr(model, "blocks", ())
+    for block in blocks:
+        vars(block).pop("forward", None)
+    try:
+        model.set_grad_checkpointing(every == 1)
+    except (AssertionError, AttributeError):  # how timm 1.0 says that a model does not support it
+        raise ConfigError("grad_checkpointing", "false", "true") from None
+    if every > 1 and not blocks:
+        raise ConfigError("grad_checkpointing", "true or false", every)
+    for block in blocks[::every] if every > 1 else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def _arguments(config: ModelConfig) -> dict[str, Any]:

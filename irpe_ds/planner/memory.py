@@ -107,7 +107,7 @@ def activations(profile: Profile, micro_batch: int) -> int:
     It adds gradients the size of two of the largest tensors. With activation checkpointing it also
     holds what one block saves, which is counted on a model without it.
     """
-    block = profile.saved_by_block if profile.checkpointing else 0
+    block = profile.saved_by_block if profile.recomputed else 0
     return micro_batch * (profile.saved + 2 * profile.largest + block) + profile.saved_once
 
 

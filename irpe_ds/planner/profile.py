@@ -18,7 +18,7 @@ from irpe_ds.data.augment.policies import Erase
 from irpe_ds.data.rng import image_keys
 from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.models.attention import RPEAttention
-from irpe_ds.models.build import build_model
+from irpe_ds.models.build import build_model, recompute_blocks
 from irpe_ds.models.flops import forward_flops
 from irpe_ds.ops.fused import kernel_shape, unsupported_reason
 from irpe_ds.training.batch import Normalize, build_augment, build_mixup
@@ -89,8 +89,8 @@ class Profile:
     """Operators that move data in the forward and the backward pass, for any number of images."""
     input_kernels: int
     """Those that normalise, augment, erase and mix, once every operation has images."""
-    checkpointing: bool
-    """Whether activation checkpointing recomputes them in the backward pass."""
+    recomputed: float
+    """Share of the blocks whose activations are computed again in the backward pass."""
 
     @property
     def numel(self) -> int:
@@ -132,12 +132,13 @@ def _profile(config: RunConfig) -> Profile:
         model = build_model(plain).train().to(MODEL[config.train.precision])
     call, parameters = _call(model, config), tuple(_parameters(model, config))
     impl = _replace_attention(model, config.model.impl, PRODUCTS[config.train.precision])
+    every, depth = config.model.grad_checkpointing, max(1, len(getattr(model, "blocks", ())))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
         one, two = (_count(model, config, images) for images in (2, 4))
         whole = two
-        if config.model.grad_checkpointing:
-            model.set_grad_checkpointing(False)  # type: ignore[operator]
+        if every:
+            recompute_blocks(model, 0)
             whole = _count(model, config, 4)
     per_image = [(b - a) // 2 for a, b in zip(one.bytes, two.bytes, strict=True)]
     return Profile(
@@ -149,12 +150,12 @@ def _profile(config: RunConfig) -> Profile:
         saved=per_image[0],
         saved_once=max(0, one.bytes[0] - 2 * per_image[0]),
         largest=whole.largest // 4,
-        saved_by_block=whole.bytes[0] // 4 // max(1, len(getattr(model, "blocks", ()))),
+        saved_by_block=whole.bytes[0] // 4 // depth,
         traffic=(per_image[1], per_image[2]),
         traffic_once=(one.bytes[1] - 2 * per_image[1], one.bytes[2] - 2 * per_image[2]),
         kernels=two.kernels,
         input_kernels=_input_kernels(config),
-        checkpointing=config.model.grad_checkpointing,
+        recomputed=len(range(0, depth, every)) / depth if every else 0.0,
     )
 
 

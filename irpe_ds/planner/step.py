@@ -74,7 +74,7 @@ def step_time(
     peak = gpu.peak_flops(profile.precision, config.train.tf32) * assumed.flop_share
     bandwidth = 1e9 * gpu.memory_gb_s * assumed.memory_share
     bandwidth *= 1.0 if config.train.compile else gpu.eager
-    backwards = TRAINING if profile.checkpointing else TRAINING - 1
+    backwards = TRAINING - 1 + profile.recomputed
     products = [factor * profile.flops * micro_batch / peak for factor in (1, backwards)]
     passes, launches = [], 0.0
     for n in (0, 1):

@@ -1,4 +1,4 @@
-"""The loss of a forward pass: cross entropy with the labels, and distillation from a teacher."""
+"""The loss of a forward pass: on the labels, and on what a teacher says."""
 
 from typing import Any
 
@@ -14,24 +14,35 @@ from irpe_ds.training.precision import PRODUCTS
 
 
 class Loss(nn.Module):
-    """Cross entropy with label smoothing, computed in float32."""
+    """The loss on the labels, computed in float32.
 
-    def __init__(self, smoothing: float) -> None:
+    Args:
+        smoothing: of the labels, with cross entropy.
+        kind: `cross_entropy`, or `bce`: binary cross entropy of every class, whose target is 1 if
+            the label has a share in the image and 0 if not (DeiT III, section 3).
+    """
+
+    def __init__(self, smoothing: float, kind: str = "cross_entropy") -> None:
         super().__init__()
-        self.smoothing = smoothing
+        self.smoothing, self.kind = smoothing, kind
 
     def prepare(self, model: nn.Module) -> None:
         """Make the model return what the loss needs; call it before DeepSpeed wraps the model."""
 
     def forward(self, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean over the batch.
+        """The mean over the batch, and over the classes with `bce`.
 
         Args:
             images: (B, 3, H, W), the model's input.
             outputs: (B, C), its logits.
             targets: labels (B,), or probabilities (B, C).
         """
-        return F.cross_entropy(outputs.float(), targets, label_smoothing=self.smoothing)
+        logits = outputs.float()
+        if self.kind == "cross_entropy":
+            return F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
+        if targets.ndim == 1:
+            targets = F.one_hot(targets, logits.shape[1])
+        return F.binary_cross_entropy_with_logits(logits, (targets > 0).float())
 
 
 class DistillationLoss(Loss):
@@ -44,9 +55,14 @@ class DistillationLoss(Loss):
     """
 
     def __init__(
-        self, smoothing: float, distill: DistillConfig, teacher: nn.Module, dtype: torch.dtype
+        self,
+        smoothing: float,
+        distill: DistillConfig,
+        teacher: nn.Module,
+        dtype: torch.dtype,
+        kind: str = "cross_entropy",
     ) -> None:
-        super().__init__(smoothing)
+        super().__init__(smoothing, kind)
         self.distill, self.dtype = distill, dtype
         self.teacher = teacher.eval().requires_grad_(False)
 
@@ -101,9 +117,10 @@ def build_loss(config: RunConfig) -> Loss:
     mixed = augment.mixup > 0 or augment.cutmix > 0
     smoothing = 0.0 if mixed else augment.label_smoothing  # mixup smooths the targets itself
     if distill.kind == "none":
-        return Loss(smoothing)
+        return Loss(smoothing, config.train.loss)
     dtype = PRODUCTS[config.train.precision]
-    return DistillationLoss(smoothing, distill, _build_teacher(config), dtype)
+    teacher = _build_teacher(config)
+    return DistillationLoss(smoothing, distill, teacher, dtype, config.train.loss)
 
 
 def _build_teacher(config: RunConfig) -> nn.Module:

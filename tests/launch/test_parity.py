@@ -75,6 +75,27 @@ def test_the_average_is_one(parity: Parity) -> None:
     assert scores["ema_loss"] != scores["loss"]
 
 
+@pytest.mark.slow
+def test_a_copy_of_the_weights_in_every_node_changes_nothing(
+    common: list[str], output: Path, tmp_path: Path
+) -> None:
+    """Two nodes of two ranks; the copies would be stale if an update or an exchange left them."""
+    ds_config = json.loads(Path("ds_configs/zero3_hpz.json").read_text())
+    section = ds_config["zero_optimization"]
+    section["stage3_param_persistence_threshold"] = 0
+    runs = []
+    for name, size in (("whole", 1), ("copied", 2)):
+        section["zero_hpz_partition_size"] = size
+        (tmp_path / f"{name}.json").write_text(json.dumps(ds_config))
+        own = [f"name=hpz-{name}", f"train.deepspeed={tmp_path}/{name}.json"]
+        steps = ["train.max_updates=4", "train.eval_every=2", "train.precision=fp32"]
+        runs.append(([*common, *own, *steps, "train.accumulation=2"], "never"))
+    Ranks(tmp_path, 4, runs).succeed()
+    whole, copied = output / "hpz-whole", output / "hpz-copied"
+    assert rows(copied, "train") == rows(whole, "train")
+    assert rows(copied, "eval") == rows(whole, "eval")
+
+
 def note_keys(folder: Path) -> None:
     """Write down which images every rank trains on, by their keys."""
     from irpe_ds.training.trainer import Trainer

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import timm
 import torch
 
 from irpe_ds.config import AugmentConfig, OptimConfig, RunConfig, TrainConfig, load_config
+from irpe_ds.models.build import build_deferred
 from irpe_ds.models.zoo import ZOO
 from tests.launch.outcomes import tensors
 from tests.launch.ranks import Ranks
@@ -21,9 +23,14 @@ SMALL = [f"deit_small_{encoding}" for encoding in ("k", "qk", "qkv")]
 SMALL += [f"deit_small_k_{method}" for method in ("cross", "euclidean", "quantization")]
 MODELS = ["deit_tiny", "deit_tiny_k", "deit_small", *SMALL]
 MODELS += ["deit_base", "deit_base_k", "deit_base_qkv"]
-RECIPES = {
-    name: FOLDER / f"{name}.yaml" for name in (*MODELS, "finetune", "distill_hard", "distill_soft")
+LARGE = {  # millions of parameters: README_revenge.md of DeiT, and the tables that the files name
+    "deit3_large_k": 304.4,
+    "deit3_huge_k": 632.1,
+    "vit_giant_k": 1011,
+    "vit_22b_k": 21743,
 }
+OTHERS = ("finetune", "distill_hard", "distill_soft", "deit3_large_finetune")
+RECIPES = {name: FOLDER / f"{name}.yaml" for name in (*MODELS, *LARGE, *OTHERS)}
 PLAIN = {f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")}
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 
@@ -39,7 +46,7 @@ def test_there_is_one_for_every_model_of_the_zoo_and_plain_deit() -> None:
 
 def test_every_file_is_a_run_but_the_recipe_that_all_build_on() -> None:
     for path in FOLDER.glob("*.yaml"):  # yours too
-        assert path.stem == "deit" or load_config(path).name
+        assert path.stem in ("deit", "deit3") or load_config(path).name
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -99,10 +106,48 @@ def test_distillation_has_deits_numbers(kind: str) -> None:
     assert (config.augment, config.optim) == (recipe("deit_small").augment, OptimConfig())
 
 
+@pytest.mark.parametrize("name", ["deit3_large_k", "deit3_huge_k", "vit_giant_k"])
+def test_it_is_deit_3s(name: str) -> None:
+    """README_revenge.md's numbers, but for AdamW's own: lr, betas, and the clipping of LAMB."""
+    config = recipe(name)
+    assert config.augment == AugmentConfig(
+        auto="3a", color_jitter=0.3, repeats=3, mixup=0.8, cutmix=1.0
+    )
+    assert config.optim == OptimConfig(lr=1e-4, lr_batch=256, betas=(0.9, 0.95), clip_grad=1.0)
+    train = config.train
+    assert (train.epochs, train.global_batch, train.loss) == (800, 2048, "bce")
+    assert train.ema_decay == 0.99996
+    size, rate = {"deit3_large_k": (192, 0.45)}.get(name, (154, 0.6))
+    assert (config.model.img_size, config.model.drop_path) == ((size, size), rate)
+    assert config.model.options["init_values"] == 1e-4
+
+
+def test_fine_tuning_of_deit_3_has_its_numbers() -> None:
+    config = recipe("deit3_large_finetune")
+    assert config.augment == AugmentConfig(
+        auto="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, label_smoothing=0.1
+    )
+    assert config.optim == OptimConfig(lr=1e-5, weight_decay=0.1)
+    train = config.train
+    assert (train.epochs, train.global_batch, train.loss) == (20, 512, "cross_entropy")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_model_has_the_published_size(name: str) -> None:
+    """Within 3 %: layer scale, tables, attention pooling and the number of classes differ."""
+    model, _ = build_deferred(recipe(name).model, seed=0)
+    numbers = sum(p.numel() for p in model.parameters())
+    assert numbers / 1e6 == pytest.approx(LARGE[name], rel=0.03)
+    tables = {key for key in model.state_dict() if "rpe_k.lookup_table_weight" in key}
+    assert len(tables) == len(model.blocks)
+
+
 @every_recipe
 def test_its_header_says_how_and_what(name: str) -> None:
     header = RECIPES[name].read_text().split("\nbase:")[0]
-    assert f"#   deepspeed launch/train.py --config {RECIPES[name]}" in header.splitlines()
+    run = rf"#   deepspeed( --hostfile hosts)? launch/train\.py --config {RECIPES[name]}( \\)?"
+    assert any(re.fullmatch(run, line) for line in header.splitlines())
     assert "GPUs. Time and accuracy here: not yet run." in header
     row = ZOO.get(recipe(name).model.name)
     if name in MODELS and row is not None and row.top1:
@@ -114,13 +159,13 @@ def test_runs_do_not_share_a_folder() -> None:
 
 
 UPDATES = 2
-SIZES = {224: 64, 384: 96}  # pixels
+SIZES = {154: 4, 192: 3, 224: 4, 384: 6}  # patches for pixels
 SMALL_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 2}
 TEACHER = "test_resnet"
 REDUCED = {
     *("output", "data.train", "data.val", "data.workers", "train.global_batch", "train.log_every"),
     *("train.max_updates", "model.img_size", "model.num_classes", "model.options", "model.weights"),
-    *("distill.teacher", "distill.weights"),
+    *("distill.teacher", "distill.weights", "train.deepspeed"),
 }
 """Keys that the trainings below set; all others are the recipe's."""
 
@@ -128,15 +173,18 @@ REDUCED = {
 def overrides(name: str, folder: Path, digits: Path) -> list[str]:
     """What makes a recipe small enough for two updates on a CPU."""
     config = recipe(name)
-    size = config.model.img_size[0]
+    patch = 14 if config.model.name in ("deit3_huge_patch14_224", "vit_giant_patch14_224") else 16
+    size = SIZES[config.model.img_size[0]] * patch
     small = [
         *(f"output={folder}", f"data.train={digits}/train.beton", f"data.val={folder}/val.beton"),
         *("data.workers=1", "train.global_batch=16", "train.log_every=1"),
-        *(f"train.max_updates={UPDATES}", f"model.img_size={SIZES[size]}"),
+        *(f"train.max_updates={UPDATES}", f"model.img_size={size}"),
         *("model.num_classes=10", *(f"model.options.{k}={v}" for k, v in SMALL_VIT.items())),
     ]
     if config.model.weights is not None:
-        small += [f"model.weights={folder}/plain.pth"]
+        small += [f"model.weights={folder}/{name}.pth"]
+    if "hpz" in config.train.deepspeed.stem:
+        small += [f"train.deepspeed={folder}/hpz.json"]
     if config.distill.kind != "none":
         small += [f"distill.teacher={TEACHER}", f"distill.weights={folder}/teacher.pth"]
     return small
@@ -153,9 +201,15 @@ def trained(run: Any, digits: Path, tmp_path_factory: pytest.TempPathFactory) ->
     convert = ("data_prep/convert.py", "--source", folder / "val", "--out", folder / "val.beton")
     made = run(sys.executable, *convert)
     assert made.returncode == 0, made.stderr
-    small = {"num_classes": 10, "img_size": SIZES[224], **SMALL_VIT}
-    plain = timm.create_model("deit_base_patch16_224", **small)
-    torch.save({"model": plain.state_dict()}, folder / "plain.pth")
+    starts = {"finetune": ("deit_base", 64), "deit3_large_finetune": ("deit3_large", 48)}
+    for name, (model, size) in starts.items():
+        small = {"num_classes": 10, "img_size": size, **SMALL_VIT}
+        plain = timm.create_model(f"{model}_patch16_224", **small)
+        torch.save({"model": plain.state_dict()}, folder / f"{name}.pth")
+    ds_config = json.loads(recipe("vit_22b_k").train.deepspeed.read_text())
+    assert ds_config["zero_optimization"]["zero_hpz_partition_size"] == 8
+    ds_config["zero_optimization"]["zero_hpz_partition_size"] = 2  # all ranks here
+    (folder / "hpz.json").write_text(json.dumps(ds_config))
     teacher = timm.create_model(TEACHER, num_classes=10)
     torch.save({"model": teacher.state_dict()}, folder / "teacher.pth")
 
@@ -196,6 +250,9 @@ def test_it_trains(name: str, trained: Path) -> None:
     assert {key for key in expected if expected[key] != got[key]} <= REDUCED
 
     weights, average = tensors(folder, "weights", UPDATES), tensors(folder, "ema", UPDATES)
+    if config.train.ema_decay is None:
+        assert not average
+        return
     assert weights.keys() == average.keys()
     assert any(not torch.equal(weights[key], average[key]) for key in weights)
     for key, weight in weights.items():
@@ -204,10 +261,10 @@ def test_it_trains(name: str, trained: Path) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_fine_tuning_starts_from_plain_weights_and_zero_tables(trained: Path) -> None:
-    folder = trained / recipe("finetune").name
-    weights = tensors(folder, "weights", UPDATES)
-    plain = torch.load(trained / "plain.pth")["model"]
+@pytest.mark.parametrize("name", ["finetune", "deit3_large_finetune"])
+def test_fine_tuning_starts_from_plain_weights_and_zero_tables(name: str, trained: Path) -> None:
+    weights = tensors(trained / recipe(name).name, "weights", UPDATES)
+    plain = torch.load(trained / f"{name}.pth")["model"]
     tables = {key for key in weights if "lookup_table" in key}
     assert weights.keys() == plain.keys() | tables
     assert len(tables) == 2

@@ -79,26 +79,33 @@ class TestBuild:
         assert expected in caught.value.expected
         assert got in str(caught.value.got)
 
+    @pytest.mark.parametrize(
+        ("every", "again"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3]), (9, [0])]
+    )
     @pytest.mark.parametrize("name", [ZOO_K, DEIT])
-    def test_activations_computed_again_give_the_same_gradients(self, name: str) -> None:
-        options = NARROW | {"attn_drop_rate": 0.1}
+    def test_activations_computed_again_give_the_same_gradients(
+        self, name: str, every: int, again: list[int]
+    ) -> None:
+        options = NARROW | {"attn_drop_rate": 0.1, "depth": 5}
         images = torch.randn(2, 3, 64, 64)
         gradients = []
-        for again in (False, True):
+        for nth, recomputed in ((0, []), (every, again)):
             torch.manual_seed(1)
             model = build_model(
-                config(name, drop_path=0.5, options=options, grad_checkpointing=again)
+                config(name, drop_path=0.5, options=options, grad_checkpointing=nth)
             )
-            calls = []
-            model.blocks[1].attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            calls: list[int] = []
+            for n, block in enumerate(model.blocks):
+                block.attn.register_forward_hook(lambda *_, n=n, calls=calls: calls.append(n))
             model.train()(images).square().sum().backward()
-            assert len(calls) == 1 + again
+            assert sorted(calls) == sorted([*range(5), *recomputed])
             gradients.append({key: p.grad for key, p in model.named_parameters()})
         torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
     def test_a_model_that_cannot_compute_them_again(self) -> None:
-        with pytest.raises(ConfigError, match=r"^model\.grad_checkpointing: expected false: dla34"):
-            build_model(ModelConfig(name="dla34", grad_checkpointing=True))
+        for name, every, expected in (("dla34", 1, "false: dla34"), ("resnet18", 2, "true or")):
+            with pytest.raises(ConfigError, match=rf"^model\.grad_checkpointing: .* {expected}"):
+                build_model(ModelConfig(name=name, grad_checkpointing=every))
 
     @pytest.mark.parametrize("name", [ZOO_K, DEIT])
     def test_an_implementation_that_cannot_run_is_an_error(self, name: str) -> None:

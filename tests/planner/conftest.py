@@ -41,7 +41,7 @@ def tiny(precision: str = "bf16") -> Profile:
         traffic_once=(0, 0),
         kernels=(10, 20),
         input_kernels=5,
-        checkpointing=False,
+        recomputed=0.0,
     )
 
 

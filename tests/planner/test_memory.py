@@ -137,6 +137,12 @@ class TestProfile:
         assert counted.saved < deit_profile.saved / 10
         assert counted.saved_by_block == pytest.approx(deit_profile.saved / 12, rel=0.05)
 
+    def test_recomputation_of_every_third_block(self, deit_profile: Profile) -> None:
+        counted = profile(load_config(DEIT, ["model.grad_checkpointing=3"]))
+        assert counted.recomputed == pytest.approx(1 / 3)
+        assert counted.saved == pytest.approx(deit_profile.saved * 2 / 3, rel=0.05)
+        assert counted.saved_by_block == pytest.approx(deit_profile.saved / 12, rel=0.05)
+
     def test_parameters_are_the_models(self, deit_profile: Profile) -> None:
         assert deit_profile.numel == 22_089_064
 

@@ -93,6 +93,17 @@ class TestByHand:
         found = Loss(0.0)(torch.empty(0), torch.tensor(LOGITS), torch.tensor(targets))
         assert found.item() == pytest.approx(cross_entropy(LOGITS, targets))
 
+    @pytest.mark.parametrize("targets", [[2, 1], [[0.2, 0.0, 0.8], [0.0, 1.0, 0.0]]])
+    def test_binary_cross_entropy_has_every_label_in_full(self, targets: Any) -> None:
+        found = Loss(0.0, "bce")(torch.empty(0), torch.tensor(LOGITS), torch.tensor(targets))
+        present = [[type(targets[0]) is list, 0, 1], [0, 1, 0]]
+        losses = [
+            math.log1p(math.exp(-x if there else x))
+            for row, labels in zip(LOGITS, present, strict=True)
+            for x, there in zip(row, labels, strict=True)
+        ]
+        assert found.item() == pytest.approx(sum(losses) / 6)
+
     @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
     @pytest.mark.parametrize(("kind", "tau"), [("hard", 1.0), ("soft", 1.0), ("soft", 3.0)])
     def test_teacher(self, kind: str, tau: float, alpha: float) -> None:
@@ -126,6 +137,15 @@ class TestBuild:
         loss = build_loss(run_config({}, augment=augment))
         assert type(loss) is Loss
         assert loss.smoothing == smoothing
+
+    @pytest.mark.parametrize("kind", ["none", "hard"])
+    def test_bce_is_of_the_labels_with_a_teacher_too(self, kind: str, save: Save) -> None:
+        distill = {"kind": kind, "teacher": TEACHER, "weights": save(), "alpha": 0.0}
+        loss = build_loss(run_config(distill, train={"loss": "bce"}))
+        logits, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 4])
+        outputs = logits if kind == "none" else (logits, torch.randn(4, 10))
+        expected = F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, 10).float())
+        torch.testing.assert_close(loss(torch.randn(4, 3, 64, 64), outputs, labels), expected)
 
     def test_without_a_teacher_any_model_is_left_as_it_is(self) -> None:
         config = run_config({})
