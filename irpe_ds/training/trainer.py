@@ -27,6 +27,7 @@ from irpe_ds.models.vision_transformer import set_resolution
 from irpe_ds.runlog import RunLog
 from irpe_ds.training import precision
 from irpe_ds.training.batch import Normalize, build_augment, build_mixup, seed_step
+from irpe_ds.training.compilation import compile_engine
 from irpe_ds.training.engine import FirstValues, build_engine
 from irpe_ds.training.engine_state import EngineState
 from irpe_ds.training.evaluation import EvalBatch, average_statistics, evaluate
@@ -132,7 +133,7 @@ class Trainer:
             self.state.load(files, start.saved.steps)
             self.state.set_loss_scaler(start.saved.loss_scaler)
         if config.train.compile:
-            self.engine.compile()
+            compile_engine(self.engine)
 
     def fit(self, log: RunLog) -> bool:
         """Train to the last update or until a signal; whether the last update was reached."""
