@@ -47,12 +47,12 @@ def build_evaluation_model(model: nn.Module, section: Mapping[str, Any], ranks: 
     is_partitioned = section["stage"] == 3 and ranks.world_size > 1
     zero = {**section, "stage": 3 if is_partitioned else 0, "offload_optimizer": None}
     ds_config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    disable_shm_allreduce()
     place_parameters(model, ds_config, torch.float32, ranks.device)
     if not is_partitioned:
         return model
     import deepspeed
 
-    disable_shm_allreduce()
     engine, *_ = deepspeed.initialize(model=model, config=ds_config)
     return engine
 

@@ -110,7 +110,8 @@ def test_no_moment_has_the_whole(common: list[str], output: Path, tmp_path: Path
         assert int(most) < 0.4 * 24 * int(total)
 
 
-@pytest.mark.parametrize("ema", [slow(()), ("--ema",)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [(), ("--ema",)])
 def test_partitions_score_as_the_whole(
     ema: tuple[str, ...], common: list[str], output: Path, run: Any, tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ def test_longer_and_shorter_than_an_epoch(
     assert evaluated == [update for update, scored in sorted(expected.items()) if scored]
 
 
+@pytest.mark.slow
 def test_batchnorm_of_the_checkpoint_is_what_was_scored(
     common: list[str], output: Path, run: Any, tmp_path: Path
 ) -> None:
