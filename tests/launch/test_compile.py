@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch.outcomes import losses, slow, zero
+from tests.launch.outcomes import losses, zero
 from tests.launch.ranks import Ranks
 
 UPDATES = 2
@@ -20,7 +20,8 @@ def compile_with(backend: str) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("backend", ["aot_eager", slow("inductor")])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_it_trains_the_same_under_zero3(
     backend: str, common: list[str], output: Path, tmp_path: Path
 ) -> None:
