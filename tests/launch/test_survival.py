@@ -65,19 +65,19 @@ def test_killed_again_and_again(
     run.append("train.save_every=1")  # a good part of the time goes into saving
     last = output / f"{name}/checkpoints/update-{UPDATES:08d}"
     moments = random.Random(f"{stage} {precision} {times}")
-    kills, cut_short = 0, set()
+    kills = saving = 0
     while kills < times and not last.exists():
         ranks = Ranks(tmp_path, 2, [(run, "auto")], slow_saves)
-        if moments.random() < 0.8:
-            ranks.wait_for("ranks on CPU, attention op")  # it begins to train
-            time.sleep(moments.uniform(0, 1))
+        if moments.random() < 0.7:
+            wait_for_saves(last.parent, moments.randint(1, 3), ranks)
+            time.sleep(moments.uniform(0, 0.15))
+            saving += 1
         else:
             time.sleep(moments.uniform(0, 4))
         ranks.kill()
         kills += 1
-        cut_short |= {path.name for path in last.parent.glob(".update-*.partial")}
     assert kills > times // 2
-    assert times < 20 or len(cut_short) >= 10
+    assert times < 20 or saving >= 10
     Ranks(tmp_path, 2, [(run, "auto")]).succeed()
     same_bits(whole, output / name)
 
@@ -239,6 +239,15 @@ def test_a_signal_to_every_process_finds_no_worker_dead(
     assert ranks.wait() == [75], ranks.output()
     (saved,) = (output / "workers/checkpoints").iterdir()
     assert int(saved.name[-8:]) > 0
+
+
+def wait_for_saves(folder: Path, count: int, ranks: Ranks) -> None:
+    """Wait until this many checkpoints are begun, or the run ends."""
+    hidden = ".update-*.partial"
+    before, begun = set(folder.glob(hidden)), set[Path]()
+    while len(begun) < count and any(process.is_alive() for process in ranks.processes):
+        begun |= set(folder.glob(hidden)) - before
+        time.sleep(0.01)
 
 
 def slow_saves() -> None:
