@@ -85,13 +85,14 @@ def plan(shape: Shape, shared_bytes: int, needed: "Needed") -> Plan | None:
 
     Two strips halve what a warp reads of keys and values, but above 64 numbers a head the
     registers hold one alone, and so they do in the pass over keys. The ring has two chunks, so that
-    one is copied while another is used, more where there is room, and one where it must be.
+    one is copied while another is used, more where there is room, and one where it must be. Where
+    there are three, chunks may be larger; and 11 warps take the place of 8 where they have
+    registers enough for one strip, and pass over the ring less often for an image.
 
     Args:
         needed: forward_bytes, backward_queries_bytes or backward_keys_bytes.
     """
-    strips = 2 if shape.head_dim <= 64 and needed is not backward_keys_bytes else 1
-    for plan in _candidates(shape, strips):
+    for plan in _candidates(shape, is_keys=needed is backward_keys_bytes):
         left = shared_bytes - needed(shape, plan)
         if left >= 0 and _chunk_places(shape, plan) <= MAX_CHUNK_KEYS:
             step = needed(shape, plan._replace(stages=plan.stages + 1)) - needed(shape, plan)
@@ -109,21 +110,39 @@ def no_plan_reason(shape: Shape, shared_bytes: int, needed: "Needed") -> str | N
     return f"{grid} does not fit in {shared_bytes // 1024} KiB of shared memory"
 
 
-def _candidates(shape: Shape, max_strips: int) -> Iterator[Plan]:
+def _candidates(shape: Shape, is_keys: bool) -> Iterator[Plan]:
     height, width = shape.grid
     padded = _up(width, 8)
     natural = width if _chunk_rows(height, width, 0) * width <= MAX_CHUNK_KEYS else padded
-    chunks, padded_chunks = [(112, natural), (48, natural)], []
-    if not shape.has_dropout:  # which numbers weights by their places: the same in every kernel
-        padded_chunks.append((48, padded))
-    # Padded rows cost what two strips gain, so they are for where no ring of two chunks fits.
-    for strips, warps, stages, choices in (
-        *((n, 8, 2, each) for each in (chunks, padded_chunks) for n in (max_strips, 1)),
-        *((1, warps, 1, chunks + padded_chunks) for warps in (8, 4)),
+    # Padded rows cost what two strips gain, so they are for where no ring of two chunks fits; not
+    # with dropout, which numbers weights by their places: the same in every kernel.
+    padded_chunks = [] if shape.has_dropout else [(48, padded)]
+    chunks = [(112, natural), (48, natural)]
+    large = [(MAX_CHUNK_KEYS, natural, 3)]
+    rings = large + [(*chunk, 2) for chunk in chunks]
+    padded_rings = [(*chunk, 2) for chunk in padded_chunks]
+    last_rings = [(*chunk, 1) for chunk in chunks + padded_chunks]
+    max_strips = 2 if shape.head_dim <= 64 and not is_keys else 1
+    of_image = _num_strips(shape)
+    has_registers = max_strips == 1 and shape.head_dim <= (64 if is_keys else 80)
+    many_warps = has_registers and -(-of_image // 11) < -(-of_image // 8)
+    for strips, warps, choices in (
+        *([(1, 11, [*large, (112, natural, 3)])] if many_warps else []),
+        *((n, 8, each) for each in (rings, padded_rings) for n in (max_strips, 1)),
+        *((1, warps, last_rings) for warps in (8, 4)),
     ):
-        for chunk_keys, ring_width in choices:
-            for prefetch_q in (True, False):
+        for chunk_keys, ring_width, stages in choices:
+            for prefetch_q in (True,) if stages == 3 else (True, False):
                 yield Plan(warps, strips, stages, prefetch_q, chunk_keys, ring_width)
+
+
+def _num_strips(shape: Shape) -> int:
+    """Of an image: pairs of groups of 8 tokens of one grid column, whose free rows prefix tokens
+    take, or groups of their own."""
+    height, width = shape.grid
+    in_column = -(-height // 8)
+    free = width * (in_column * 8 - height)
+    return -(-(width * in_column + -(-max(0, shape.num_prefix - free) // 8)) // 2)
 
 
 # ---- shared memory; the kernels assert that they count the same ----

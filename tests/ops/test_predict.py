@@ -147,6 +147,25 @@ def instruction(text: str, **scheduling: int) -> Instruction:
     return Instruction(text, "", tuple(opcode.split(".")), tuple(operands.split(", ")), **told)
 
 
+def test_a_loop_over_the_values_that_lanes_have() -> None:
+    """R2UR takes one lane's value, and its predicate tells which lanes have others."""
+    lines = (
+        ("", "S2R R4, SR_TID.X"),
+        ("", "PLOP3.LUT P1, PT, PT, PT, PT, 0x80, 0x0"),
+        ("P1", "R2UR P0, UR30, R4"),
+        ("P1", "PLOP3.LUT P1, PT, P0, PT, PT, 0x80, 0x0"),
+        ("P1", "BRA.U.ANY `(loop)"),
+        ("", "STS [R4], R4"),
+        ("", "EXIT"),
+    )
+    code = tuple(instruction(text)._replace(guard=guard) for guard, text in lines)
+    launch = Launch(b"", 64, (1, 1, 1), ((0, 0, 0),), {})
+    for trace in (
+        Emulator(Program("kernel", code, {"loop": 2}, {0: bytes(64)}, 32), launch).run().warps
+    ):
+        assert (trace["index"] == 2).sum() == 32
+
+
 def cycles(instructions: list[Instruction], warps: int = 1, **events: int) -> float:
     """That warps take which execute each of these once."""
     trace = np.zeros(len(instructions), RECORD)

@@ -150,9 +150,10 @@ def _shuffle(x: Instruction) -> Step:
 
 
 def _to_uniform(x: Instruction) -> Step:
-    """R2UR: of the first lane; the predicate tells whether all have the same value."""
-    same = leading(x, 0)
-    to, source = x.operands[len(same) : len(same) + 2]
+    """R2UR: of the first lane; the predicate tells which lanes have another value, for a loop over
+    the values that there are."""
+    others = leading(x, 0)
+    to, source = x.operands[len(others) : len(others) + 2]
     result, value = write(to), read(source)
     names = register(to), register(source)
 
@@ -162,8 +163,8 @@ def _to_uniform(x: Instruction) -> Step:
         words = value(s)
         first = s.first(words, mask)
         result(s, mask, first)
-        for predicate in same:
-            predicate(s, mask, words == first)
+        for predicate in others:
+            predicate(s, mask, words != first)
 
     return step
 
