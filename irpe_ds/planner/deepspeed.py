@@ -10,7 +10,7 @@ import math
 from bisect import bisect
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from irpe_ds.planner.communication import Collective, Group
 from irpe_ds.planner.hardware import Cluster
@@ -82,18 +82,27 @@ def gathered_again(profile: Profile, zero: Zero) -> list[Parameter]:
 
     None with DeepSpeed's defaults in a model of less than 500 million parameters.
     """
-    times = Counter(gathered(profile.call, profile.parameters, zero))
+    times = Counter(gathered(profile.call, profile.parameters, zero).names)
     return [p for p in profile.parameters if times[p.name] > 1]
 
 
-def gathered(call: Call, parameters: Sequence[Parameter], zero: Zero) -> list[str]:
-    """Names in the order in which stage 3 gathers them in one forward and backward pass.
+class Gathered(NamedTuple):
+    """What stage 3 gathers in one forward and backward pass."""
+
+    names: list[str]
+    """In this order."""
+    most: int
+    """Elements that are there at a time, of partitioned parameters."""
+
+
+def gathered(call: Call, parameters: Sequence[Parameter], zero: Zero) -> Gathered:
+    """What stage 3 gathers in one forward and backward pass, by a rehearsal of it.
 
     zero/partitioned_param_coordinator.py. fetch_sub_module: before a module runs, its missing
     parameters are gathered, then the next ones on the trace of all uses, up to the size of a
-    prefetch bucket; those that are there already are skipped. __params_to_release: after a module
-    has run its parameters are released, except where a later use was skipped or is within
-    max_reuse_distance elements.
+    prefetch bucket and to max_live_parameters in all; those that are there already are skipped.
+    __params_to_release: after a module has run its parameters are released, except where a later
+    use was skipped or is within max_reuse_distance elements.
 
     In 18 settings of these, tried on the quickstart's model, two ranks send what is counted here:
     12 to the byte, five to 1.5 %, and to 6 % with a distance of twice the model's size.
@@ -115,13 +124,18 @@ def gathered(call: Call, parameters: Sequence[Parameter], zero: Zero) -> list[st
         passed.append(passed[-1] + sum(numel[name] for name in names))
     order: list[str] = []
     available: set[str] = set()
+    live = most = 0
     fetched_for: dict[str, int] = {}  # the last use of each parameter that was taken off the trace
 
     def gather(names: Sequence[str]) -> int:
+        nonlocal live, most
         new = [name for name in names if name in partitioned and name not in available]
         order.extend(new)
         available.update(new)
-        return sum(numel[name] for name in new)
+        size = sum(numel[name] for name in new)
+        live += size
+        most = max(most, live)
+        return size
 
     def take() -> str:
         name, number = trace.popleft()
@@ -135,17 +149,18 @@ def gathered(call: Call, parameters: Sequence[Parameter], zero: Zero) -> list[st
             wanted = {name for name in names if fetched_for.get(name, -1) < current}
             while trace and wanted:
                 wanted.discard(take())
-            prefetched = 0
-            while trace and prefetched < zero.stage3_prefetch_bucket_size:
+            prefetched, room = 0, zero.stage3_max_live_parameters - live
+            while trace and prefetched < min(room, zero.stage3_prefetch_bucket_size):
                 prefetched += gather([take()])
             current += 1
             continue
         for name in names:
             later = uses[name][bisect(uses[name], current - 1) :]
             near = later and passed[later[0]] - passed[current] < zero.stage3_max_reuse_distance
-            if fetched_for.get(name, -1) <= current and not near:
-                available.discard(name)
-    return order
+            if name in available and fetched_for.get(name, -1) <= current and not near:
+                available.remove(name)
+                live -= numel[name]
+    return Gathered(order, most)
 
 
 def _events(call: Call, direction: int) -> Iterator[tuple[bool, Sequence[str]]]:
@@ -313,12 +328,10 @@ def weight_memory(profile: Profile, zero: Zero, ranks: int) -> tuple[int, int]:
         return profile.numel * profile.bytes, 0
     if zero.stage < 3:
         return sum(flat_groups(profile, ranks)) * profile.bytes, 0
-    partitioned, persistent = split(profile, zero)
+    _, persistent = split(profile, zero)
     own = shard_size(profile, zero, ranks) * profile.bytes
-    again = gathered_again(profile, zero)
-    stays = padded((p for p in partitioned if p not in again), ranks)
-    passing = min(padded(again, ranks), zero.stage3_prefetch_bucket_size)
-    whole = (stays + passing + sum(p.numel for p in persistent)) * profile.bytes
+    most = gathered(profile.call, profile.parameters, zero).most
+    whole = (most + sum(p.numel for p in persistent)) * profile.bytes
     hpz = zero.zero_hpz_partition_size
     second = profile.numel * profile.bytes // min(hpz, ranks) if hpz > 1 else 0
     on_host = own if zero.offload_param else 0

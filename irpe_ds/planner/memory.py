@@ -41,6 +41,9 @@ class Memory:
     """CUDA, NCCL and the libraries; assumed."""
     between_updates: int
     """What of the above stays allocated between updates."""
+    start: int
+    """Peak while the run starts: what stays allocated, and one whole parameter in fp32; below stage
+    3 no less than a copy of the model in fp32, in which DeepSpeed is given it."""
     host: int
     """Not on the GPU: what is offloaded."""
 
@@ -87,6 +90,9 @@ def memory(
         host += states + average + MASTER * shard
         states = average = update = 0
     between += states + average
+    placed = 0 if zero.stage == 3 else FP32 * profile.numel
+    largest = max(parameter.numel for parameter in profile.parameters)
+    start = max(between - sums, placed) + FP32 * largest + int(context_gib * 2**30)
     return Memory(
         weights=weights,
         gradients=gradients + sums,
@@ -97,6 +103,7 @@ def memory(
         update=update,
         context=int(context_gib * 2**30),
         between_updates=between,
+        start=start,
         host=host,
     )
 

@@ -209,7 +209,8 @@ def _answer(report: Report) -> Iterator[str]:
     imagenet = " (ImageNet; --images for another set)" * (scenario.images == IMAGENET_IMAGES)
     epochs = f"{train.epochs} epochs of {scenario.images:,} images{imagenet}"
     yield f"- {epochs}: {row.hours:,.2f} hours, {row.gpu_hours:,.1f} GPU-hours"
-    used = f"{row.memory.gib()['total']:.1f} of {cluster.gpu.memory_gib:g} GiB"
+    gib = row.memory.gib()
+    used = f"{gib['total']:.1f} of {cluster.gpu.memory_gib:g} GiB, {gib['start']:.1f} at the start"
     yield f"- memory: {used}; up to {row.largest} images fit"
     yield f"- bottleneck: {row.bottleneck}"
     yield from (f"- not counted: {what}" for what in scenario.not_counted)

@@ -28,6 +28,8 @@ class Zero:
     """Elements gathered ahead."""
     stage3_param_persistence_threshold: int = 100_000
     """Smaller parameters stay whole on every rank."""
+    stage3_max_live_parameters: int = 1_000_000_000
+    """No more elements are gathered ahead while so many are there."""
     stage3_max_reuse_distance: int = 1_000_000_000
     """A parameter that is used again within so many elements is not released."""
     overlap_comm: bool = False

@@ -33,6 +33,10 @@ ZERO = {
     "stage 3, small prefetch": {"stage": 3, "stage3_prefetch_bucket_size": 1000, **STAGE_3},
     "stage 3, lets go": {"stage": 3, "stage3_prefetch_bucket_size": 1000, **LETS_GO},
     "stage 3, larger prefetch": {"stage": 3, "stage3_prefetch_bucket_size": 20_000, **LETS_GO},
+    "stage 3, few live": {
+        **{"stage": 3, "stage3_prefetch_bucket_size": 20_000, **LETS_GO},
+        "stage3_max_live_parameters": 10_000,
+    },
     "stage 3, no prefetch": {"stage": 3, "stage3_prefetch_bucket_size": 0, **LETS_GO},
 }
 Case = tuple[str, str, int]
