@@ -22,6 +22,8 @@ MIRRORED = "0.19"
 """The minor version whose behaviour is counted."""
 STAGE0_BUCKET = 500_000_000
 """Elements: MEMORY_OPT_ALLREDUCE_SIZE of engine.py."""
+FP32 = 4
+"""Bytes."""
 QUANTIZED_GROUP = 8000
 """Elements with one fp32 scale under qwZ: CUDAQuantizer.target_group_size."""
 
@@ -189,7 +191,8 @@ def collectives(
 
 def gradient_bytes(profile: Profile, zero: Zero) -> int:
     """Bytes per gradient element when sent, except for layers that autocast sends in half."""
-    return zero.communication_bytes or profile.bytes
+    default = profile.bytes if zero.zero_quantized_gradients else FP32
+    return zero.communication_bytes or default
 
 
 def _stage_1_or_2(
@@ -368,10 +371,11 @@ def allocated_buckets(profile: Profile, zero: Zero) -> int:
     """Bytes of a bucket, or under autocast of one for each type.
 
     Allocated at full size: stage_1_and_2.py, setup_buckets, where autocast's are both fp32, and
-    stage3.py, _setup_for_real_optimizer.
+    stage3.py, _setup_for_real_optimizer, where they are of the type that is sent.
     """
     if not zero.contiguous_gradients:
         return 0
     if profile.precision != "autocast":
-        return zero.reduce_bucket_size * profile.bytes
+        size = gradient_bytes(profile, zero) if zero.stage == 3 else profile.bytes
+        return zero.reduce_bucket_size * size
     return zero.reduce_bucket_size * (2 + 4 if zero.stage == 3 else 2 * 4)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from irpe_ds.config import RunConfig
 from irpe_ds.planner.deepspeed import (
+    FP32,
     allocated_buckets,
     bucket_memory,
     gradient_memory,
@@ -15,7 +16,6 @@ from irpe_ds.planner.hardware import Cluster
 from irpe_ds.planner.profile import Profile
 from irpe_ds.planner.zero import Zero
 
-FP32 = 4
 MASTER, MOMENTS, AVERAGE = FP32, 2 * FP32, FP32
 """Bytes per weight of its fp32 master, of AdamW's two moments, of the moving average."""
 

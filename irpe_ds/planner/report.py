@@ -201,8 +201,9 @@ def _answer(report: Report) -> Iterator[str]:
     speed = f"{row.images_per_s:,.0f} img/s {'compiled' if train.compile else 'eager'}"
     yield f"- throughput: {speed}, efficiency {100 * row.efficiency:.0f} %"
     per_node = row.images_per_s / cluster.nodes, row.storage_gb_s / cluster.nodes
+    cores = f"{row.loader_cores} core" + "s" * (row.loader_cores > 1)
     yield (
-        f"- loader: {row.loader_cores} cores of each node for its {per_node[0]:,.0f} img/s, and "
+        f"- loader: {cores} of each node for its {per_node[0]:,.0f} img/s, and "
         f"{per_node[1]:.2f} GB/s ({row.storage_gb_s:.2f} in all) unless the files are cached"
     )
     yield f"- advice: {report.advice}"

@@ -20,7 +20,7 @@ class Zero:
 
     stage: int
     communication_bytes: int | None = None
-    """Bytes per gradient element when sent. None: as in the model's precision."""
+    """Bytes per gradient element when sent. None: of fp32, the default of irpe_ds."""
     sums_in_fp32: bool = True
     """Whether 16-bit gradients of several micro-steps are summed in fp32."""
     reduce_bucket_size: int = 500_000_000

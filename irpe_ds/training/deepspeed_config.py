@@ -61,13 +61,16 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip_grad or 0.0,
         "steps_per_print": 2**31,  # never: the run log prints
     }
-    stage = ds_config["zero_optimization"]["stage"]
+    zero, is_half = ds_config["zero_optimization"], train.precision in ("bf16", "fp16")
     ds_config.pop("data_types", None)
-    if sums_in_fp32(config) and stage >= 2:  # GradientSums does it at stages 0 and 1
+    if sums_in_fp32(config) and zero["stage"] >= 2:  # GradientSums does it at stages 0 and 1
         ds_config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if is_half and world_size > 1 and not zero.get("zero_quantized_gradients"):
+        # By default DeepSpeed takes the model's type: along a ring of ranks each sum is rounded.
+        ds_config.setdefault("communication_data_type", "fp32")
     if train.precision == "autocast":
         ds_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    elif train.precision != "fp32":
+    elif is_half:
         ds_config[train.precision] = {"enabled": True}
     return ds_config
 

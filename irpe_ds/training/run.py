@@ -201,7 +201,8 @@ def write_run_metadata(
     network = f", {nodes} nodes over {found['interface']}" if nodes > 1 else ""
     rpe = config.model.rpe
     relative = f" with {rpe.mode} {rpe.method} RPE on {rpe.on}" if rpe else ""
-    sums = ", gradients summed in fp32" if sums_in_fp32(config) else ""
+    in_fp32 = sums_in_fp32(config) or ds_config.get("communication_data_type") == "fp32"
+    sums = ", gradients summed in fp32" if in_fp32 else ""
     return (
         f"{config.folder}: {config.model.name}{relative} in {config.train.precision}{sums}, "
         f"{found['ranks']} ranks on {found['device']}{network}, attention op {op.name} ({op.why})"

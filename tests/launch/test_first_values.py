@@ -10,8 +10,12 @@ import torch
 
 from irpe_ds.config import load_config
 from irpe_ds.models.build import build_deferred
+from irpe_ds.planner.memory import memory
+from irpe_ds.planner.profile import profile
+from irpe_ds.planner.zero import read_zero
 from tests.launch.outcomes import saved, slow, zero
 from tests.launch.ranks import CONFIG, Ranks
+from tests.planner.conftest import cluster
 
 pytestmark = pytest.mark.dist
 
@@ -104,9 +108,12 @@ def test_no_moment_has_the_whole(common: list[str], output: Path, tmp_path: Path
     ranks.succeed()
     lines = [line.split() for line in ranks.output().splitlines() if line.startswith("MOST")]
     assert len(lines) == 4
+    config = load_config(CONFIG, run)
+    planned = memory(profile(config), read_zero(zero3), cluster(4), config, 1, context_gib=0).start
     for _, most, _, total, _, largest in lines:
         assert int(most) <= 24 * int(total) / 4 + 4 * 4 * int(largest)
         assert int(most) < 0.4 * 24 * int(total)
+        assert int(most) == pytest.approx(planned, rel=0.01)
 
 
 @pytest.mark.slow

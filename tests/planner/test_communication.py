@@ -33,13 +33,13 @@ class TestPayloads:
 
     @pytest.mark.parametrize("accumulation", [1, 3])
     def test_without_zero_gradients_once_an_update(self, accumulation: int) -> None:
-        assert payloads(0, accumulation=accumulation) == {REDUCED: 2 * N}
+        assert payloads(0, accumulation=accumulation) == {REDUCED: 4 * N}
         assert payloads(0, precision="fp32") == {REDUCED: 4 * N}
 
     def test_stage_1_once_and_stage_2_every_micro_step(self) -> None:
         # Groups of 64 and 2688 numbers fill 4 ranks x 2 evenly.
-        assert payloads(1, accumulation=3) == {REDUCED: 2 * N, GATHERED: 2 * N}
-        assert payloads(2, accumulation=3) == {REDUCED: 3 * 2 * N, GATHERED: 2 * N}
+        assert payloads(1, accumulation=3) == {REDUCED: 4 * N, GATHERED: 2 * N}
+        assert payloads(2, accumulation=3) == {REDUCED: 3 * 4 * N, GATHERED: 2 * N}
 
     def test_flat_groups_are_padded(self) -> None:
         # On 24 ranks of 2 numbers each: 64 -> 96, 2688 stays.
@@ -54,14 +54,14 @@ class TestPayloads:
     def test_communication_data_type(self) -> None:
         from irpe_ds.planner.zero import zero_of
 
-        (send,) = collectives(tiny(), zero_of({"stage": 0}, "fp32"), cluster(4), 1)
-        assert send.payload == 4 * N
+        (send,) = collectives(tiny(), zero_of({"stage": 0}, "bf16"), cluster(4), 1)
+        assert send.payload == 2 * N
 
     def test_stage_3_gathers_small_parameters_once_an_update(self) -> None:
         found = payloads(3, accumulation=3, stage3_param_persistence_threshold=100)
         assert found == {
             GATHERED: 3 * 2 * MATRICES + 2 * VECTOR,
-            SCATTERED: 3 * 2 * N,
+            SCATTERED: 3 * 4 * N,
         }
 
     def test_stage_3_gathers_again_what_it_let_go(self) -> None:

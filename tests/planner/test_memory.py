@@ -35,11 +35,11 @@ class TestByHand:
         found = of(1)
         assert (found.weights, found.gradients) == (2 * N, 2 * N)
         assert found.optimizer == (4 + 8) * N // 4
-        assert found.buckets == 2 * 1000 + 2 * 1000  # the bucket, and the copy that is sent
+        assert found.buckets == 2 * 1000 + 4 * 1000  # the bucket, and the copy that is sent
 
     def test_stage_2_shares_gradients_too(self) -> None:
         assert of(2).gradients == 2 * N // 4
-        assert of(2, overlap_comm=True).buckets == 3 * 2 * 1000
+        assert of(2, overlap_comm=True).buckets == 2 * 2 * 1000 + 4 * 1000
 
     def test_stage_3_shares_weights_but_keeps_what_it_gathers(self) -> None:
         found = of(3, stage3_param_persistence_threshold=100)
@@ -56,7 +56,13 @@ class TestByHand:
 
     def test_an_update_needs_fp32_gradients_when_activations_are_gone(self) -> None:
         found = of(0)
-        assert found.total == (2 + 2 + 12 + 4) * N + max(1200 + 2 * N, 4 * N)
+        assert found.total == (2 + 2 + 12 + 4) * N + max(1200 + 4 * N, 4 * N)
+
+    def test_the_start_has_one_whole_parameter_beside_what_stays(self) -> None:
+        assert of(0).start == (2 + 12 + 4) * N + 4 * 64 * 32
+        assert of(1).start == max(2 * N + (12 + 4) * N // 4, 4 * N) + 4 * 64 * 32
+        stays = of(3, stage3_param_persistence_threshold=100).between_updates
+        assert of(3, stage3_param_persistence_threshold=100).start == stays + 4 * 64 * 32
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)

@@ -67,7 +67,7 @@ class TestByHand:
     def test_stage_0_waits_for_all_it_sends(self) -> None:
         found = taken(gpus=4)
         # NCCL's LL on a ring: 6.6 and 2 x 3 steps of 0.6 us, and half of 100 GB/s.
-        assert found.communication == pytest.approx(10.2e-6 + 2 * 3 / 4 * 5504 / 50e9)
+        assert found.communication == pytest.approx(10.2e-6 + 2 * 3 / 4 * 11008 / 50e9)
         assert found.overlapped == 0
 
     def test_overlap_hides_all_but_the_last_bucket(self) -> None:

@@ -37,6 +37,25 @@ def test_every_stage_gets_the_yaml_numbers(stage: int) -> None:
     assert "torch_autocast" not in settings
 
 
+@pytest.mark.parametrize(
+    ("precision", "ranks", "given", "found"),
+    [
+        ("bf16", 4, {}, "fp32"),
+        ("bf16", 4, {"communication_data_type": "bf16"}, "bf16"),
+        ("bf16", 1, {}, None),
+        ("fp32", 4, {}, None),
+        ("autocast", 4, {}, None),
+    ],
+)
+def test_ranks_sum_gradients_in_fp32_unless_the_json_says_otherwise(
+    precision: str, ranks: int, given: dict[str, str], found: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "zero1.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, **given}))
+    config = run_config(deepspeed=path, global_batch=16, precision=precision)
+    assert deepspeed_config(config, ranks).get("communication_data_type") == found
+
+
 class TestGradientSums:
     @pytest.mark.parametrize(
         ("stage", "precision", "accumulation", "given", "sums", "deepspeed"),
