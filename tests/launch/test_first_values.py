@@ -2,11 +2,14 @@
 
 import gc
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from irpe_ds.config import load_config
 from irpe_ds.models.build import build_deferred
@@ -60,8 +63,31 @@ def test_stage_and_ranks_do_not_matter(
         assert not any(moment.any() for moment in saved(path, "exp_avg").values())
 
 
+class NewBytes(TorchDispatchMode):
+    """The most bytes of tensors that operations make and that are there at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not any(returned.alias_info for returned in func._schema.returns):
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, torch.Tensor):
+                    size = tensor.untyped_storage().nbytes()
+                    self.now += size
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(tensor, self._freed, size)
+        return result
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
 def count_bytes() -> None:
-    """Print the most bytes of tensors while the model gets its memory and its values."""
+    """Print the most bytes of tensors while the model gets its memory and its values, and what the
+    exchange of weights and averages takes besides."""
     from irpe_ds.training import engine
     from irpe_ds.training.trainer import Trainer
 
@@ -89,7 +115,10 @@ def count_bytes() -> None:
         setup(self, start, model, *others)
         look()
         sizes = [parameter.ds_numel for parameter in model.parameters()]
-        print(f"MOST {most} OF {sum(sizes)} LARGEST {max(sizes)}", flush=True)
+        with NewBytes() as new, self.state.average():
+            pass
+        counts = f"MOST {most} OF {sum(sizes)} LARGEST {max(sizes)} AVERAGE {new.most}"
+        print(counts, flush=True)
 
     engine.like, engine.FirstValues.read = watched(like), watched(read)  # type: ignore[method-assign]
     Trainer.setup_engine = setup_engine  # type: ignore[method-assign]
@@ -110,10 +139,11 @@ def test_no_moment_has_the_whole(common: list[str], output: Path, tmp_path: Path
     assert len(lines) == 4
     config = load_config(CONFIG, run)
     planned = memory(profile(config), read_zero(zero3), cluster(4), config, 1, context_gib=0).start
-    for _, most, _, total, _, largest in lines:
+    for _, most, _, total, _, largest, _, average in lines:
         assert int(most) <= 24 * int(total) / 4 + 4 * 4 * int(largest)
         assert int(most) < 0.4 * 24 * int(total)
         assert int(most) == pytest.approx(planned, rel=0.01)
+        assert 0 < int(average) <= 4 * int(largest)
 
 
 @pytest.mark.slow
