@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -76,28 +77,25 @@ def measured() -> dict[Case, dict[str, Any]]:
     cases = json.dumps([instructions(case) for case in CASES])
     port = str(free_port())
     script = [sys.executable, "-m", "tests.planner.deepspeed_ranks"]
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, ExitStack() as opened:
+        outputs = [Path(folder) / f"output-{rank}" for rank in range(RANKS)]
         ranks = [
             subprocess.Popen(
                 [*script, str(rank), "2", "127.0.0.1", port, folder, cases],
                 cwd=Path(__file__).parents[2],
                 env={**os.environ, **ENVIRONMENT},
-                stdout=subprocess.PIPE,
+                stdout=opened.enter_context(output.open("w")),  # a pipe that nobody reads fills up
                 stderr=subprocess.STDOUT,
-                text=True,
             )
-            for rank in range(RANKS)
+            for rank, output in enumerate(outputs)
         ]
-        outputs = []
         try:
-            for rank in ranks:
-                assert rank.stdout is not None
-                outputs.append(rank.stdout.read())
-                rank.wait(timeout=900)
+            for each in ranks:
+                each.wait(timeout=900)
         finally:
-            for rank in ranks:
-                rank.kill()
-    return dict(zip(CASES, results_of(outputs[0]), strict=True))
+            for each in ranks:
+                each.kill()
+        return dict(zip(CASES, results_of(outputs[0].read_text()), strict=True))
 
 
 def results_of(output: str) -> list[dict[str, Any]]:
