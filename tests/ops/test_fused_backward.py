@@ -48,9 +48,13 @@ def test_every_grid(simulator: Simulator, grid: Grid, num_prefix: int) -> None:
     Problem(case).check(simulator, SimulatedDevice(simulator.driver))
 
 
-@pytest.mark.parametrize("head_dim", [8, slow(40), 72, slow(128)])
-def test_every_head_dim(simulator: Simulator, head_dim: int) -> None:
-    case = Case("k", grid=(11, 3), head_dim=head_dim, batch=1)
+@pytest.mark.parametrize(
+    ("head_dim", "grid"),
+    [(8, (11, 3)), slow(40, (11, 3)), (72, (8, 18)), slow(80, (16, 16)), slow(128, (11, 3))],
+)
+def test_every_head_dim(simulator: Simulator, head_dim: int, grid: Grid) -> None:
+    """Above 8 strips of heads between 64 and 80 there are 11 warps."""
+    case = Case("k", grid=grid, head_dim=head_dim, batch=1)
     Problem(case).check(simulator, SimulatedDevice(simulator.driver))
 
 
