@@ -57,7 +57,8 @@ class Model(NamedTuple):
 
 DEIT_K = Model("DeiT, K", (14, 14), "k")
 DEIT_QKV = Model("DeiT, QKV", (14, 14), "qkv")
-MODELS = (DEIT_K, DEIT_QKV, Model("DeiT at 384 pixels, K", (24, 24), "k"))
+DEIT_384_K = Model("DeiT at 384 pixels, K", (24, 24), "k")
+MODELS = (DEIT_K, DEIT_QKV, DEIT_384_K)
 
 
 def kernel_resources(architecture: str) -> Iterator[KernelResources]:

@@ -159,10 +159,9 @@ def test_a_loop_over_the_values_that_lanes_have() -> None:
         ("", "EXIT"),
     )
     code = tuple(instruction(text)._replace(guard=guard) for guard, text in lines)
+    kernel = Program("kernel", code, {"loop": 2}, {0: bytes(64)}, registers=32)
     launch = Launch(b"", 64, (1, 1, 1), ((0, 0, 0),), {})
-    for trace in (
-        Emulator(Program("kernel", code, {"loop": 2}, {0: bytes(64)}, 32), launch).run().warps
-    ):
+    for trace in Emulator(kernel, launch).run().warps:
         assert (trace["index"] == 2).sum() == 32
 
 
