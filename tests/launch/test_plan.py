@@ -50,7 +50,7 @@ def test_answers_and_draws(call: Call, tmp_path: Path) -> None:
         "22.09 M parameters",
         "16 images x 1 micro-steps x 64 GPUs = 1024 per update",
         "- bottleneck: ",
-        "| all_reduce | gradients | 64 | 1 | 44.18 | 86.98 |",
+        "| all_reduce | gradients | 64 | 1 | 88.36 | 173.95 |",
         "| zero1 (the run's) |",
         "| 4096 | 128 |",
         "fitted to 2 results",

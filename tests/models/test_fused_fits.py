@@ -35,4 +35,4 @@ def test_every_kernel_has_a_plan(name: str, capability: str) -> None:
         assert shape is not None
         found = plan(shape, LIMITS[capability], needed)
         assert found is not None, kernel
-        assert found.warps == 8 or capability in ("86", "89", "120"), kernel
+        assert found.warps >= 8 or capability in ("86", "89", "120"), kernel
