@@ -123,9 +123,9 @@ def _candidates(shape: Shape, is_keys: bool) -> Iterator[Plan]:
     padded_rings = [(*chunk, 2) for chunk in padded_chunks]
     last_rings = [(*chunk, 1) for chunk in chunks + padded_chunks]
     max_strips = 2 if shape.head_dim <= 64 and not is_keys else 1
-    of_image = _num_strips(shape)
+    num_strips = _num_strips(shape)
     has_registers = max_strips == 1 and shape.head_dim <= (64 if is_keys else 80)
-    many_warps = has_registers and -(-of_image // 11) < -(-of_image // 8)
+    many_warps = has_registers and -(-num_strips // 11) < -(-num_strips // 8)
     for strips, warps, choices in (
         *([(1, 11, [*large, (112, natural, 3)])] if many_warps else []),
         *((n, 8, each) for each in (rings, padded_rings) for n in (max_strips, 1)),
