@@ -1,11 +1,13 @@
-"""Files that are complete on disk or absent: fsync, atomic replacement, locks."""
+"""Files: complete on disk or absent, locked, and read back without trusting them."""
 
 import contextlib
+import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, Literal, TextIO
 
 
 def fsync(path: Path) -> None:
@@ -41,6 +43,63 @@ def replace_file(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8", newline="")
 
 
+def open_own(path: Path, mode: Literal["a", "w"] = "a") -> TextIO:
+    """Open a text file that this program keeps, to append (`a`) or overwrite (`w`).
+
+    A link planted under its name is not followed: the file that it points to is not ours.
+
+    Raises:
+        OSError: it cannot be opened, or is a link or another thing that is no regular file.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        try:
+            descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise OSError(errno.ELOOP, "a symbolic link in place of a file", name) from None
+            raise
+        _check_regular(descriptor, path)
+        return descriptor
+
+    return open(path, mode, buffering=1, encoding="utf-8", newline="", opener=opener)
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open a regular file to read; links are followed. Never waits, as opening a FIFO would.
+
+    Raises:
+        OSError: it cannot be opened, or is a FIFO, a device or a folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_regular(descriptor, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path | str, limit: int) -> bytes:
+    """The bytes of a regular file.
+
+    The size that the file system tells is not trusted: files of /proc say 0.
+
+    Raises:
+        OSError: as `open_regular`, or the file has more than `limit` bytes.
+    """
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"more than {limit} bytes", str(path))
+    return data
+
+
+def _check_regular(descriptor: int, path: Path | str) -> None:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def lock_file(path: Path) -> TextIO:
     """Create a file if need be and lock it (flock) until it is closed or the process ends.
 
@@ -48,7 +107,7 @@ def lock_file(path: Path) -> TextIO:
         BlockingIOError: another process holds the lock.
         OSError: the file cannot be opened, or its file system does not support locks.
     """
-    file = path.open("w")
+    file = open_own(path)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

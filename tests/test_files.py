@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from irpe_ds.files import atomic_write, lock_file, replace_file
+from irpe_ds.files import atomic_write, lock_file, open_own, read_regular, replace_file
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
@@ -45,3 +45,36 @@ def test_a_lock_is_held_until_the_file_is_closed(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True)
         assert "BlockingIOError" in done.stderr
     assert subprocess.run(command).returncode == 0
+
+
+def test_a_planted_link_is_not_followed_and_a_lock_keeps_what_the_file_holds(
+    tmp_path: Path,
+) -> None:
+    mine, link = tmp_path / "mine.txt", tmp_path / ".lock"
+    mine.write_text("mine")
+    link.symlink_to(mine)
+    for opens in (lock_file, open_own):
+        with pytest.raises(OSError, match="a symbolic link in place of a file"):
+            opens(link)
+    lock_file(mine).close()
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("what", ["fifo", "/dev/zero", "folder"])
+def test_only_regular_files_are_read(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    if what == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path if what == "folder" else what)
+    with pytest.raises(OSError, match="not a regular file"):
+        read_regular(path, 100)
+
+
+def test_a_file_is_read_up_to_a_limit_whatever_size_it_claims(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert read_regular(path, 5) == b"12345"
+    for larger in (path, "/proc/self/maps"):  # whose size is 0, says the file system
+        with pytest.raises(OSError, match="more than 4 bytes"):
+            read_regular(larger, 4)

@@ -20,6 +20,7 @@ FLOORS = {
     "irpe_ds.files": -1,
     "irpe_ds.cli": 0,
     "irpe_ds.provenance": 0,
+    "irpe_ds.schema": 0,
     "irpe_ds.timm_hook": 0,
     "irpe_ds.yaml12": -1,
     "irpe_ds.config_file": 0,

@@ -1,0 +1,72 @@
+"""JSON that parses is not yet true: types, keys and numbers are those that the schema declares."""
+
+import dataclasses
+from typing import Annotated
+
+import pydantic
+import pytest
+from pydantic import Field
+
+from irpe_ds.config_types import Count, Natural
+from irpe_ds.errors import DataError
+from irpe_ds.schema import parse_json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
+    size: Count
+    names: tuple[str, ...]
+    skipped: Natural = 0
+    scores: dict[str, Annotated[float, Field(strict=True)]] = dataclasses.field(
+        default_factory=dict
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"size": "1", "names": []}', "f: size: expected a valid integer, got '1'"),
+        ('{"size": 1.0, "names": []}', "f: size: expected a valid integer, got 1.0"),
+        ('{"size": true, "names": []}', "f: size: expected a valid integer, got True"),
+        (
+            '{"size": 1, "names": [], "skipped": -1}',
+            "f: skipped: expected greater than or equal to 0, got -1",
+        ),
+        ('{"size": 1, "names": [2]}', "f: names.0: expected a valid string, got 2"),
+        ('{"size": 1}', "f: names: expected a value, got nothing"),
+        ('{"size": 1, "names": [], "sice": 2}', "f: sice: expected no such key, got 2"),
+        ('{"size": 1, "names": [], "size": 2}', "f: expected valid JSON, got key 'size' twice"),
+        (
+            '{"size": 1, "names": [], "scores": {"a": 1e999}}',
+            "f: expected valid JSON, got the number 1e999",
+        ),
+        ('{"size": NaN, "names": []}', "f: expected valid JSON, got the number NaN"),
+        ("[]", "f: expected an object, got []"),
+        ("[" * 100_000, "f: expected valid JSON, got too many nested brackets"),
+    ],
+)
+def test_what_is_not_as_declared_is_named(text: str, message: str) -> None:
+    with pytest.raises(DataError) as error:
+        parse_json(text, Record, "f", DataError)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("text", [b"\xff", "9" * 5000, "", "{"])
+def test_what_is_no_json_is_an_error_of_the_users(text: str | bytes) -> None:
+    with pytest.raises(DataError, match="f: expected valid JSON, got"):
+        parse_json(text, Record, "f", DataError)
+
+
+def test_a_long_value_is_cut_short_in_the_message() -> None:
+    with pytest.raises(DataError) as error:
+        parse_json('{"size": "' + 1000 * "x" + '", "names": []}', Record, "f", DataError)
+    assert len(str(error.value)) < 150
+
+
+def test_names_that_are_not_utf8_and_whole_numbers_as_scores_are_kept() -> None:
+    text = '{"size": 1, "names": ["\\udcff"], "scores": {"a": 1}}'
+    assert parse_json(text, Record, "f", DataError) == Record(
+        size=1, names=("\udcff",), scores={"a": 1.0}
+    )
