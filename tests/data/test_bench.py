@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from data_prep.synthetic_imagenet import write
+from irpe_ds.data.bench.__main__ import main
+from irpe_ds.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 BENCH = [sys.executable, "-m", "irpe_ds.data.bench"]
@@ -63,10 +65,9 @@ def test_load(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["--data", "--workers", "--rounds", "--batch", "--out"])
-def test_refuses(data: Path, tmp_path: Path, option: str) -> None:
+def test_refuses(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
     value = {"--data": str(tmp_path), "--out": str(tmp_path / "none/report.json")}.get(option, "0")
-    command = [*BENCH, "load", "--data", str(data), "--batch", "8"]
-    command += [option, value]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 2
-    assert f"error: {option}: expected" in process.stderr
+    arguments = ["load", "--data", str(data), "--batch", "8", option, value]
+    monkeypatch.setattr(sys, "argv", ["irpe_ds.data.bench", *arguments])
+    with pytest.raises(ConfigError, match=f"^{option}: expected"):
+        main()

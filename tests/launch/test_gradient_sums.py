@@ -52,9 +52,7 @@ def keep_gradients(folder: Path) -> None:
     engine.build_gradient_sums = build
 
 
-@pytest.mark.parametrize(
-    ("ranks", "micro_steps", "images"), [(2, 64, 2), slow(2, 256, 2), slow(1, 1024, 1)]
-)
+@pytest.mark.parametrize(("ranks", "micro_steps", "images"), [(2, 64, 2), slow(1, 1024, 1)])
 def test_they_are_rounded_once(
     ranks: int, micro_steps: int, images: int, common: list[str], tmp_path: Path
 ) -> None:
