@@ -121,13 +121,20 @@ class TestStart:
         with pytest.raises(CheckpointError, match=r"^--resume: expected auto or .*, got nowhere"):
             find_start(config, "nowhere", present)
 
-    @pytest.mark.parametrize("key", ["global_batch", "seed", "updates_per_epoch", "num_samples"])
+    @pytest.mark.parametrize(
+        ("field", "message"),
+        [
+            ("global_batch", r"^train\.global_batch: expected 64, as in .*00009, got 5$"),
+            ("seed", r"^seed: expected 0, as in .*00009, got 5$"),
+            ("num_samples", r"^data\.train: expected 640 images, as in .*00009, got 5$"),
+        ],
+    )
     def test_data_in_another_order(
-        self, key: str, config: RunConfig, present: CheckpointManifest
+        self, field: str, message: str, config: RunConfig, present: CheckpointManifest
     ) -> None:
         save(config.folder, present, 9)
-        other = reader.replace(present, **{key: 5})
-        with pytest.raises(CheckpointError, match=f"expected {key} 5, as in this run"):
+        other = reader.replace(present, **{field: 5}, updates_per_epoch=1)
+        with pytest.raises(CheckpointError, match=message):
             find_start(config, "auto", other)
 
 
