@@ -216,6 +216,8 @@ def _open_whole(path: Path, files: Sequence[Path], manifest: CheckpointManifest)
                 raise CheckpointError(f"{path}: {key}", f"shape {shape}", got)
             if is_trained:
                 parameters.add(key)
+    if not parameters:
+        raise CheckpointError(f"{path}: exp_avg", "moments of the weights", "none")
     return ShardFiles(files, shapes, prefixes=prefixes, parameters=parameters)
 
 
