@@ -176,7 +176,8 @@ def _check(manifest: CheckpointManifest, path: Path) -> None:
         updates_per_epoch=manifest.num_samples // manifest.global_batch,
         steps=min(manifest.steps, manifest.update),
     )
-    for key in ("update", "updates_per_epoch", "epoch", "images", "steps"):
+    place = ("epoch", "images") if manifest.epoch or manifest.images else ()
+    for key in ("update", "updates_per_epoch", "steps", *place):
         expected, got = getattr(derived, key), getattr(manifest, key)
         if expected != got:
             raise CheckpointError(f"{path / MANIFEST}: {key}", str(expected), got)
