@@ -82,9 +82,9 @@ class RunLog:
         if not active:
             return
         self._folder = folder
-        with _writing(folder):
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        with _writing(folder / MESSAGES):
+        with writing(folder / MESSAGES):
             self._text = open_own(folder / MESSAGES)
         self._files = FileSink(folder, resume_update, repeated_kinds)
         resumed = resume_update is not None
@@ -113,7 +113,7 @@ class RunLog:
     def append(self, name: str, line: str) -> None:
         """Add a line to another file of the run folder."""
         if self._files is not None:
-            with _writing(self._folder / name), open_own(self._folder / name) as file:
+            with writing(self._folder / name), open_own(self._folder / name) as file:
                 file.write(line + "\n")
 
     def sync(self) -> None:
@@ -170,10 +170,10 @@ class RunLog:
             if self._text.closed:  # a sink that was abandoned speaks too late
                 return
             try:
-                with _writing(self._folder / MESSAGES):
+                with writing(self._folder / MESSAGES):
                     self._text.write(f"{now} {text}\n")
             finally:
-                with _writing(getattr(stream, "name", "the output")):
+                with writing(getattr(stream, "name", "the output")):
                     _show(text, stream)
 
 
@@ -188,7 +188,7 @@ def _show(text: str, stream: TextIO) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path | str) -> Iterator[None]:
+def writing(path: Path | str) -> Iterator[None]:
     """Raises CheckpointError for an error of the disk."""
     try:
         yield
@@ -269,25 +269,25 @@ class FileSink:
             self._rewind(resume_update, repeated_kinds)
         elif self._path.exists():
             raise ConfigError(f"{self._path}: a fresh run would overwrite an earlier run's metrics")
-        with _writing(self._path):
+        with writing(self._path):
             self._file = open_own(self._path)
 
     def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
         row: MetricRow = dict(kind=kind, update=update, **values)
         if not all(NAME.fullmatch(name) for name in (kind, *row)):
             raise ValueError(f"kind and keys: expected identifiers, got {kind!r}, {[*values]}")
-        with _writing(self._path):
+        with writing(self._path):
             self._file.write(_to_line(row))
         columns = self._columns.get(kind, [])
         if columns and row.keys() <= {"kind", *columns}:
             path = self._table_path(kind)
-            with _writing(path), open_own(path) as file:
+            with writing(path), open_own(path) as file:
                 csv.DictWriter(file, columns, extrasaction="ignore").writerow(row)
         else:
             self._rewrite_table(kind, read_rows(self._path))
 
     def sync(self) -> None:
-        with _writing(self._path):
+        with writing(self._path):
             fsync(self._path)
 
     def close(self) -> None:
@@ -300,7 +300,7 @@ class FileSink:
         for kind in {row["kind"] for row in rows}:
             self._rewrite_table(kind, kept)
         # The record last: after a kill before this line it is complete, and is rewound again.
-        with _writing(self._path):
+        with writing(self._path):
             replace_file(self._path, "".join(map(_to_line, kept)))
 
     def _rewrite_table(self, kind: str, rows: Sequence[MetricRow]) -> None:
@@ -313,7 +313,7 @@ class FileSink:
         writer = csv.DictWriter(text, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-        with _writing(path):
+        with writing(path):
             if rows:
                 replace_file(path, text.getvalue())
             else:
@@ -325,7 +325,7 @@ class FileSink:
 
 def _refuse_link(path: Path) -> None:
     """Raise CheckpointError for a link, which would be replaced or removed."""
-    with _writing(path):
+    with writing(path):
         if path.is_symlink():
             raise OSError(errno.ELOOP, "a symbolic link in place of a file")
 

@@ -12,7 +12,7 @@ from irpe_ds.benchmark.experiment import Experiment
 from irpe_ds.config_types import Natural, Positive
 from irpe_ds.errors import ConfigError
 from irpe_ds.files import read_regular, replace_file
-from irpe_ds.schema import Plain, parse_json
+from irpe_ds.schema import Plain, parse_json, spell
 
 RESULTS = "results.json"
 LIMIT = 256 << 20
@@ -144,9 +144,12 @@ class Results:
             "name": self._name,
             "settings": self._common,
             "links": self.links,
-            "rows": list(self.rows.values()),
+            "rows": [
+                {k: spell(v) if isinstance(v, float) else v for k, v in row.items()}
+                for row in self.rows.values()
+            ],
         }
-        replace_file(self.path, json.dumps(content, indent=1) + "\n")
+        replace_file(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def read_results_file(path: Path) -> dict[str, Any]:

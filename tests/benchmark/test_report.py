@@ -182,7 +182,7 @@ def test_a_column_that_is_missing_is_named(column: str, tmp_path: Path) -> None:
         write_report(results(lacking, row(2, 100)), tmp_path)
 
 
-@pytest.mark.parametrize("path", Path("irpe_ds/benchmark/results").glob("cpu-*.json"), ids=str)
+@pytest.mark.parametrize("path", [*Path("irpe_ds/benchmark/results").glob("cpu-*.json")])
 def test_results_of_before_are_read(path: Path) -> None:
     assert read_results_file(path)["rows"]
 
