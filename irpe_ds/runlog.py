@@ -26,6 +26,7 @@ from irpe_ds.wandb_run import WandbSink
 METRICS, MESSAGES = "metrics.jsonl", "log.txt"
 METRICS_LIMIT = 256 << 20
 """Largest metrics.jsonl that is read: half a million rows."""
+ROW_LIMIT = 1 << 16
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 """What kinds and columns are called: they become names of files, and of columns of tables."""
 FINISH_SECONDS = 10  # for the last upload: a preempted run has about 30 to save and exit
@@ -355,20 +356,20 @@ def read_rows(path: Path) -> list[MetricRow]:
         ConfigError: the file cannot be read, or another line is not a row.
     """
     try:
-        lines = read_regular(path, METRICS_LIMIT).split(b"\n")
+        data = read_regular(path, METRICS_LIMIT)
     except OSError as error:
         raise ConfigError(path, "a readable metrics file", error.strerror) from None
-    incomplete = lines.pop()  # empty after a whole line
-    rows = [_parse_row(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
-    if incomplete.rstrip().endswith(b"}"):
-        rows.append(_parse_row(incomplete, f"{path}:{len(lines) + 1}"))
-    return rows
+    return [
+        _parse_row(line, f"{path}:{number}")
+        for number, line in enumerate(io.BytesIO(data), start=1)
+        if line.endswith((b"}", b"\n"))  # else it is incomplete, and the last
+    ]
 
 
 def _parse_row(line: bytes, where: str) -> MetricRow:
     """A line as `_to_line` writes it; raises ConfigError."""
     try:
-        row = parse_json(line, dict[str, Any], where, ConfigError)
+        row = parse_json(line[:ROW_LIMIT], dict[str, Any], where, ConfigError)
         kind, update = row.pop("kind"), row.pop("update")
         names = [kind, *row]
         if type(update) is int and 0 <= update < 2**53 and all(map(NAME.fullmatch, names)):

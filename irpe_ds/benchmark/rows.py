@@ -15,7 +15,7 @@ from irpe_ds.files import read_regular, replace_file
 from irpe_ds.schema import Plain, parse_json, spell
 
 RESULTS = "results.json"
-LIMIT = 256 << 20
+LIMIT = 32 << 20
 """Largest results.json that is read, bytes."""
 KIND = "scaling"
 """Kind of the row that a run logs."""

@@ -23,7 +23,7 @@ WEIGHTS, EMA = "weights", "ema"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's: with the above, the kinds of tensors."""
 MANIFEST = "checkpoint.json"
-LIMIT = 64 << 20
+LIMIT = 16 << 20
 """Largest manifest that is read, bytes."""
 
 Shape = Annotated[list[Natural], Field(max_length=16)]

@@ -21,13 +21,14 @@ import pydantic
 import torch
 from torch import Tensor
 
+from irpe_ds.checkpoint.manifest import Shape
 from irpe_ds.config_types import Natural
 from irpe_ds.errors import CheckpointError
 from irpe_ds.files import open_regular
 from irpe_ds.schema import parse_json
 
-HEADER_LIMIT = 100_000_000
-"""Largest header that is read, in bytes, as in the safetensors library."""
+HEADER_LIMIT = 16 << 20
+"""Largest header that is read, in bytes; that of 10,000 tensors has about 1 MiB."""
 PIECE = 4 << 20
 """Bytes that are hashed and written, or copied, at a time."""
 DTYPES = {
@@ -105,8 +106,8 @@ class _Range(NamedTuple):
     start: int
     length: int
     dtype: torch.dtype
-    shape: Sequence[int]
-    """As in the file: of a shard (length,)."""
+    shape: Sequence[int] | None
+    """As in the file; None of a shard."""
 
     def within(self, start: int, count: int) -> tuple[int, int]:
         """First element and end of what it has of a range; nothing if the end is not later."""
@@ -224,7 +225,9 @@ class ShardFiles:
     def _check_range(self, key: str, part: _Range) -> None:
         where = f"{part.path}: {key}"
         if key not in self.shapes:
-            raise CheckpointError(where, "no such tensor", f"shape {[*part.shape]}")
+            raise CheckpointError(where, "no such tensor", f"one of {part.length} elements")
+        if part.shape is not None and [*part.shape] != [*self.shapes[key]]:
+            raise CheckpointError(where, f"shape {[*self.shapes[key]]}", [*part.shape])
         if part.start + part.length > math.prod(self.shapes[key]):
             expected = f"elements of shape {[*self.shapes[key]]}"
             got = f"{part.start} to {part.start + part.length}"
@@ -245,6 +248,8 @@ def whole_shapes(paths: Sequence[Path], prefixes: Mapping[str, str]) -> dict[str
             key = prefixes.get(path.name, "") + name
             if key in shapes:
                 raise CheckpointError(f"{path}: {key}", "a tensor of this file alone", "a second")
+            if found.shape is None:
+                raise CheckpointError(f"{path}: {key}", "a whole tensor", "a part")
             shapes[key] = found.shape
     return shapes
 
@@ -254,7 +259,7 @@ class _Entry:
     """A tensor in a header."""
 
     dtype: str
-    shape: list[Natural]
+    shape: Shape
     data_offsets: tuple[Natural, Natural]
 
 
@@ -307,7 +312,8 @@ def _read_header(path: Path) -> dict[str, _Range]:
         if is_sharded and len(entry.shape) != 1:
             raise CheckpointError(f"{where}: shape", "one dimension", entry.shape)
         start = starts[name].saved_offsets[0]
-        ranges[name] = _Range(path, offset, start, count, dtype, entry.shape)
+        shape = None if is_sharded else entry.shape
+        ranges[name] = _Range(path, offset, start, count, dtype, shape)
     if end != size:
         differs = "shorter" if end > size else "longer"
         raise CheckpointError(f"{path}: {differs} than its header says")

@@ -22,7 +22,7 @@ from irpe_ds.planner.plan import Scenario
 from irpe_ds.planner.zero import Zero
 from irpe_ds.schema import Plain, parse_json
 
-LIMIT = 256 << 20
+LIMIT = 32 << 20
 """Largest file that is read, bytes."""
 
 COLUMNS = ("model", "ranks", "nodes", "stage", "micro_batch", "images_per_s")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from irpe_ds.checkpoint.shards import METADATA, STARTS, Shard, ShardFiles, write_shards
@@ -148,6 +149,12 @@ def test_tensors_that_are_not_what_was_saved(
     ]
     with pytest.raises(CheckpointError, match=message):
         read_all(paths)
+
+
+def test_whole_tensors_in_another_shape(tmp_path: Path) -> None:
+    save_file({"weights.a": torch.ones(3, 2)}, tmp_path / "whole")
+    with pytest.raises(CheckpointError, match=r"weights\.a: expected shape \[2, 3\], got \[3, 2\]"):
+        ShardFiles([tmp_path / "whole"], SHAPES).whole("weights.a")
 
 
 def test_no_memory_is_taken_for_what_the_files_do_not_have(path: Path) -> None:
