@@ -11,7 +11,7 @@ format 2, which had whole tensors in weights, ema and optimizer.safetensors, are
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,11 +77,16 @@ def add_scores(folder: Path, manifest: CheckpointManifest) -> CheckpointManifest
     return manifest
 
 
-def find_damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
+def find_damage(
+    path: Path, part: int = 0, parts: int = 1, kinds: Collection[str] = (WEIGHTS, EMA, *MOMENTS)
+) -> str | None:
     """What is damaged in a checkpoint, if anything; reads every byte of every `parts`-th file.
 
-    Part 0 also looks whether the files have all of every tensor. Weights and moments that are not
-    finite are damage: training on from them would only skip updates.
+    Weights and moments that are not finite are damage: training on from them would only skip
+    updates.
+
+    Args:
+        kinds: of the tensors that the files must have; part 0 looks for them.
     """
     try:
         recorded = read_manifest(path).files
@@ -95,7 +100,7 @@ def find_damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
                 return f"{name} differs from what was saved"
         files = open_files(path)
         if part == 0:
-            files.check_layout()
+            files.check_layout(key for key in files.shapes if key.partition(".")[0] in kinds)
         files.check_finite(part, parts)
     except UserError as error:
         return str(error)
@@ -286,6 +291,6 @@ def weights_of(run: Path, *, best: bool = False, ema: bool = False) -> SavedWeig
         none = "no checkpoint in this run folder" if run.is_dir() else "no such run folder"
         raise CheckpointError(f"{run}: {none}")
     path = max(paths, key=lambda path: (score_of(path), path)) if best else paths[-1]
-    if damage := find_damage(path):
+    if damage := find_damage(path, kinds=(WEIGHTS, EMA)):
         raise CheckpointError(f"{path}: damaged checkpoint: {damage}")
     return SavedWeights(path, ema=ema)

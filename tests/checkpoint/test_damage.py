@@ -28,7 +28,7 @@ def file_of(folder: Path, shards: dict[str, tuple[int, Tensor]], rank: int = 0) 
 def read_all(paths: Sequence[Path]) -> None:
     """What find_damage and the loading of a checkpoint do."""
     files = ShardFiles(paths, SHAPES, parameters=PARAMETERS)
-    files.check_layout()
+    files.check_layout(SHAPES)
     files.check_finite()
     for key in SHAPES:
         files.whole(key)
