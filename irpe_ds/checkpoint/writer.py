@@ -152,7 +152,7 @@ class _Save:
     def _commit(self) -> CheckpointManifest:
         """Make the checkpoint visible once all files are on disk, and remove old ones."""
         files = {name: self._wait_for(self._hidden / name) for name in self._names}
-        manifest = replace(self._manifest, files=files)
+        manifest = replace(self._manifest, files=files, world_size=len(files))
         write_manifest(self._hidden, manifest)
         fsync(self._hidden)
         _remove(self._path)  # a damaged one that was skipped
