@@ -24,9 +24,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; afterwards flush it to disk and rename it to `path`.
 
     Readers, and a machine that crashes, see the old file or the new one, never part of one. If the
-    block raises, the temporary file is removed and `path` is unchanged.
+    block raises, the temporary file is removed and `path` is unchanged. What has the temporary name
+    already, left by a kill or a link planted there, is removed and not written to.
     """
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield partial
         fsync(partial)

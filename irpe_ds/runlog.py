@@ -1,28 +1,39 @@
 """The log of a run: JSONL and CSV always, Weights & Biases and TensorBoard when configured."""
 
+import contextlib
 import csv
+import errno
 import importlib
 import io
 import json
 import math
-import secrets
+import re
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Thread
 from types import TracebackType
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
-from irpe_ds.errors import ConfigError
-from irpe_ds.files import fsync, replace_file
+from irpe_ds.errors import CheckpointError, ConfigError, UserError, printable
+from irpe_ds.files import fsync, open_own, read_regular, replace_file
+from irpe_ds.schema import parse_json
+from irpe_ds.wandb_run import WandbSink
 
-METRICS = "metrics.jsonl"
+METRICS, MESSAGES = "metrics.jsonl", "log.txt"
+METRICS_LIMIT = 256 << 20
+"""Largest metrics.jsonl that is read: half a million rows."""
+ROW_LIMIT = 1 << 16
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+"""What kinds and columns are called: they become names of files, and of columns of tables."""
 FINISH_SECONDS = 10  # for the last upload: a preempted run has about 30 to save and exit
 QUEUE_ROWS = 10_000  # that a background sink may lag behind; about 20 MB
 
+NOT_FINITE = ("nan", "inf", "-inf")
+"""How JSON spells them here."""
 MetricRow = dict[str, Any]
 """One line of metrics.jsonl: `kind`, `update` and numbers by name."""
 
@@ -38,9 +49,10 @@ class Sink(Protocol):
 class RunLog:
     """Writes a run's metrics and messages to its folder; active on rank 0 only.
 
-    The files are the record: an error in writing them ends the run. W&B and TensorBoard are written
-    by background threads, so that they never delay training: the first error of one is reported
-    on stderr and in log.txt and switches it off; one that hangs loses rows, which is reported too.
+    The files are the record: an error in writing them ends the run, and a link in the place of one
+    is not followed. W&B and TensorBoard are written by background threads, so that they never delay
+    training: the first error of one is reported on stderr and in log.txt and switches it off; one
+    that hangs loses rows, which is reported too.
 
     Args:
         wandb: mode, project, entity and tags, as in `WandbConfig`.
@@ -50,6 +62,7 @@ class RunLog:
 
     Raises:
         ConfigError: a fresh run finds metrics of an earlier one, or metrics are not readable.
+        CheckpointError: a file cannot be written; so for every method.
     """
 
     def __init__(
@@ -69,13 +82,16 @@ class RunLog:
         self._lock = Lock()  # guards log.txt
         if not active:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder / MESSAGES):
+            self._text = open_own(folder / MESSAGES)
         self._files = FileSink(folder, resume_update, repeated_kinds)
-        self._text = (folder / "log.txt").open("a", buffering=1, encoding="utf-8")
-
         resumed = resume_update is not None
         if wandb["mode"] != "disabled":
-            self._start("W&B", "wandb", lambda: WandbSink(folder, name, config, resumed, **wandb))
+            about = folder, name, config, resumed, self.note, FINISH_SECONDS - 1
+            self._start("W&B", "wandb", lambda: WandbSink(*about, **wandb))
         if tensorboard:
             events = folder / "tensorboard"
             module = "torch.utils.tensorboard"
@@ -94,6 +110,12 @@ class RunLog:
         """Write a line to stdout and, with a time stamp, to log.txt."""
         if self._files is not None:
             self._print(text, sys.stdout)
+
+    def append(self, name: str, line: str) -> None:
+        """Add a line to another file of the run folder."""
+        if self._files is not None:
+            with writing(self._folder / name), open_own(self._folder / name) as file:
+                file.write(line + "\n")
 
     def sync(self) -> None:
         """Wait until the rows are on disk."""
@@ -114,7 +136,7 @@ class RunLog:
         if self._files is not None:
             self._files.close()
             with self._lock:
-                self._text.close()
+                _close(self._text)
             self._files = None
 
     def __enter__(self) -> "RunLog":
@@ -139,21 +161,46 @@ class RunLog:
             self._background.append(BackgroundSink(label, open_sink, self._warn))
 
     def _warn(self, text: str) -> None:
-        self._print(text, sys.stderr)
+        """Say what is wrong with a sink: if log.txt cannot be written, the next row says that."""
+        with contextlib.suppress(CheckpointError):
+            self._print(text, sys.stderr)
 
     def _print(self, text: str, stream: TextIO) -> None:
-        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        text, now = printable(text), datetime.now().astimezone().isoformat(timespec="seconds")
         with self._lock:
             if self._text.closed:  # a sink that was abandoned speaks too late
                 return
-            self._text.write(f"{now} {text}\n")
-            if "tqdm" in sys.modules:  # only then can there be a progress bar to write around
-                from tqdm import tqdm
+            try:
+                with writing(self._folder / MESSAGES):
+                    self._text.write(f"{now} {text}\n")
+            finally:
+                with writing(getattr(stream, "name", "the output")):
+                    _show(text, stream)
 
-                tqdm.write(text, file=stream)
-            else:
-                print(text, file=stream)
-            stream.flush()
+
+def _show(text: str, stream: TextIO) -> None:
+    if "tqdm" in sys.modules:  # only then can there be a progress bar to write around
+        from tqdm import tqdm
+
+        tqdm.write(text, file=stream)
+    else:
+        print(text, file=stream)
+    stream.flush()
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Raises CheckpointError for an error of the disk."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _close(file: TextIO) -> None:
+    """Close a file whose every line was flushed; what could not be has been reported."""
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 class BackgroundSink:
@@ -223,108 +270,65 @@ class FileSink:
             self._rewind(resume_update, repeated_kinds)
         elif self._path.exists():
             raise ConfigError(f"{self._path}: a fresh run would overwrite an earlier run's metrics")
-        self._file = self._path.open("a", buffering=1, encoding="utf-8")
+        with writing(self._path):
+            self._file = open_own(self._path)
 
     def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
-        if not kind.isidentifier():
-            raise ValueError(f"kind: expected an identifier, got {kind!r}")
         row: MetricRow = dict(kind=kind, update=update, **values)
-        self._file.write(_to_line(row))
+        if not all(NAME.fullmatch(name) for name in (kind, *row)):
+            raise ValueError(f"kind and keys: expected identifiers, got {kind!r}, {[*values]}")
+        with writing(self._path):
+            self._file.write(_to_line(row))
         columns = self._columns.get(kind, [])
         if columns and row.keys() <= {"kind", *columns}:
-            with self._table_path(kind).open(
-                "a", buffering=1, newline="", encoding="utf-8"
-            ) as file:
+            path = self._table_path(kind)
+            with writing(path), open_own(path) as file:
                 csv.DictWriter(file, columns, extrasaction="ignore").writerow(row)
         else:
             self._rewrite_table(kind, read_rows(self._path))
 
     def sync(self) -> None:
-        fsync(self._path)
+        with writing(self._path):
+            fsync(self._path)
 
     def close(self) -> None:
-        self._file.close()
+        _close(self._file)
 
     def _rewind(self, update: int, repeated_kinds: Collection[str]) -> None:
+        _refuse_link(self._path)
         rows = read_rows(self._path) if self._path.exists() else []
         kept = [row for row in rows if row["update"] <= update - (row["kind"] in repeated_kinds)]
         for kind in {row["kind"] for row in rows}:
             self._rewrite_table(kind, kept)
         # The record last: after a kill before this line it is complete, and is rewound again.
-        replace_file(self._path, "".join(map(_to_line, kept)))
+        with writing(self._path):
+            replace_file(self._path, "".join(map(_to_line, kept)))
 
     def _rewrite_table(self, kind: str, rows: Sequence[MetricRow]) -> None:
         """Rewrite the table of one kind; its columns are those of all its rows."""
         rows = [row for row in rows if row["kind"] == kind]
         columns = list(dict.fromkeys(key for row in rows for key in row if key != "kind"))
-        self._columns[kind] = columns
-        if not rows:
-            self._table_path(kind).unlink(missing_ok=True)
-            return
+        self._columns[kind], path = columns, self._table_path(kind)
+        _refuse_link(path)
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-        replace_file(self._table_path(kind), text.getvalue())
+        with writing(path):
+            if rows:
+                replace_file(path, text.getvalue())
+            else:
+                path.unlink(missing_ok=True)
 
     def _table_path(self, kind: str) -> Path:
         return self._folder / f"{kind}.csv"
 
 
-class WandbSink:
-    """One W&B run, with metrics `{kind}/{name}` over `update`; its id is kept in wandb_id.txt.
-
-    W&B cannot remove points: after a resume it shows those of repeated updates twice.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        name: str,
-        config: Mapping[str, Any],
-        resumed: bool,
-        *,
-        mode: Literal["online", "offline"],
-        project: str,
-        entity: str | None,
-        tags: Sequence[str],
-        group: str | None = None,
-    ) -> None:
-        import wandb
-
-        if mode == "online" and not wandb.login(prompt=False):
-            raise RuntimeError("no API key; run `wandb login` or set log.wandb.mode=offline")
-        id_file = folder / "wandb_id.txt"
-        if not (resumed and id_file.exists()):
-            replace_file(id_file, secrets.token_hex(4) + "\n")
-        self._run = wandb.init(
-            id=id_file.read_text().strip(),
-            resume="allow",
-            reinit="create_new",  # a run that the caller may have open is left alone
-            name=name,
-            config=dict(config),
-            allow_val_change=True,
-            dir=folder,
-            mode=mode,
-            project=project,
-            entity=entity,
-            tags=list(tags),
-            group=group,
-            settings=wandb.Settings(
-                console="off",  # or print() would wait for W&B
-                finish_timeout=FINISH_SECONDS - 1,
-                finish_timeout_raises=True,
-            ),
-        )
-        self._run.define_metric("update")
-        self._run.define_metric("*", step_metric="update")
-
-    def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
-        named = {f"{kind}/{key}": value for key, value in values.items()}
-        self._run.log({"update": update, **named})
-
-    def close(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
+def _refuse_link(path: Path) -> None:
+    """Raise CheckpointError for a link, which would be replaced or removed."""
+    with writing(path):
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "a symbolic link in place of a file")
 
 
 class TensorBoardSink:
@@ -352,19 +356,35 @@ def read_rows(path: Path) -> list[MetricRow]:
         ConfigError: the file cannot be read, or another line is not a row.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        data = read_regular(path, METRICS_LIMIT)
     except OSError as error:
         raise ConfigError(path, "a readable metrics file", error.strerror) from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            kind, update = row.pop("kind"), int(row.pop("update"))
-            rows.append({"kind": kind, "update": update} | {k: float(row[k]) for k in row})
-        except (ValueError, TypeError, AttributeError, KeyError):
-            if number < len(lines):
-                raise ConfigError(f"{path}:{number}", "a row of metrics", repr(line)) from None
-    return rows
+    return [
+        _parse_row(line, f"{path}:{number}")
+        for number, line in enumerate(io.BytesIO(data), start=1)
+        if line.endswith((b"}", b"\n"))  # else it is incomplete, and the last
+    ]
+
+
+def _parse_row(line: bytes, where: str) -> MetricRow:
+    """A line as `_to_line` writes it; raises ConfigError."""
+    try:
+        row = parse_json(line[:ROW_LIMIT], dict[str, Any], where, ConfigError)
+        kind, update = row.pop("kind"), row.pop("update")
+        names = [kind, *row]
+        if type(update) is int and 0 <= update < 2**53 and all(map(NAME.fullmatch, names)):
+            return {"kind": kind, "update": update} | {k: _number(v) for k, v in row.items()}
+    except (UserError, KeyError, TypeError, ValueError, OverflowError):
+        pass
+    got = repr(line if len(line) < 200 else line[:200] + b"...")
+    raise ConfigError(where, "a row of metrics: a kind, an update and numbers by name", got)
+
+
+def _number(value: object) -> float:
+    """The number that `_to_line` has written; raises ValueError."""
+    if type(value) in (int, float) or value in NOT_FINITE:
+        return float(value)  # type: ignore[arg-type]
+    raise ValueError(value)
 
 
 def _to_line(row: MetricRow) -> str:

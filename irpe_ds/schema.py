@@ -2,14 +2,53 @@
 
 import json
 import math
-from typing import Any, NoReturn, TypeVar
+import reprlib
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import pydantic
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from irpe_ds.errors import UserError
 
 Checked = TypeVar("Checked")
 _SHOWN = 60  # characters of a wrong value in a message
+_LEVELS = 16  # that a value may be nested
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring = 4, 60, 60, 2 * _SHOWN
+
+Number = Annotated[float, Field(strict=True)]
+"""number"""
+
+
+def _not_deep(value: Any) -> Any:
+    if _is_deep(value, _LEVELS):
+        raise PydanticCustomError("depth", "at most 16 levels")
+    return value
+
+
+def _is_deep(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deep(item, levels - 1) for item in inner)
+
+
+Plain = Annotated[Any, AfterValidator(_not_deep)]
+"""any value of JSON that functions which call themselves can follow"""
+
+
+def spell(number: float) -> float | str:
+    """A number for JSON, which has no NaN or infinity: "nan", "inf" or "-inf" stand for them."""
+    return number if math.isfinite(number) else str(number)
+
+
+def _spelled(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+Spelled = Annotated[float, Field(strict=True), BeforeValidator(_spelled)]
+"""a number, or one that is not finite as `spell` gives it"""
 
 
 def parse_json(
@@ -67,5 +106,5 @@ def _refuse(text: str) -> NoReturn:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    text = _REPR.repr(value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

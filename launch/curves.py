@@ -20,11 +20,10 @@ def main() -> None:
         raise ConfigError("--out", "a name that ends in .png", args.out)
 
     from irpe_ds.plots.curves import draw_curves, read_runs
+    from irpe_ds.plots.style import save_figure
 
     figure = draw_curves(read_runs(args.runs, args.x), args.x)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out)
-    print(args.out)
+    print(save_figure(figure, args.out))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
 from irpe_ds.cli import run
-from irpe_ds.errors import ConfigError
+from irpe_ds.errors import ConfigError, printable
 from irpe_ds.planner.assumptions import IMAGENET_IMAGES, IMAGENET_KB, MEANINGS
 from irpe_ds.planner.hardware import BACKENDS, build_cluster, find_gpu
 
@@ -42,14 +42,11 @@ def main() -> None:
     given = {name: value for name, value in values.items() if value is not None}
     about = (args.images, args.image_kb, given, args.calibrate, args.micro_batch)
     report = build_report(config, cluster, *about)
-    print(to_text(report))
+    print(printable(to_text(report)))
     if args.out is not None:
         from irpe_ds.plots.plan import draw_plan
 
-        try:
-            draw_plan(args.out, report)
-        except OSError as error:
-            raise ConfigError(f"cannot write --out: {error}") from None
+        draw_plan(args.out, report)
         print(f"\n{args.out}")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
 from irpe_ds.cli import run
+from irpe_ds.errors import ConfigError, printable
 
 
 def main() -> None:
@@ -36,9 +37,12 @@ def main() -> None:
     if args.before is not None:
         from irpe_ds.benchmark.compare import compare
 
-        print(*compare(read_results_file(args.before), results), sep="\n")
-    for file in write_report(results, path.parent):
-        print(file)
+        print(printable("\n".join(compare(read_results_file(args.before), results))))
+    try:
+        for file in write_report(results, path.parent):
+            print(file)
+    except OSError as error:
+        raise ConfigError(f"cannot write the report: {error}") from None
 
 
 def measure(config: Path, overrides: list[str], retry: bool) -> Path:

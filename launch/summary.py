@@ -1,7 +1,7 @@
 """Summarise a run in a few lines: `python launch/summary.py runs/quickstart`."""
 
 import argparse
-import json
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -9,7 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
 from irpe_ds.cli import run
-from irpe_ds.errors import ConfigError
+from irpe_ds.environment import read_environment
+from irpe_ds.errors import ConfigError, printable
 from irpe_ds.runlog import METRICS, read_rows
 
 
@@ -21,20 +22,21 @@ def main() -> None:
     train, scores = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
     if not train or not scores:
         raise ConfigError(f"{folder}: the run has not finished an epoch yet")
-    environment = json.loads((folder / "environment.json").read_text())
-    speed = statistics.median(row["images_per_s"] for row in train)
+    speeds = [row["images_per_s"] for row in train if "images_per_s" in row]
     last = scores[-1]
-    print(
-        f"""
+    if not speeds or not {"top1", "epoch"} <= last.keys():
+        raise ConfigError(folder / METRICS, "images_per_s, top1 and epoch of a run", "others")
+    environment, quoted = read_environment(folder), shlex.quote(str(folder))
+    text = f"""
 {folder}: top-1 {last["top1"]:.2f} % after {last["epoch"]:g} epochs, \
-{speed:.0f} img/s on {environment["ranks"]} x {environment["device"]}
+{statistics.median(speeds):.0f} img/s on {environment.ranks} x {environment.device}
   metrics      {folder / METRICS}, train.csv, eval.csv
-  curves       python launch/curves.py {folder} --out curves.png
-  evaluate     python launch/evaluate.py --run {folder}
+  curves       python launch/curves.py {quoted} --out curves.png
+  evaluate     python launch/evaluate.py --run {quoted}
 Next, after `source .venv/bin/activate`: change something and compare, here without iRPE:
-  deepspeed launch/train.py --config {folder / "config.yaml"} name=plain model.rpe=null
-  python launch/curves.py {folder} runs/plain --out curves.png"""
-    )
+  deepspeed launch/train.py --config {quoted}/config.yaml name=plain model.rpe=null
+  python launch/curves.py {quoted} runs/plain --out curves.png"""
+    print(printable(text))
 
 
 if __name__ == "__main__":

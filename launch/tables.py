@@ -45,14 +45,13 @@ def main() -> None:
         config = load_run_config(args.run, args.overrides)
 
     from irpe_ds.checkpoint import reader
+    from irpe_ds.plots.style import save_figure
     from irpe_ds.plots.tables import draw_tables, read_maps
 
     weights = args.weights or reader.weights_of(args.run)
     on, maps = read_maps(config, weights, args.on, args.layers, args.images)
     figure = draw_tables(maps, on, config.name)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out)
-    print(args.out)
+    print(save_figure(figure, args.out))
 
 
 if __name__ == "__main__":

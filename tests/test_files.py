@@ -38,6 +38,15 @@ def test_an_error_while_writing_leaves_the_old_file_alone(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_under_the_temporary_name_is_not_followed(tmp_path: Path) -> None:
+    mine, path = tmp_path / "mine", tmp_path / "a.txt"
+    mine.write_text("precious")
+    (tmp_path / ".a.txt.partial").symlink_to(mine)
+    replace_file(path, "new")
+    assert (path.read_text(), mine.read_text()) == ("new", "precious")
+    assert not path.is_symlink()
+
+
 def test_a_lock_is_held_until_the_file_is_closed(tmp_path: Path) -> None:
     code = "import sys, pathlib, irpe_ds.files as f; f.lock_file(pathlib.Path(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(tmp_path / "lock")]

@@ -19,6 +19,7 @@ FLOORS = {
     "irpe_ds.errors": -1,  # the ground: everything stands on it
     "irpe_ds.files": -1,
     "irpe_ds.cli": 0,
+    "irpe_ds.environment": 1,
     "irpe_ds.provenance": 0,
     "irpe_ds.schema": 0,
     "irpe_ds.timm_hook": 0,
@@ -26,6 +27,7 @@ FLOORS = {
     "irpe_ds.config_file": 0,
     "irpe_ds.config_types": 0,
     "irpe_ds.rpe": 0,
+    "irpe_ds.wandb_run": 0,
     "irpe_ds.ops.build": 0,
     "irpe_ds.runlog": 1,
     "irpe_ds.config": 1,

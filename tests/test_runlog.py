@@ -4,15 +4,17 @@ import csv
 import json
 import math
 import os
+import shutil
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from irpe_ds import runlog
-from irpe_ds.errors import ConfigError
+from irpe_ds.errors import CheckpointError, ConfigError, UserError
+from irpe_ds.files import open_own
 from irpe_ds.runlog import TensorBoardSink, read_rows
 from tests.logs import OFFLINE, open_log, updates, write_updates
 
@@ -102,6 +104,124 @@ def test_damage_in_the_middle_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "tr\n{"kind": "train", "update": 2}\n')
     with pytest.raises(ConfigError, match=r"metrics\.jsonl:1: expected a row"):
         open_log(tmp_path, resume_update=2)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"kind": "HERE/mine", "update": 99}',
+        '{"kind": "../mine", "update": 99}',
+        '{"kind": "sub/../../mine", "update": 1}',
+        '{"kind": "", "update": 1}',
+        '{"kind": "%s", "update": 1}' % ("x" * 300),
+        '{"kind": "a\\u0000", "update": 1}',
+        '{"kind": 5, "update": 1}',
+        '{"kind": null, "update": 1}',
+        '{"kind": "train"}',
+        '{"kind": "train", "update": "1"}',
+        '{"kind": "train", "update": true}',
+        '{"kind": "train", "update": 1.5}',
+        '{"kind": "train", "update": -1}',
+        '{"kind": "train", "update": 1%s}' % ("0" * 400),
+        '{"kind": "train", "update": 1, "update": 2}',
+        '{"kind": "train", "update": 1, "loss": "1.5"}',
+        '{"kind": "train", "update": 1, "loss": true}',
+        '{"kind": "train", "update": 1, "loss": [1]}',
+        '{"kind": "train", "update": 1, "loss": NaN}',
+        '{"kind": "train", "update": 1, "loss": 1%s}' % ("0" * 400),
+        '{"kind": "train", "update": 1, "=cmd|x": 1}',
+        '{"kind": "train", "update": 1, "loss": %s}' % ("[" * 2000 + "]" * 2000),
+        "[]",
+        "null",
+        "\\xff",
+        "",
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", '\n{"kind": "train", "update": 3}\n'])
+def test_what_is_no_row_is_an_error_and_touches_no_file(row: str, end: str, tmp_path: Path) -> None:
+    mine, run = tmp_path / "mine.csv", tmp_path / "run"
+    mine.write_text("precious")
+    write_updates(run, 2)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(row.replace("HERE", str(tmp_path)) + end)
+    with pytest.raises(ConfigError, match=r"run/metrics\.jsonl:4: expected a row of metrics") as e:
+        open_log(run, resume_update=2)
+    assert str(e.value).isprintable()
+    assert mine.read_text() == "precious"
+    for name in ("train.csv", "eval.csv"):
+        assert (run / name).read_bytes() == before[name]
+
+
+def test_a_bad_row_without_a_line_break_is_not_taken_for_an_incomplete_one(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "../mine", "update": 99}')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:1: expected a row"):
+        open_log(tmp_path, resume_update=2)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt", "train.csv", ".train.csv.partial"])
+@pytest.mark.parametrize("resume", [None, 1])
+def test_a_link_in_the_run_folder_is_not_followed(
+    name: str, resume: int | None, tmp_path: Path
+) -> None:
+    mine, run = tmp_path / "mine", tmp_path / "run"
+    text = '{"kind": "train", "update": 1}\n'
+    mine.write_text(text)
+    run.mkdir()
+    if resume and name != "metrics.jsonl":
+        (run / "metrics.jsonl").write_text(text)
+    (run / name).symlink_to(mine)
+    message = f"a symbolic link in place of a file|{run}/metrics.jsonl: a fresh run would overwrite"
+
+    def write() -> None:
+        with open_log(run, resume_update=resume) as log:
+            log.log("train", 2, {})
+            log.note("x")
+
+    if name.startswith("."):
+        write()
+    else:
+        with pytest.raises(UserError, match=message):
+            write()
+    assert mine.read_text() == text
+    assert (run / name).is_symlink() != name.startswith(".")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "train.csv", "log.txt", "skipped.jsonl"])
+def test_a_full_disk_is_one_line_whatever_w_and_b_does(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(TensorBoardSink):
+        def write(self, *_: object) -> None:
+            raise ConnectionError("no network")
+
+    def open_full(path: Path) -> TextIO:
+        return open("/dev/full", "a", buffering=1) if path.name == name else open_own(path)
+
+    monkeypatch.setattr(runlog, "TensorBoardSink", Broken)
+    monkeypatch.setattr(runlog, "open_own", open_full)
+    message = f"^cannot write {tmp_path}/{name}: No space left on device$"
+
+    def write() -> None:
+        with open_log(tmp_path, tensorboard=True) as log:
+            log.log("train", 1, {"loss": 1.0})
+            log.log("train", 2, {"loss": 1.0})
+            log.append("skipped.jsonl", "{}")
+            log.note("x")
+
+    with pytest.raises(CheckpointError, match=message):
+        write()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_run_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    log = open_log(tmp_path / "run")
+    log.log("train", 1, {"loss": 1.0})
+    shutil.rmtree(tmp_path / "run")
+    for write in (lambda: log.log("train", 2, {"loss": 1.0}), log.sync):
+        with pytest.raises(CheckpointError, match=r"^cannot write .*/run/.*: No such file or"):
+            write()
+    log.close()
 
 
 def test_fresh_run_refuses_the_metrics_of_another(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """W&B never stops or delays training, whether it works, fails or hangs."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from irpe_ds import runlog
+from irpe_ds.errors import ConfigError
+from irpe_ds.wandb_run import trial_name
 from tests.logs import OFFLINE, open_log, updates, write_updates
 
 ONLINE = {**OFFLINE, "mode": "online"}
@@ -37,6 +40,8 @@ class FakeWandb(ModuleType):
         self.raises, self.hangs, self.released = raises, hangs, threading.Event()
         self.rows: list[dict[str, float]] = []
         self.exit_code: int | None = None
+        self.metrics: dict[str, str] = {}
+        self.options: dict[str, Any] = {}
 
     def reach(self, function: str) -> None:
         if self.raises == function:
@@ -50,9 +55,11 @@ class FakeWandb(ModuleType):
 
     def init(self, **options: Any) -> "FakeWandb":
         self.reach("init")
+        self.options = options
         return self
 
-    def define_metric(self, name: str, step_metric: str | None = None) -> None: ...
+    def define_metric(self, name: str, step_metric: str = "", summary: str = "") -> None:
+        self.metrics[name] = summary
 
     def log(self, row: dict[str, float]) -> None:
         self.reach("log")
@@ -100,7 +107,9 @@ def test_wandb_offline_run_is_written_and_resumed_under_its_id(
     assert len(stored) == 2
     for path in stored:
         assert_holds(path, b"train/loss")
-    assert not (tmp_path / "log.txt").read_text()
+    told = f"W&B is offline: wandb sync {tmp_path}/wandb/offline-run-*"
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line.split(" ", 1)[1] for line in lines] == [told, told]
 
 
 def test_fresh_run_has_an_id_of_its_own(tmp_path: Path, fake_wandb: FakeWandbOf) -> None:
@@ -108,6 +117,62 @@ def test_fresh_run_has_an_id_of_its_own(tmp_path: Path, fake_wandb: FakeWandbOf)
     (tmp_path / "wandb_id.txt").write_text("leftover\n")
     open_log(tmp_path, wandb=OFFLINE).close()
     assert (tmp_path / "wandb_id.txt").read_text().strip() != "leftover"
+
+
+IN_A_SWEEP = {"WANDB_SWEEP_ID": "sw33p", "WANDB_RUN_ID": "a1b2c3d4"}
+
+
+@pytest.mark.parametrize("kept", [None, "0ld1d"])
+def test_a_trial_of_a_sweep_has_the_agents_id(
+    kept: str | None, tmp_path: Path, fake_wandb: FakeWandbOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = fake_wandb()
+    for name, value in IN_A_SWEEP.items():
+        monkeypatch.setenv(name, value)
+    if kept:
+        (tmp_path / "wandb_id.txt").write_text(kept)
+    open_log(tmp_path, wandb=OFFLINE, resume_update=3 if kept else None).close()
+    assert wandb.options["id"] == "a1b2c3d4"
+    assert (tmp_path / "wandb_id.txt").read_text() == "a1b2c3d4\n"
+
+
+def test_trials_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trial_name("mine") == "mine"
+    for name, value in IN_A_SWEEP.items():
+        monkeypatch.setenv(name, value)
+    assert trial_name("mine") == "mine-a1b2c3d4"
+    assert trial_name("lr-a1b2c3d4") == "lr-a1b2c3d4"
+    monkeypatch.setenv("WANDB_RUN_ID", "../../x")
+    with pytest.raises(ConfigError, match=r"WANDB_RUN_ID: expected the id of a W&B run"):
+        trial_name("mine")
+
+
+@pytest.mark.parametrize("text", ["../../x", "a b", "", "x" * 2000, "\x1b[2J"])
+def test_an_id_that_is_none_is_told(
+    text: str, tmp_path: Path, fake_wandb: FakeWandbOf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb = fake_wandb()
+    (tmp_path / "wandb_id.txt").write_text(text)
+    open_log(tmp_path, wandb=OFFLINE, resume_update=3).close()
+    if text:
+        (told,) = capsys.readouterr().err.splitlines()
+        assert told.startswith("W&B logging switched off: ")
+        assert "wandb_id.txt" in told
+        assert told.isprintable()
+        assert not wandb.options
+    else:  # of a run that was killed just then
+        assert re.fullmatch(r"[0-9a-f]{8}", wandb.options["id"])
+
+
+def test_summaries_keep_the_best(tmp_path: Path, fake_wandb: FakeWandbOf) -> None:
+    wandb = fake_wandb()
+    open_log(tmp_path, wandb=OFFLINE).close()
+    best = {name: kind for name, kind in wandb.metrics.items() if kind}
+    assert best == {
+        f"eval/{prefix}{key}": kind
+        for prefix in ("", "ema_")
+        for key, kind in (("top1", "max"), ("top5", "max"), ("loss", "min"))
+    }
 
 
 def test_wandb_gets_named_rows_in_order_and_the_exit_code(

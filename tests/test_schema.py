@@ -1,6 +1,8 @@
 """JSON that parses is not yet true: types, keys and numbers are those that the schema declares."""
 
 import dataclasses
+import json
+import math
 from typing import Annotated
 
 import pydantic
@@ -9,7 +11,7 @@ from pydantic import Field
 
 from irpe_ds.config_types import Count, Natural
 from irpe_ds.errors import DataError
-from irpe_ds.schema import parse_json
+from irpe_ds.schema import Plain, Spelled, parse_json, spell
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,3 +72,29 @@ def test_names_that_are_not_utf8_and_whole_numbers_as_scores_are_kept() -> None:
     assert parse_json(text, Record, "f", DataError) == Record(
         size=1, names=("\udcff",), scores={"a": 1.0}
     )
+
+
+@pytest.mark.parametrize("value", [1.5, -2, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_spelled(value: float) -> None:
+    text = json.dumps({"a": spell(value)}, allow_nan=False)
+    assert parse_json(text, dict[str, Spelled], "f", DataError) == {"a": value}
+
+
+@pytest.mark.parametrize("text", ['{"a": "1.5"}', '{"a": "Inf"}', '{"a": ["nan"]}', '{"a": true}'])
+def test_other_text_is_no_number(text: str) -> None:
+    with pytest.raises(DataError, match="f: a: expected a valid number"):
+        parse_json(text, dict[str, Spelled], "f", DataError)
+
+
+@pytest.mark.parametrize(("levels", "fits"), [(16, True), (17, False), (900, False)])
+def test_values_of_any_type_are_not_deep(levels: int, fits: bool) -> None:
+    """Functions that call themselves follow them: comparisons, and messages with them."""
+    text = '{"a": ' + levels * "[" + levels * "]" + "}"
+    if fits:
+        assert (
+            str(parse_json(text, dict[str, Plain], "f", DataError)["a"])
+            == levels * "[" + levels * "]"
+        )
+        return
+    with pytest.raises(DataError, match=r"^f: a: expected at most 16 levels, got \[\[\["):
+        parse_json(text, dict[str, Plain], "f", DataError)

@@ -14,7 +14,8 @@ from irpe_ds.benchmark.step_profiler import StepProfiler
 from irpe_ds.cli import run
 from irpe_ds.cluster.process_group import destroy_process_group
 from irpe_ds.config import load_config
-from irpe_ds.runlog import RunLog
+from irpe_ds.files import replace_file
+from irpe_ds.runlog import RunLog, writing
 from irpe_ds.training.run import train
 from irpe_ds.training.trace import SKIPPED, Trace
 from irpe_ds.training.trainer import Trainer
@@ -74,7 +75,9 @@ def measure(
     row |= {f"{kind}_bytes": size / updates for kind, size in profiler.bytes.items()}
     if trainer.ranks.is_main:
         columns = rank_columns([(times, gpu) for times, _, gpu in found], trainer.ranks.hostnames)
-        (trainer.config.folder / RANKS).write_text(json.dumps(columns))
+        path = trainer.config.folder / RANKS
+        with writing(path):
+            replace_file(path, json.dumps(columns))
     log.log(KIND, trainer.update, row)
     return True
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from irpe_ds.benchmark.rows import CellRow, first_difference
+from irpe_ds.benchmark.rows import CellRow, check_columns, first_difference
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
@@ -22,9 +22,11 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str
     old_rows, new_rows = ({row["key"]: row for row in x["rows"]} for x in (before, after))
     shared = [(old_rows[key], row) for key, row in new_rows.items() if key in old_rows]
     measured = [pair for pair in shared if not any("error" in row for row in pair)]
+    speeds = [f"{which}images_per_s" for which in ("", "slowest_", "fastest_")]
+    check_columns((row for pair in measured for row in pair), speeds, "results")
     for old, new in sorted(measured, key=_ratio):
-        speeds = f"{old['images_per_s']:,.1f} -> {new['images_per_s']:,.1f} img/s"
-        yield f"{_ratio((old, new)):.3f} x  {_verdict(old, new):6}  {speeds}  {_name(new)}"
+        change = f"{old['images_per_s']:,.1f} -> {new['images_per_s']:,.1f} img/s"
+        yield f"{_ratio((old, new)):.3f} x  {_verdict(old, new):6}  {change}  {_name(new)}"
     for old, new in shared:
         if "error" in new and "error" not in old:
             yield f"fails   {_name(new)}: {new['error']}"

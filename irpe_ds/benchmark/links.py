@@ -20,6 +20,8 @@ from irpe_ds.cluster.process_group import (
     set_environment,
 )
 from irpe_ds.cluster.rendezvous import name_ranks
+from irpe_ds.files import replace_file
+from irpe_ds.runlog import writing
 
 LinkRow = dict[str, Any]
 """One collective on one size; see `measure`."""
@@ -40,7 +42,8 @@ def main() -> None:
     ranks = init_process_group(args.join_seconds)
     rows = measure(ranks, args.mib)
     if ranks.is_main:
-        args.out.write_text(json.dumps(rows))
+        with writing(args.out):
+            replace_file(args.out, json.dumps(rows))
     destroy_process_group()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from irpe_ds.benchmark.rows import INSTRUMENTED_STEP_MS, PHASES, CellRow
+from irpe_ds.benchmark.rows import INSTRUMENTED_STEP_MS, PHASES, CellRow, check_columns
 from irpe_ds.errors import ConfigError
 from irpe_ds.files import replace_file
 from irpe_ds.plots.scaling import draw_figures, draw_links
@@ -19,6 +19,14 @@ from irpe_ds.plots.style import FAINT, INK, PALE
 WHERE = ("device", "torch", "deepspeed_version")
 BASIC = ("model", "rpe", "precision", "impl", "accumulation", "network", *WHERE)
 """Columns that may distinguish panels, beside the batch and other axes."""
+FACTS = ("nodes", "ranks", "deepspeed")
+SPEEDS = ("images_per_s", "slowest_images_per_s", "fastest_images_per_s")
+MEASURED = (*SPEEDS, "step_ms", INSTRUMENTED_STEP_MS, *(f"{phase}_ms" for phase in PHASES))
+NEEDED = (*MEASURED, "memory_gib", "tflops", "scaling", "micro_batch", "global_batch", *WHERE)
+"""Columns of runs that did not fail, beside FACTS."""
+LINK = ("collective", "where", "ranks", "bytes", "ms", "fastest_ms", "gb_s", "slowest")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What text begins with that a spreadsheet would take for a formula."""
 
 
 def write_report(results: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -28,18 +36,21 @@ def write_report(results: Mapping[str, Any], folder: Path) -> list[Path]:
         results: the content of a results.json.
 
     Raises:
-        ConfigError: there are no rows.
+        ConfigError: there are no rows, or one lacks a column.
     """
     rows = [dict(row) for row in results["rows"]]
     if not rows:
         raise ConfigError(folder, "the results of at least one cell", "none")
     good = [row for row in rows if "error" not in row]
+    check_columns(rows, FACTS, folder)
+    check_columns(good, NEEDED, folder)
     _add_derived(good)
     table = folder / "results.csv"
     replace_file(table, to_csv(rows))
     figures = draw_figures(folder, results["name"], _panels(good)) if good else []
     links = (results.get("links") or {}).get("rows")
     if links:
+        check_columns(links, LINK, f"{folder}: links")
         figures.append(draw_links(folder, results["name"], links))
     page = folder / "report.html"
     replace_file(page, _page(results, rows, figures))
@@ -68,13 +79,20 @@ def _add_derived(rows: Sequence[CellRow]) -> None:
 
 
 def to_csv(rows: Sequence[CellRow]) -> str:
-    """All rows as CSV, with axes as JSON."""
+    """All rows as CSV, with axes as JSON; no text is one that a spreadsheet would run."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(row | {"axes": json.dumps(row["axes"])} for row in rows)
+    writer = csv.writer(text)
+    writer.writerow(map(_as_text, columns))
+    for row in rows:
+        cells = row | {"axes": json.dumps(row["axes"])}
+        writer.writerow(_as_text(cells.get(column)) for column in columns)
     return text.getvalue()
+
+
+def _as_text(cell: Any) -> Any:
+    """A cell; an apostrophe before what would be a formula makes it text."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
 
 
 def panel_title(row: CellRow, varied: Sequence[str]) -> str:
@@ -112,7 +130,7 @@ def _page(results: Mapping[str, Any], rows: Sequence[CellRow], figures: Sequence
         for path in figures
     )
     facts = {
-        key: ", ".join(sorted({str(row[key]) for row in good}))
+        key: ", ".join(sorted({str(row.get(key)) for row in good}))
         for key in (*WHERE, "commit")
         if good
     }
@@ -180,7 +198,7 @@ def _runs(rows: Sequence[CellRow]) -> str:
 
 def _slowest(row: CellRow) -> str:
     """Which rank is slowest, by how much, and how its GPU does."""
-    if "rank_ms" not in row:
+    if not {"rank_ms", "slowest_rank", "slowest_host"} <= row.keys():
         return "?"
     rank = row["slowest_rank"]
     units = {"mhz": "MHz", "watt": "W", "celsius": "°C"}

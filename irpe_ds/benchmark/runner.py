@@ -1,7 +1,6 @@
 """Runs the cells of a scaling experiment, each started as training is, and collects their rows."""
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -14,12 +13,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from irpe_ds.benchmark.experiment import Cell, Experiment, Scaling
-from irpe_ds.benchmark.rows import KIND, RANKS, CellRow, Results
+from irpe_ds.benchmark.rows import KIND, LIMIT, RANKS, CellRow, RankColumns, Results, SavedLink
 from irpe_ds.cluster.launchers import free_port
 from irpe_ds.cluster.process_group import device_type
-from irpe_ds.errors import ConfigError
+from irpe_ds.environment import read_environment
+from irpe_ds.errors import CheckpointError, ConfigError, printable
+from irpe_ds.files import open_own, read_regular, replace_file
 from irpe_ds.planner.zero import read_zero
 from irpe_ds.runlog import METRICS, read_rows
+from irpe_ds.schema import parse_json
 from irpe_ds.training.deepspeed_config import micro_batch
 from irpe_ds.training.evaluation import check_data
 from irpe_ds.training.start import check_folder, lock
@@ -51,15 +53,15 @@ def run_experiment(
             links = check_links(experiment, held)
             results.add_links(links)
             if "error" in links:
-                say(f"links: failed: {links['error']}")
+                say(printable(f"links: failed: {links['error']}"))
         for number, cell in enumerate(experiment.cells, 1):
             place = f"[{number}/{len(experiment.cells)}] {cell}"
             known = results.rows.get(cell.key)
-            if known is None or known["zero"] != cell.zero or (retry and "error" in known):
+            if known is None or known.get("zero") != cell.zero or (retry and "error" in known):
                 results.add(run_cell(experiment, cell, held))
             else:
                 place += " (known)"
-            say(f"{place}: {_summary(results.rows[cell.key])}")
+            say(printable(f"{place}: {_summary(results.rows[cell.key])}"))
     return results
 
 
@@ -75,8 +77,9 @@ def check_links(experiment: Experiment, held: TextIO) -> dict[str, Any]:
     try:
         start = launcher(scaling, largest, "irpe_ds.benchmark.links")
         _launch([*start, *options, *sizes], folder / "links.log", scaling.timeout, held)
-        return {"rows": json.loads(out.read_text())}
-    except (ConfigError, CellError) as error:
+        rows = parse_json(read_regular(out, LIMIT), list[SavedLink], out, ConfigError)
+        return {"rows": rows}
+    except (ConfigError, CellError, OSError) as error:
         return {"error": str(error)}
 
 
@@ -131,23 +134,24 @@ def _measure(experiment: Experiment, cell: Cell, held: TextIO) -> CellRow:
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     file = folder.with_suffix(".yaml")
-    file.write_text(cell.config.dump())
+    replace_file(file, cell.config.dump())
     output = folder.with_suffix(".log")
     _launch(command(experiment, cell, file), output, experiment.scaling.timeout, held)
     try:
         (row,) = (row for row in read_rows(folder / METRICS) if row["kind"] == KIND)
-        environment = json.loads((folder / "environment.json").read_text())
-        row |= json.loads((folder / RANKS).read_text())
+        environment = read_environment(folder)
+        ranks = read_regular(folder / RANKS, LIMIT)
+        row |= parse_json(ranks, RankColumns, folder / RANKS, CheckpointError)
     except (OSError, ValueError):
         raise CellError(f"the run ended without a result; see {output}") from None
     numbers = {key: value for key, value in row.items() if key not in ("kind", "update")}
-    packages = environment["packages"]
+    packages = environment.packages
     return numbers | {
-        "impl": environment["attention_op"]["name"],
-        "device": environment["device"],
-        "torch": packages["torch"],
-        "deepspeed_version": packages["deepspeed"],
-        "commit": environment["commit"],
+        "impl": environment.attention_op.get("name"),
+        "device": environment.device,
+        "torch": packages.get("torch"),
+        "deepspeed_version": packages.get("deepspeed"),
+        "commit": environment.commit,
     }
 
 
@@ -189,7 +193,7 @@ def _launch(command: list[str], output: Path, timeout: float, held: TextIO) -> N
     Raises:
         CellError: the command failed or timed out.
     """
-    with output.open("wb") as file:
+    with open_own(output, "w") as file:
         process = subprocess.Popen(
             command,
             stdout=file,

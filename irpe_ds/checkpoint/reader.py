@@ -10,88 +10,37 @@ and renamed once it is on disk. It contains no pickles: reading one cannot run c
 format 2, which had whole tensors in weights, ema and optimizer.safetensors, are read as well.
 """
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from irpe_ds.checkpoint.shards import ShardFiles
+from irpe_ds.checkpoint.manifest import (
+    EMA,
+    FORMAT,
+    MANIFEST,
+    MOMENTS,
+    WEIGHTS,
+    CheckpointManifest,
+    read_manifest,
+    write_manifest,
+)
+from irpe_ds.checkpoint.shards import ShardFiles, whole_shapes
 from irpe_ds.cluster.process_group import Ranks
 from irpe_ds.data.beton.manifest import file_sha256
 from irpe_ds.errors import CheckpointError, UserError
-from irpe_ds.files import replace_file
 
-FORMAT = 3
-OLDEST = 2
-"""The oldest format that can be read."""
-WEIGHTS, EMA = "weights", "ema"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's: with the above, the kinds of tensors."""
-FOLDER, MANIFEST = "checkpoints", "checkpoint.json"
+FOLDER = "checkpoints"
 
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointManifest:
-    """What a checkpoint holds, and what a run must have in common with it to resume from it."""
-
-    format: int = FORMAT
-    """Version of this format."""
-    update: int = 0
-    """Updates done."""
-    epoch: int = 0
-    """Epochs done."""
-    images: int = 0
-    """Images of the current epoch that are done, in its order."""
-    updates_per_epoch: int
-    """Updates in an epoch."""
-    global_batch: int
-    """Images per update."""
-    num_samples: int
-    """Images in the training set."""
-    seed: int
-    """The only random state: what is drawn is a function of seed, update, sample and rank."""
-    shapes: dict[str, list[int]]
-    """Shape of every parameter of the model, by name."""
-    constants: dict[str, list[int]] = field(default_factory=dict)
-    """Shapes of what is not trained, and saved with the weights: buffers, frozen parameters."""
-    ema: bool = False
-    """Whether it has a moving average of the weights."""
-    world_size: int
-    """Number of ranks that saved it; any number may resume."""
-    zero_stage: int
-    """ZeRO stage it was trained with; any stage may resume."""
-    op: dict[str, str]
-    """Implementation of the attention op that trained it, and why it was chosen."""
-    config: dict[str, Any]
-    """Configuration of the run."""
-    steps: int = 0
-    """Updates that AdamW has applied: those done, less those skipped."""
-    loss_scaler: dict[str, float] | None = None
-    """State of the dynamic loss scale; None unless in fp16."""
-    meter: dict[str, float] = field(default_factory=dict)
-    """Sums of the training metrics since the last log row."""
-    scores: dict[str, float] = field(default_factory=dict)
-    """Results of the evaluation at this update, if there was one."""
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Bytes and SHA-256 of each file beside this one."""
-
-    def at(self, update: int, **state: Any) -> "CheckpointManifest":
-        """The manifest of the same run after `update` updates, with other fields replaced."""
-        epoch, done = divmod(update, self.updates_per_epoch)
-        images = done * self.global_batch
-        return replace(self, update=update, epoch=epoch, images=images, **state)
-
-    @property
-    def score(self) -> float:
-        """The top-1 accuracy that picks the best checkpoint; -1 without an evaluation."""
-        return self.scores.get("ema_top1", self.scores.get("top1", -1.0))
-
-
-MUST_AGREE = ("num_samples", "updates_per_epoch", "global_batch", "seed")
+ORDER = {
+    "num_samples": ("data.train", " images"),
+    "global_batch": ("train.global_batch", ""),
+    "seed": ("seed", ""),
+}
+"""What the order of the data depends on: fields of the manifest, and their keys in the YAML."""
 
 
 def path_of(folder: Path, update: int) -> Path:
@@ -99,9 +48,15 @@ def path_of(folder: Path, update: int) -> Path:
     return folder / f"update-{update:08d}"
 
 
+def numbered(folder: Path) -> list[Path]:
+    """The folders of checkpoints in a folder, oldest first; whatever else it has is left alone."""
+    found = [path for path in folder.glob("update-*") if re.fullmatch(r"update-\d{8,}", path.name)]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
 def complete(folder: Path) -> list[Path]:
     """The checkpoints in a folder that have a manifest, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"update-*/{MANIFEST}"))
+    return [path for path in numbered(folder) if (path / MANIFEST).exists()]
 
 
 def score_of(path: Path) -> float:
@@ -110,45 +65,6 @@ def score_of(path: Path) -> float:
         return read_manifest(path).score
     except UserError:
         return -1.0
-
-
-def write_manifest(path: Path, manifest: CheckpointManifest) -> None:
-    """Write a checkpoint's manifest: a line per key, the last the hash of the lines before it."""
-    lines = (f" {json.dumps(k)}: {json.dumps(v)}" for k, v in asdict(manifest).items())
-    body = "{\n" + ",\n".join(lines)
-    replace_file(path / MANIFEST, body + _last_line(body))
-
-
-def _last_line(body: str) -> str:
-    return f',\n "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
-
-
-def read_manifest(path: Path) -> CheckpointManifest:
-    """The manifest of a checkpoint.
-
-    Raises:
-        CheckpointError: it cannot be read, is damaged, or has another format version.
-    """
-    file = path / MANIFEST
-    damaged = CheckpointError(f"{file}: damaged manifest")
-    try:
-        text = file.read_text(encoding="utf-8")
-        values = json.loads(text)
-        values.pop("sha256", None)
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from None
-    except (ValueError, AttributeError):
-        raise damaged from None
-    if values.get("format") not in range(OLDEST, FORMAT + 1):
-        expected = f"a manifest of format {OLDEST} to {FORMAT}"
-        raise CheckpointError(file, expected, values.get("format"))
-    body, _, _ = text.rpartition(',\n "sha256"')
-    if body + _last_line(body) != text:
-        raise damaged
-    try:
-        return CheckpointManifest(**values)
-    except TypeError:
-        raise damaged from None
 
 
 def add_scores(folder: Path, manifest: CheckpointManifest) -> CheckpointManifest:
@@ -161,20 +77,35 @@ def add_scores(folder: Path, manifest: CheckpointManifest) -> CheckpointManifest
     return manifest
 
 
-def find_damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is damaged in a checkpoint, if anything; reads every byte of every `parts`-th file."""
+def find_damage(
+    path: Path, part: int = 0, parts: int = 1, kinds: Collection[str] = (WEIGHTS, EMA, *MOMENTS)
+) -> str | None:
+    """What is damaged in a checkpoint, if anything; reads every byte of every `parts`-th file.
+
+    Weights and moments that are not finite are damage: training on from them would only skip
+    updates.
+
+    Args:
+        kinds: of the tensors that the files must have; part 0 looks for them.
+    """
     try:
-        files = read_manifest(path).files
+        recorded = read_manifest(path).files
+        for name in [*recorded][part::parts]:
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != recorded[name].bytes:
+                return f"{name} has {file.stat().st_size} bytes instead of {recorded[name].bytes}"
+            if file_sha256(file) != recorded[name].sha256:
+                return f"{name} differs from what was saved"
+        files = open_files(path)
+        if part == 0:
+            files.check_layout(key for key in files.shapes if key.partition(".")[0] in kinds)
+        files.check_finite(part, parts)
     except UserError as error:
         return str(error)
-    for name, recorded in [*files.items()][part::parts]:
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != recorded["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {recorded['bytes']}"
-        if file_sha256(file) != recorded["sha256"]:
-            return f"{name} differs from what was saved"
+    except OSError as error:
+        return f"{error.filename or path}: {error.strerror}"
     return None
 
 
@@ -195,7 +126,7 @@ def newest_undamaged(folder: Path, ranks: Ranks) -> Newest:
     """
     damaged: list[str] = []
     # A folder without a manifest has lost it: it appears together with its files.
-    for path in ranks.on_rank0(lambda: sorted(folder.glob("update-*"), reverse=True)):
+    for path in ranks.on_rank0(lambda: numbered(folder)[::-1]):
         damage = damage_on_any(path, ranks)
         if damage is None:
             return Newest(path, damaged)
@@ -225,10 +156,10 @@ def check_compatible(path: Path, present: CheckpointManifest) -> CheckpointManif
         raise CheckpointError(
             f"{path}: checkpoint of another model: {name} of shape {there}, here {here}"
         )
-    for key in MUST_AGREE:
-        here, there = getattr(present, key), getattr(saved, key)
+    for field, (key, unit) in ORDER.items():
+        there, here = getattr(saved, field), getattr(present, field)
         if here != there:
-            raise CheckpointError(path, f"{key} {here}, as in this run", there)
+            raise CheckpointError(key, f"{there}{unit}, as in {path}", here)
     return saved
 
 
@@ -266,13 +197,33 @@ def open_files(path: Path, nearest: float = 0) -> ShardFiles:
     manifest = read_manifest(path)
     files = [path / name for name in manifest.files]
     if manifest.format < FORMAT:
-        prefixes = {f"{kind}.safetensors": f"{kind}." for kind in (WEIGHTS, EMA)}
-        return ShardFiles(files, prefixes=prefixes)
+        return _open_whole(path, files, manifest)
     trained = {n: s for n, s in manifest.shapes.items() if n not in manifest.constants}
     kinds = (WEIGHTS, *MOMENTS, *([EMA] if manifest.ema else []))
     shapes = {f"{kind}.{name}": shape for kind in kinds for name, shape in trained.items()}
+    parameters = {*shapes, *(f"{WEIGHTS}.{name}" for name in manifest.shapes)}
     shapes |= {f"{WEIGHTS}.{name}": shape for name, shape in manifest.constants.items()}
-    return ShardFiles(files, shapes, nearest)
+    return ShardFiles(files, shapes, nearest, parameters=parameters)
+
+
+def _open_whole(path: Path, files: Sequence[Path], manifest: CheckpointManifest) -> ShardFiles:
+    """The tensors of format 2, whose shapes are in the files; frozen parameters have no moments."""
+    prefixes = {f"{kind}.safetensors": f"{kind}." for kind in (WEIGHTS, EMA)}
+    shapes = whole_shapes(files, prefixes)
+    manifest = replace(manifest, ema=f"{EMA}.safetensors" in manifest.files)
+    parameters = set()
+    for name, shape in manifest.shapes.items():
+        kinds = [WEIGHTS, *([EMA] if manifest.ema else [])]
+        is_trained = any(f"{kind}.{name}" in shapes for kind in MOMENTS)
+        for key in (f"{kind}.{name}" for kind in [*kinds, *(MOMENTS if is_trained else ())]):
+            if shapes.get(key) != shape:
+                got = shapes.get(key, "no such tensor")
+                raise CheckpointError(f"{path}: {key}", f"shape {shape}", got)
+            if is_trained:
+                parameters.add(key)
+    if not parameters:
+        raise CheckpointError(f"{path}: exp_avg", "moments of the weights", "none")
+    return ShardFiles(files, shapes, prefixes=prefixes, parameters=parameters)
 
 
 class SavedWeights(Mapping[str, Tensor]):
@@ -340,6 +291,6 @@ def weights_of(run: Path, *, best: bool = False, ema: bool = False) -> SavedWeig
         none = "no checkpoint in this run folder" if run.is_dir() else "no such run folder"
         raise CheckpointError(f"{run}: {none}")
     path = max(paths, key=lambda path: (score_of(path), path)) if best else paths[-1]
-    if damage := find_damage(path):
+    if damage := find_damage(path, kinds=(WEIGHTS, EMA)):
         raise CheckpointError(f"{path}: damaged checkpoint: {damage}")
     return SavedWeights(path, ema=ema)

@@ -14,14 +14,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread, main_thread
-from typing import Any
 
 from irpe_ds.checkpoint import reader
-from irpe_ds.checkpoint.reader import CheckpointManifest
+from irpe_ds.checkpoint.manifest import (
+    CheckpointManifest,
+    SavedFile,
+    shard_names,
+    write_manifest,
+)
 from irpe_ds.checkpoint.shards import Shard, write_shards
 from irpe_ds.cluster.process_group import Ranks
 from irpe_ds.errors import CheckpointError, ClusterError
-from irpe_ds.files import fsync, replace_file
+from irpe_ds.files import fsync, read_regular, replace_file
+from irpe_ds.schema import parse_json
 
 POLL_SECONDS = 0.1
 """How often rank 0 looks for the files of the others."""
@@ -109,8 +114,7 @@ class _Save:
         self._hidden, self._manifest, self._keep = hidden, manifest, keep
         self._path = reader.path_of(hidden.parent, manifest.update)
         self.cancelled = Event()
-        world = ranks.world_size
-        self._names = [f"rank-{n:05d}-of-{world:05d}.safetensors" for n in range(world)]
+        self._names = shard_names(ranks.world_size)
         self._own: Future[None] = Future()
         self._all: Future[CheckpointManifest] = Future()
         # Not a daemon: a rank that ends over an error writes its part first.
@@ -148,8 +152,8 @@ class _Save:
     def _commit(self) -> CheckpointManifest:
         """Make the checkpoint visible once all files are on disk, and remove old ones."""
         files = {name: self._wait_for(self._hidden / name) for name in self._names}
-        manifest = replace(self._manifest, files=files)
-        reader.write_manifest(self._hidden, manifest)
+        manifest = replace(self._manifest, files=files, world_size=len(files))
+        write_manifest(self._hidden, manifest)
         fsync(self._hidden)
         _remove(self._path)  # a damaged one that was skipped
         self._hidden.rename(self._path)
@@ -157,7 +161,7 @@ class _Save:
         _prune(self._path, self._keep)
         return manifest
 
-    def _wait_for(self, file: Path) -> dict[str, Any]:
+    def _wait_for(self, file: Path) -> SavedFile:
         """Bytes and hash of a rank's file, once it is on disk."""
         record, patience = _record(file), GRACE_SECONDS
         while not record.exists():
@@ -165,7 +169,7 @@ class _Save:
                 patience -= POLL_SECONDS
             if self.cancelled.wait(POLL_SECONDS) or patience < 0:
                 raise OSError("another rank has not written its part")
-        written: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        written = read_record(record)
         record.unlink()
         return written
 
@@ -173,6 +177,11 @@ class _Save:
 def _record(file: Path) -> Path:
     """Where a rank says that its file is on disk."""
     return file.with_suffix(".json")
+
+
+def read_record(path: Path) -> SavedFile:
+    """What a rank says of its file; raises CheckpointError or OSError."""
+    return parse_json(read_regular(path, 1000), SavedFile, path, CheckpointError)
 
 
 def _prune(newest: Path, keep: int) -> None:

@@ -2,8 +2,10 @@
 
 import csv
 import io
-import json
+import itertools
 import math
+import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +15,15 @@ import numpy as np
 from scipy.optimize import approx_fprime, least_squares
 
 from irpe_ds.errors import ConfigError
+from irpe_ds.files import read_regular
 from irpe_ds.planner.assumptions import Assumptions
 from irpe_ds.planner.hardware import Cluster, parse_rate
 from irpe_ds.planner.plan import Scenario
 from irpe_ds.planner.zero import Zero
+from irpe_ds.schema import Plain, parse_json
+
+LIMIT = 32 << 20
+"""Largest file that is read, bytes."""
 
 COLUMNS = ("model", "ranks", "nodes", "stage", "micro_batch", "images_per_s")
 """Columns that a row must have; `accumulation` defaults to 1, the rest to the plan's."""
@@ -92,7 +99,9 @@ def read_results(
     """
     rows = _read_rows(path)
     if isinstance(rows, dict):
-        measured = rows.get("settings", {}).get("model", {})
+        settings = rows.get("settings")
+        measured = settings.get("model") if isinstance(settings, dict) else None
+        measured = measured if isinstance(measured, dict) else {}
         for key, value in (shape or {}).items():
             if measured.get(key, value) != value:
                 raise ConfigError(f"{path}: model.{key}", value, measured[key])
@@ -102,18 +111,17 @@ def read_results(
     wanted = {"model": model, "precision": precision, "rpe": rpe}
     found = []
     for number, row in enumerate(rows, 1):
+        where = f"{path}, row {number}"
         has_speed = row.get("images_per_s") not in ("", None)
         if "error" in row and not has_speed:
             continue
         missing = [column for column in COLUMNS if column not in row]
         if missing:
             expected = f"the columns {', '.join(COLUMNS)}"
-            raise ConfigError(f"{path}, row {number}", expected, f"none named {missing[0]}")
-        axes = row.get("axes") or {}
-        axes = json.loads(axes) if isinstance(axes, str) else axes
+            raise ConfigError(where, expected, f"none named {missing[0]}")
         same = all(row.get(key, value) == value for key, value in wanted.items())
-        if has_speed and same and axes.keys() <= KNOWN_AXES:
-            found.append(_result(row, f"{path}, row {number}"))
+        if has_speed and same and _axes(row, where).keys() <= KNOWN_AXES:
+            found.append(_result(row, where))
     if not found:
         got = f"none among {len(rows)}"
         raise ConfigError(path, f"results of {model} in {precision}", got)
@@ -122,35 +130,74 @@ def read_results(
 
 def _read_rows(path: Path) -> Any:
     try:
-        text = path.read_text()
-        if path.suffix == ".json":
-            return json.loads(text)
-        return list(csv.DictReader(io.StringIO(text)))
+        text = read_regular(path, LIMIT)
     except OSError as error:
         got = f"{path}: {error.strerror}"
         raise ConfigError("--calibrate", "a readable CSV or JSON", got) from None
-    except ValueError as error:
-        raise ConfigError(path, "valid JSON", error) from None
+    if path.suffix == ".json":
+        return parse_json(text, Plain, path, ConfigError)
+    try:
+        table = csv.reader(io.StringIO(text.decode("utf-8-sig"), newline=""), strict=True)
+        columns, *lines = [cells for cells in table if cells] or [[]]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ConfigError(path, "valid CSV", error) from None
+    if len({*columns}) < len(columns):
+        raise ConfigError(path, "every column once", ", ".join(columns))
+    for number, cells in enumerate(lines, 1):
+        if len(cells) > len(columns):
+            raise ConfigError(f"{path}, row {number}", f"{len(columns)} cells", len(cells))
+    return [dict(itertools.zip_longest(columns, cells, fillvalue="")) for cells in lines]
+
+
+def _axes(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The axes of a row, of which a CSV has the JSON."""
+    axes = row.get("axes") or {}
+    if isinstance(axes, str):
+        return parse_json(axes, dict[str, Plain], f"{where}: axes", ConfigError)
+    if not isinstance(axes, dict):
+        raise ConfigError(f"{where}: axes", "an object", reprlib.repr(axes))
+    return axes
 
 
 def _result(row: Mapping[str, Any], where: str) -> Result:
     try:
-        counts = {name: int(row[name]) for name in ("ranks", "nodes", "stage", "micro_batch")}
-        accumulation, speed = int(row.get("accumulation") or 1), float(row["images_per_s"])
-    except (TypeError, ValueError) as error:
+        counts = {name: _count(row[name]) for name in ("ranks", "nodes", "stage", "micro_batch")}
+        accumulation, speed = _count(row.get("accumulation") or 1), _speed(row["images_per_s"])
+    except (ValueError, OverflowError) as error:
         raise ConfigError(where, "numbers", error) from None
-    network = row.get("network") or None
+    network, file = row.get("network") or None, row.get("deepspeed") or None
+    for key, text in (("network", network), ("deepspeed", file)):
+        if text is not None and not isinstance(text, str):
+            raise ConfigError(f"{where}: {key}", "text", reprlib.repr(text))
     result = Result(
         **counts,
         accumulation=accumulation,
         images_per_s=speed,
         network=None if network is None else parse_rate(f"{where}: network", network),
-        file=row.get("deepspeed") or None,
+        file=file,
     )
-    positive = min(result.ranks, result.nodes, result.micro_batch, accumulation) > 0 and speed > 0
-    if not positive or result.ranks % result.nodes or result.stage not in (0, 1, 2, 3):
-        raise ConfigError(where, "positive numbers, whole nodes, a stage from 0 to 3", dict(row))
+    positive = min(result.ranks, result.nodes, result.micro_batch, accumulation) > 0
+    possible = positive and 1e-6 < speed < 1e12 and result.ranks % result.nodes == 0
+    if not possible or result.stage not in (0, 1, 2, 3):
+        expected = "positive numbers, whole nodes, a stage from 0 to 3"
+        raise ConfigError(where, expected, reprlib.repr(dict(row)))
     return result
+
+
+def _count(value: object) -> int:
+    """An integer from 0 of a CSV or JSON; raises ValueError."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):
+        return int(value)
+    if type(value) is int and 0 <= value < 10**9:
+        return value
+    raise ValueError(reprlib.repr(value))
+
+
+def _speed(value: object) -> float:
+    """A number of a CSV or JSON; raises ValueError."""
+    if isinstance(value, str) or type(value) in (int, float):
+        return float(value[:100] if isinstance(value, str) else value)  # type: ignore[arg-type]
+    raise ValueError(reprlib.repr(value))
 
 
 def calibrate(

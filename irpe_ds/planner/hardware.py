@@ -1,5 +1,6 @@
 """GPUs and the links between them, as rows of tables with their sources."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -219,7 +220,7 @@ def parse_rate(where: str, text: str, expected: str = "a rate such as 400Gb/s") 
         number = float(match[1]) if match else 0.0
     except ValueError:
         number = 0.0
-    if match is None or number <= 0:
+    if match is None or not 0 < number < math.inf:
         raise ConfigError(where, expected, repr(text))
     factor = {"": 1e0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match[2]]
     return number * factor / (1 if match[3] == "B" else 8)

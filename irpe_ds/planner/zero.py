@@ -4,11 +4,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from irpe_ds.errors import ConfigError
-from irpe_ds.training.deepspeed_config import gradient_dtype, parse_zero, read_ds_config
+import pydantic
 
-COMMUNICATION_BYTES = {"fp16": 2, "bf16": 2, "bfp16": 2, "fp32": 4}
-"""Values of DeepSpeed's communication_data_type."""
+from irpe_ds.errors import ConfigError
+from irpe_ds.training.deepspeed_config import (
+    COMMUNICATION_BYTES,
+    gradient_dtype,
+    parse_zero,
+    read_ds_config,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +93,27 @@ def zero_of(
         if (error.name or "").split(".")[0] != "deepspeed":
             raise
         values = section
-    if communication is not None and communication not in COMMUNICATION_BYTES:
-        expected = f"one of {', '.join(COMMUNICATION_BYTES)}"
-        raise ConfigError(f"{where}: communication_data_type", expected, repr(communication))
     zero = Zero(stage=int(section["stage"]), overlap_comm=section["stage"] == 3)
     given = {
-        key: _on_host(value) if key.startswith("offload_") else type(getattr(zero, key))(value)
+        key: _value(getattr(zero, key), value, f"{where}: zero_optimization.{key}")
         for key, value in values.items()
         if key in OPTIONS and (value is not None or key != "overlap_comm")
     }
-    return replace(zero, communication_bytes=COMMUNICATION_BYTES.get(communication or ""), **given)
+    zero = replace(zero, communication_bytes=COMMUNICATION_BYTES.get(communication or ""), **given)
+    if zero.zero_hpz_partition_size < 1:
+        key = f"{where}: zero_optimization.zero_hpz_partition_size"
+        raise ConfigError(key, "at least 1", zero.zero_hpz_partition_size)
+    return zero
 
 
-def _on_host(offload: dict[str, Any] | None) -> bool:
-    return offload is not None and offload.get("device") == "cpu"
+def _value(default: int, value: Any, where: str) -> Any:
+    """A value of the default's type, from what DeepSpeed takes for it."""
+    if type(default) is bool and isinstance(value, dict | None):  # a section offload_
+        return value is not None and value.get("device") == "cpu"
+    try:
+        found: int = pydantic.TypeAdapter(type(default)).validate_python(value)
+    except pydantic.ValidationError as error:
+        raise ConfigError(where, error.errors()[0]["msg"], repr(value)) from None
+    if found < 0:
+        raise ConfigError(where, "a number from 0", found)
+    return found

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.plots.style import INK, frame
+from irpe_ds.plots.style import INK, frame, plain
 from irpe_ds.runlog import METRICS, read_rows
 
 Rows = Sequence[Mapping[str, Any]]
@@ -64,7 +64,8 @@ class Curve:
 
     @classmethod
     def of(cls, rows: Rows, kind: str, key: str, axis: str) -> "Curve":
-        points = [r for r in rows if r["kind"] == kind and key in r and axis in r]
+        own = [r for r in rows if r["kind"] == kind and key in r]
+        points = [r for r in own if math.isfinite(r.get(axis, math.nan))]
         return cls([r[axis] for r in points], [r[key] for r in points])
 
     def finite(self) -> list[float]:
@@ -117,7 +118,7 @@ def draw_curves(runs: dict[str, Rows], axis: str) -> Figure:
         axes.set_xlabel(axis, color=INK)
     figure.legend(
         [Line2D([], [], color=colour, linewidth=2.5) for colour in colours.values()],
-        list(colours),
+        [plain(name) for name in colours],
         loc="outside upper center",
         ncols=min(len(colours), 4),
         frameon=False,

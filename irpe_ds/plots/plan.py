@@ -8,7 +8,7 @@ from irpe_ds.planner.assumptions import MEANINGS
 from irpe_ds.planner.memory import Memory
 from irpe_ds.planner.plan import SIZES, PlanRow
 from irpe_ds.planner.report import Report
-from irpe_ds.plots.style import FAINT, INK, PALE, frame, titled
+from irpe_ds.plots.style import FAINT, INK, PALE, frame, save_figure, titled
 
 COLOURS = ("#0072B2", "#D55E00")
 SHARES = ("flop_share", "memory_share", "link_share")
@@ -45,7 +45,7 @@ _TEXT: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5}
 
 
 def draw_plan(path: Path, report: Report) -> None:
-    """Write the figure of a plan."""
+    """Write the figure of a plan; raises ConfigError if it cannot be written."""
     scenario, row = report.scenario, report.row
     title = (
         f"{scenario.config.model.name}, {scenario.config.train.precision}, "
@@ -63,8 +63,7 @@ def draw_plan(path: Path, report: Report) -> None:
     _efficiency(grid[0][1], curves)
     _step(grid[1][0], strong or weak, next(iter(curves)))
     _memory(grid[1][1], row, report.memory)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _note(report: Report) -> str:

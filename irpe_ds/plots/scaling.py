@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from irpe_ds.plots.style import INK, PALE, frame, titled
+from irpe_ds.errors import ConfigError
+from irpe_ds.plots.style import INK, PALE, frame, plain, titled
 
 CellRow = Mapping[str, Any]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#999933")
 """By ZeRO config."""
 MARKERS = "osD^vPX*"
 """By number of nodes."""
-PANELS_IN_A_ROW = 4
+PANELS_IN_A_ROW, PANELS = 4, 200
+"""Panels of a figure: in a row, and at most. A larger one is more than matplotlib can draw."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,12 @@ def draw_figures(folder: Path, name: str, panels: Mapping[str, Sequence[CellRow]
     Args:
         name: the experiment's.
         panels: rows by the title of the panel that they are drawn in.
+
+    Raises:
+        ConfigError: there are too many panels.
     """
+    if len(panels) > PANELS:
+        raise ConfigError(folder, f"runs that differ in at most {PANELS} ways", len(panels))
     return [_draw(folder, name, panels, figure) for figure in FIGURES]
 
 
@@ -162,7 +169,7 @@ def _panel(
 def _legend(drawn: Any, colours: Mapping[str, str], markers: Mapping[int, str]) -> None:
     from matplotlib.lines import Line2D
 
-    entries = {file: Line2D([], [], color=colour) for file, colour in colours.items()}
+    entries = {plain(file): Line2D([], [], color=colour) for file, colour in colours.items()}
     for nodes, marker in markers.items():
         label = f"{nodes} node" + "s" * (nodes > 1)
         entries[label] = Line2D([], [], color=PALE, marker=marker, linestyle="none")

@@ -1,8 +1,34 @@
 """The look of all figures."""
 
+from pathlib import Path
 from typing import Any
 
+from irpe_ds.errors import ConfigError, printable
+
+SHOWN = 200
+"""Characters of a name that are drawn."""
+
 INK, PALE, FAINT = "#24292f", "#6e7781", "#d8dee4"
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib draws as it is, such as names from files: `$` would begin a formula."""
+    text = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    return printable(text).replace("$", r"\$")
+
+
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a figure to a script's --out; its path.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write --out: {error}") from None
+    return path
 
 
 def titled(title: str, note: str, size: tuple[float, float], above: float = 0) -> Any:
@@ -19,7 +45,7 @@ def titled(title: str, note: str, size: tuple[float, float], above: float = 0) -
     )
     figure = Figure(figsize=size, dpi=160, layout=layout)
     figure.suptitle(
-        title,
+        plain(title),
         x=0.012,
         y=1 - 0.1 / size[1],
         va="top",
@@ -34,7 +60,7 @@ def titled(title: str, note: str, size: tuple[float, float], above: float = 0) -
 
 def frame(axes: Any, title: str, unit: str, size: float = 12) -> None:
     """Set the title, the unit of the y axis, and horizontal grid lines."""
-    axes.set_title(title, loc="left", fontsize=size, fontweight="bold", color=INK)
+    axes.set_title(plain(title), loc="left", fontsize=size, fontweight="bold", color=INK)
     axes.set_ylabel(unit, color=INK)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)

@@ -21,7 +21,7 @@ from irpe_ds.data.pipelines.pipeline import open_pipeline
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_model, load_weights
 from irpe_ds.models.offset_maps import offset_maps, targets
-from irpe_ds.plots.style import FAINT, INK
+from irpe_ds.plots.style import FAINT, INK, plain
 from irpe_ds.training.batch import Normalize
 from irpe_ds.training.evaluation import open_checked
 
@@ -113,7 +113,7 @@ def draw_tables(maps: Mapping[int, np.ndarray], on: str, name: str) -> Figure:
     for head, axes in enumerate(grid[0]):
         axes.set_title(f"head {head}" if heads > 1 else "all heads", fontsize=10, color=INK)
     text = textwrap.fill(f"{name}: {SHOWN[on]}", int(10 * width))  # ten characters per inch
-    figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    figure.suptitle(plain(text), x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     figure.supxlabel("offset from query to key, patches", fontsize=9, color=INK)
     return figure
 

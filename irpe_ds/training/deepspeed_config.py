@@ -7,7 +7,10 @@ from typing import Any
 import pydantic
 
 from irpe_ds.config import RunConfig
+from irpe_ds.config_types import Positive
 from irpe_ds.errors import ConfigError
+from irpe_ds.files import read_regular
+from irpe_ds.schema import Plain, parse_json
 
 OWNED_BY_YAML = {
     "train_batch_size": "train.global_batch",
@@ -35,6 +38,16 @@ ALLOWED = {
     "comms_logger",
 }
 """DeepSpeed's keys that the JSON may set."""
+
+VALUES: dict[str, Any] = {
+    "prescale_gradients": pydantic.StrictBool,
+    "gradient_predivide_factor": Positive,
+    "comms_logger": dict[str, Any],
+}
+"""Types of those that are not looked at elsewhere."""
+
+COMMUNICATION_BYTES = {"fp16": 2, "bf16": 2, "bfp16": 2, "fp32": 4}
+"""Values of DeepSpeed's communication_data_type."""
 
 OFFLOAD = {"device", "pin_memory"}
 """Keys that ZeRO's sections offload_optimizer and offload_param may have."""
@@ -92,16 +105,20 @@ def sums_in_fp32(config: RunConfig) -> bool:
     return is_half and dtype == "fp32" and train.accumulation > 1
 
 
-def gradient_dtype(ds_config: dict[str, Any], path: Path) -> Any:
+def gradient_dtype(ds_config: dict[str, Any], path: Path) -> str:
     """`data_types.grad_accum_dtype` of a file of `ds_configs/`, fp32 by default.
 
     Raises:
-        ConfigError: the section has other keys.
+        ConfigError: the section has other keys, or it is no type.
     """
     data_types = ds_config.get("data_types", {})
     if not isinstance(data_types, dict) or not data_types.keys() <= {"grad_accum_dtype"}:
         raise ConfigError(f"{path}: data_types", "grad_accum_dtype alone", json.dumps(data_types))
-    return data_types.get("grad_accum_dtype", "fp32")
+    dtype = data_types.get("grad_accum_dtype", "fp32")
+    if dtype not in ["fp32", "bf16", "fp16"]:
+        where = f"{path}: data_types.grad_accum_dtype"
+        raise ConfigError(where, "fp32, bf16 or fp16", json.dumps(dtype))
+    return str(dtype)
 
 
 def micro_batch(config: RunConfig, world_size: int) -> int:
@@ -145,15 +162,22 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not JSON, or lacks the stage.
     """
     try:
-        ds_config = json.loads(path.read_text())
+        text = read_regular(path, 1 << 20)
     except OSError as error:
         got = f"{path}: {error.strerror}"
         raise ConfigError("train.deepspeed", "a readable JSON file", got) from None
-    except ValueError as error:
-        raise ConfigError(path, "valid JSON", error) from None
+    ds_config: Any = parse_json(text, Plain, path, ConfigError)
     zero = ds_config.get("zero_optimization") if isinstance(ds_config, dict) else None
-    if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if not isinstance(ds_config, dict) or type(stage) is not int or not 0 <= stage <= 3:
         raise ConfigError(path, "zero_optimization.stage of 0, 1, 2 or 3", zero)
+    dtype = ds_config.get("communication_data_type")
+    if dtype is not None and dtype not in [*COMMUNICATION_BYTES]:
+        expected = f"one of {', '.join(COMMUNICATION_BYTES)}"
+        raise ConfigError(f"{path}: communication_data_type", expected, repr(dtype))
+    for key, schema in VALUES.items():
+        if key in ds_config:
+            parse_json(json.dumps(ds_config[key]), schema, f"{path}: {key}", ConfigError)
     return dict(ds_config)
 
 
@@ -169,12 +193,16 @@ def parse_zero(section: dict[str, Any], where: str) -> Any:
     """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+    for key in section.keys() & {"self", "strict"}:  # arguments of its constructor
+        raise ConfigError(f"{where}.{key}", "no such key", repr(section[key]))
     try:
         return DeepSpeedZeroConfig(**section)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, (where, *first["loc"])))
         raise ConfigError(key, first["msg"], repr(first["input"])) from None
+    except Exception as error:  # 0.19.8 raises TypeError for some
+        raise ConfigError(where, "a section that DeepSpeed accepts", error) from None
 
 
 def _check_keys(path: Path, ds_config: dict[str, Any]) -> None:
@@ -215,7 +243,7 @@ def _check_zero(config: RunConfig, zero: dict[str, Any], world_size: int) -> Non
         raise ConfigError(
             f"{path}: zero_optimization.{quantized[0]}", expected, f"true on {device}"
         )
-    if world_size % parsed.zero_hpz_partition_size:
+    if parsed.zero_hpz_partition_size < 1 or world_size % parsed.zero_hpz_partition_size:
         where = f"{path}: zero_optimization.zero_hpz_partition_size"
         expected = f"the GPUs of a node, which divide the {world_size} ranks"
         raise ConfigError(where, expected, parsed.zero_hpz_partition_size)

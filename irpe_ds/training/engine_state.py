@@ -9,19 +9,20 @@ stage only in part. It uses attributes that are not in DeepSpeed's documented AP
 tests/launch/test_survival.py fails if they change.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from irpe_ds.checkpoint.reader import EMA, MOMENTS, WEIGHTS
+from irpe_ds.checkpoint.manifest import EMA, MOMENTS, WEIGHTS, LossScaler
 from irpe_ds.checkpoint.shards import Shard
+from irpe_ds.errors import CheckpointError
 
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""The state of DeepSpeed's DynamicLossScaler, which has no state_dict."""
+SCALER = fields(LossScaler)
 
 
 class Source(Protocol):
@@ -81,8 +82,7 @@ class EngineState:
         held = [(WEIGHTS, name, _held(tensor)) for name, tensor in self._constants()]
         held += [(kind, *named) for kind in self.kinds for named in self.shards(kind)]
         for kind, name, (start, values) in held:
-            if (key := f"{kind}.{name}") in source:
-                values.copy_(source.read(key, start, values.numel()))
+            _fill(values, source, f"{kind}.{name}", start)
         if EMA in self.kinds and not any(f"{EMA}.{name}" in source for name, _ in self._trained()):
             for weights, average in self._pairs():
                 average.copy_(weights)
@@ -135,17 +135,19 @@ class EngineState:
         """Number of updates that the optimizer has applied."""
         return int(self._optimizer.state[self._optimized()[0]]["step"])
 
-    def loss_scaler(self) -> dict[str, float] | None:
+    def loss_scaler(self) -> LossScaler | None:
         """State of the dynamic loss scale; None unless in fp16."""
         scaler = self._scaler()
-        return None if scaler is None else {key: getattr(scaler, key) for key in SCALER}
+        if scaler is None:
+            return None
+        return LossScaler(**{field.name: getattr(scaler, field.name) for field in SCALER})
 
-    def set_loss_scaler(self, saved: Mapping[str, float] | None) -> None:
+    def set_loss_scaler(self, saved: LossScaler | None) -> None:
         """Restore a dynamic loss scale, if both runs have one."""
         scaler = self._scaler()
         if scaler is not None and saved is not None:
-            for key in SCALER:
-                setattr(scaler, key, saved[key])
+            for field in SCALER:
+                setattr(scaler, field.name, getattr(saved, field.name))
 
     def loss_scale_can_drop(self) -> bool:
         """Whether the dynamic loss scaler handles an overflow by itself."""
@@ -231,9 +233,22 @@ def load_tensors(model: nn.Module, source: Source, prefix: str = "") -> None:
         prefix: before the names of the model's state dict in the source's keys.
     """
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if (key := prefix + name) in source:
-            start, values = _held(tensor)
-            values.copy_(source.read(key, start, values.numel()))
+        start, values = _held(tensor)
+        _fill(values, source, prefix + name, start)
+
+
+def _fill(values: Tensor, source: Source, key: str, start: int) -> None:
+    """Copy a range of a tensor from a source, if that has it.
+
+    Raises:
+        CheckpointError: it has other numbers: copied, they would be rounded.
+    """
+    if key in source:
+        found = source.read(key, start, values.numel())
+        both_float = found.is_floating_point() and values.is_floating_point()
+        if found.dtype != values.dtype and not both_float:
+            raise CheckpointError(key, str(values.dtype), found.dtype)
+        values.copy_(found)
 
 
 def _is_partitioned(tensor: Any) -> bool:

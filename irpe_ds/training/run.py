@@ -30,12 +30,13 @@ from irpe_ds.cluster.signals import StopSignals, broken_pipe_safe
 from irpe_ds.config import RunConfig
 from irpe_ds.data.beton.reader import DatasetInfo
 from irpe_ds.errors import ClusterError, ConfigError, UserError
+from irpe_ds.files import replace_file
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.models.build import build_deferred
 from irpe_ds.models.deferred import Initial
 from irpe_ds.ops.dispatch import FallbackWarning, ResolvedImpl, resolve_impl
 from irpe_ds.provenance import commit, package_versions
-from irpe_ds.runlog import RunLog
+from irpe_ds.runlog import RunLog, writing
 from irpe_ds.training.deepspeed_config import deepspeed_config, sums_in_fp32
 from irpe_ds.training.evaluation import check_data
 from irpe_ds.training.loss import Loss, build_loss
@@ -192,11 +193,18 @@ def write_run_metadata(
 
     Returns:
         One line for the log: what runs where.
+
+    Raises:
+        CheckpointError: a file cannot be written.
     """
     found = run_environment(ranks, op)
-    (config.folder / "config.yaml").write_text(config.dump())
-    (config.folder / "deepspeed.json").write_text(json.dumps(ds_config, indent=2) + "\n")
-    (config.folder / "environment.json").write_text(json.dumps(found, indent=2) + "\n")
+    for name, text in (
+        ("config.yaml", config.dump()),
+        ("deepspeed.json", json.dumps(ds_config, indent=2) + "\n"),
+        ("environment.json", json.dumps(found, indent=2) + "\n"),
+    ):
+        with writing(config.folder / name):
+            replace_file(config.folder / name, text)
     nodes = len(found["hosts"])
     network = f", {nodes} nodes over {found['interface']}" if nodes > 1 else ""
     rpe = config.model.rpe

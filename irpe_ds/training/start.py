@@ -145,7 +145,7 @@ def _check_resume(config: RunConfig, resume: str) -> bool:
     elif resume != "auto" and not _is_in(folder, resume):
         if not Path(resume).is_dir():
             raise CheckpointError("--resume", "auto or the folder of a checkpoint", resume)
-        if any(folder.glob("update-*")):
+        if reader.numbered(folder):
             expected = "--resume auto, or name=... to start another run from a checkpoint"
             raise CheckpointError(config.folder, expected, resume)
     return exists
@@ -193,8 +193,8 @@ def lock(folder: Path) -> TextIO:
 
 def model_to_build(config: RunConfig, resume: str) -> ModelConfig:
     """The model's configuration, without `weights` if a checkpoint's will replace them."""
-    own = (config.folder / reader.FOLDER).glob("update-*")
-    from_scratch = resume == "never" or (resume == "auto" and not any(own))
+    own = reader.numbered(config.folder / reader.FOLDER)
+    from_scratch = resume == "never" or (resume == "auto" and not own)
     return config.model if from_scratch else config.model.model_copy(update={"weights": None})
 
 

@@ -263,9 +263,8 @@ class Trainer:
         limit = self.config.train.max_skips
         path = self.config.folder / SKIPPED
         if self.ranks.is_main:
-            with path.open("a", encoding="utf-8") as file:
-                row = {"update": self.update, "samples": self.samples_of(self.update)}
-                file.write(json.dumps(row) + "\n")
+            row = {"update": self.update, "samples": self.samples_of(self.update)}
+            log.append(SKIPPED, json.dumps(row))
             log.note(f"update {self.update} skipped: a gradient is not finite; see {path}")
         if self.skips > limit:
             self.finish_save()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,86 @@ def test_panels_are_told_apart_by_what_differs() -> None:
     assert varied([row(1, 1, axes={"seed": 0}), gpu]) == ["device", "seed"]
     strong = row(2, 1, scaling="strong")
     assert panel_title(strong, []) == "64 in all"
+
+
+def test_text_in_tables_and_figures_is_text(tmp_path: Path) -> None:
+    """Neither a spreadsheet nor matplotlib nor a terminal takes it for more."""
+    formula, mathtext = "=cmd|' /C calc'!A0", "$\\frac$"
+    first = row(1, 100, zero=mathtext, impl=formula, **{"@more": "+1", "\x1b[2J": "-x"})
+    first["axes"]["name"] = "$x^$"
+    found = results(first, row(2, 200, zero=mathtext, device="$\\sqrt$")) | {
+        "name": "$\\frac$ \x1b[2J"
+    }
+    write_report(found, tmp_path)
+    with (tmp_path / "results.csv").open(newline="") as file:
+        lines = list(csv.reader(file))
+    cells = [cell for line in lines for cell in line]
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
+    assert {f"'{formula}", "'@more", "'+1", "'-x"} <= {*cells}
+
+
+WRONG = [
+    ("rows", {}),
+    ("rows.0", None),
+    ("rows.0.key", 5),
+    ("rows.0.axes", []),
+    ("rows.0.ranks", "2"),
+    ("rows.0.ranks", True),
+    ("rows.0.ranks", 0),
+    ("rows.0.ranks", 10**400),
+    ("rows.0.images_per_s", 0),
+    ("rows.0.images_per_s", -1.0),
+    ("rows.0.images_per_s", 1e300),
+    ("rows.0.images_per_s", math.nan),
+    ("rows.0.apart_ms", 0),
+    ("rows.0.forward_ms", [1.0]),
+    ("rows.0.scaling", "strange"),
+    ("rows.0.deepspeed", ["zero1"]),
+    ("rows.0.all_reduce_bytes", "many"),
+    ("rows.0.rank_ms", []),
+    ("rows.0.rank_ms", [0.0]),
+    ("rows.0.slowest_rank", 3),
+    ("rows.0.slowest_rank", -1),
+    ("rows.0.rank_mhz", [1.0, 2.0]),
+    ("rows.1.key", "same"),
+    ("settings", None),
+    ("settings.deep", json.loads("[" * 400 + "]" * 400)),
+    ("name", 5),
+    ("name", "x" * 10_000),
+    ("links", []),
+    ("links", {"rows": [{"bytes": 0}]}),
+    ("links", {"rows": [{"collective": "../x"}]}),
+    ("links", {"error": 5}),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), WRONG, ids=lambda x: str(x)[:30])
+def test_results_that_are_not_as_written(place: str, value: Any, tmp_path: Path) -> None:
+    whole = row(3, 100, rank_ms=[8.0, 9.0, 7.0], slowest_rank=1, slowest_host="a")
+    found: Any = results(whole | {"key": "same"}, row(1, 50))
+    *above, last = place.split(".")
+    part = found
+    for key in above:
+        part = part[int(key) if key.isdigit() else key]
+    part[int(last) if last.isdigit() else last] = value
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(found))
+    with pytest.raises(ConfigError, match=r"results\.json: expected the results of") as error:
+        read_results_file(path)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("column", ["deepspeed", "micro_batch", "optimizer_ms", "device"])
+def test_a_column_that_is_missing_is_named(column: str, tmp_path: Path) -> None:
+    lacking = row(1, 100)
+    del lacking[column]
+    with pytest.raises(ConfigError, match=f"expected the column {column} in every row"):
+        write_report(results(lacking, row(2, 100)), tmp_path)
+
+
+@pytest.mark.parametrize("path", [*Path("irpe_ds/benchmark/results").glob("cpu-*.json")])
+def test_results_of_before_are_read(path: Path) -> None:
+    assert read_results_file(path)["rows"]
 
 
 def test_only_failures_are_reported_too(tmp_path: Path) -> None:

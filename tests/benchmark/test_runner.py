@@ -1,6 +1,7 @@
 """An experiment that is stopped, fails in a cell, hangs, or is called again."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -77,6 +78,39 @@ def test_every_cell_has_a_row(tmp_path: Path, speeds: Speeds) -> None:
     assert [(row["ranks"], row["images_per_s"]) for row in rows] == [(1, 100.0), (2, 190.0)]
     assert [row["micro_batch"] for row in rows] == [64, 32]
     assert read_results_file(tmp_path / "test/results.json")["rows"] == rows
+
+
+def test_a_loss_that_is_not_finite_is_read_back(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    results = Results(experiment(tmp_path))
+    row = {"key": "a", "axes": {}, "images_per_s": 1.0, "step_ms": 2.0}
+    results.add(row | {"loss": math.nan})
+    (back,) = read_results_file(results.path)["rows"]
+    assert back == row | {"loss": "nan"}
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("ranks.json", '{"rank_ms": [1.0, "2"]}'),
+        ("ranks.json", '{"rank_ms": []}'),
+        ("ranks.json", "[" * 3000),
+        ("environment.json", '{"packages": []}'),
+        ("metrics.jsonl", '{"kind": "../x", "update": 1}'),
+        ("metrics.jsonl", ""),
+    ],
+)
+def test_a_result_that_is_none_is_a_row(
+    file: str, text: str, tmp_path: Path, speeds: Speeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(command: list[str], *_: object) -> None:
+        subprocess.run(command, check=True)
+        if len(command) > 4:
+            Path(command[3], file).write_text(text)
+
+    monkeypatch.setattr(runner, "_launch", launch)
+    rows, _ = run(experiment(tmp_path, [1], link_mib=[]))
+    assert "ended without a result" in rows[0]["error"]
 
 
 def test_links_are_tested_once_before_the_first_cell(tmp_path: Path, speeds: Speeds) -> None:

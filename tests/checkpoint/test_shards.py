@@ -1,6 +1,7 @@
 """Ranges of tensors in files: written by some ranks, read by any other number."""
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from irpe_ds.checkpoint import shards
-from irpe_ds.checkpoint.reader import SavedWeights, open_files, read_manifest
+from irpe_ds.checkpoint.reader import SavedWeights, find_damage, open_files, read_manifest
 from irpe_ds.checkpoint.shards import Shard, ShardFiles, write_shards, write_whole
 from irpe_ds.errors import CheckpointError
 
@@ -133,6 +134,15 @@ class TestFormat2:
             expected = factor * torch.arange(6.0)
             assert torch.equal(files.whole(f"{kind}.weight"), expected.reshape(3, 2))
             assert torch.equal(files.read(f"{kind}.weight", 1, 4), expected[1:5])
+
+    @pytest.mark.parametrize("kind", ["weights", "optimizer", "ema"])
+    def test_what_is_missing_is_said(self, kind: str, tmp_path: Path) -> None:
+        assert find_damage(self.PATH) is None
+        path = shutil.copytree(self.PATH, tmp_path / self.PATH.name)
+        save_file({"other": torch.ones(1)}, path / f"{kind}.safetensors")
+        with pytest.raises(CheckpointError, match=r"(weights|exp_avg|ema)(\.\w+)?: expected"):
+            open_files(path)
+        assert f"{kind}.safetensors has " in str(find_damage(path))
 
     @pytest.mark.parametrize("ema", [False, True])
     def test_its_weights(self, ema: bool) -> None:

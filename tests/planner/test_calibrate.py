@@ -20,6 +20,8 @@ from tests.planner.conftest import cluster
 TRUE = Assumptions(flop_share=0.35, memory_share=0.4, link_share=0.25, hook_us=300, latency=2)
 ZEROS: dict[int | str, Zero] = {n: read_zero(Path(f"ds_configs/zero{n}.json")) for n in range(4)}
 HEADER = "model,ranks,nodes,stage,micro_batch,accumulation,images_per_s"
+ROW = '{"model": "m", "ranks": %s, "nodes": 2, "stage": 1, "micro_batch": 64, "images_per_s": %s}'
+AXES, DEEPSPEED = '9, "axes": [1]', '9, "deepspeed": 5'
 
 
 @pytest.fixture
@@ -143,15 +145,34 @@ class TestRead:
             ("x.csv", f"{HEADER}\nother,8,2,1,64,1,9\n", "expected results of m in bf16, got none"),
             ("x.csv", f"{HEADER},error\nm,8\n", "got none among 1"),
             ("x.csv", "model,images_per_s,error\nm,9,\n", "columns .* named ranks"),
+            ("x.csv", f"{HEADER}\nm,8,2,1,64,1,inf\n", "row 1: expected positive numbers"),
+            ("x.csv", f"{HEADER}\nm,8,2,1_0,64,1,9\n", "row 1: expected numbers, got '1_0'"),
+            ("x.csv", f"{HEADER}\nm,8,2,1,64,1,9,10\n", "row 1: expected 7 cells, got 8"),
+            ("x.csv", f"{HEADER},ranks\nm,8,2,1,64,1,9,8\n", "expected every column once"),
+            ("x.csv", f"{HEADER}\n{'m' * 200_000}\n", "expected valid CSV"),
+            ("x.csv", f"{HEADER},axes\nm,8,2,1,64,1,9,[]\n", "row 1: axes: expected a valid dict"),
+            ("x.csv", f"{HEADER},network\nm,8,2,1,64,1,9,{'9' * 400}Gb/s\n", "network: expected"),
+            ("x.csv", "\udcff", "expected valid CSV"),
+            ("x.csv", "", "got none among 0"),
+            ("x.json", f"[{ROW % ('true', '9')}]", "row 1: expected numbers, got True"),
+            ("x.json", f"[{ROW % ('8.5', '9')}]", "row 1: expected numbers, got 8.5"),
+            ("x.json", f"[{ROW % ('8', '1' + '0' * 400)}]", "row 1: expected numbers"),
+            ("x.json", f"[{ROW % ('8', '[9]')}]", "row 1: expected numbers"),
+            ("x.json", f"[{ROW % ('8', AXES)}]", "row 1: axes: expected an object"),
+            ("x.json", f"[{ROW % ('8', DEEPSPEED)}]", "deepspeed: expected text"),
+            ("x.json", '{"rows": 5}', "expected a list of rows, got int"),
+            ("x.json", '{"settings": 5, "rows": [null]}', "expected a list of rows, got list"),
+            ("x.json", "[" * 5000, "too many nested brackets"),
             ("x.json", "{", "expected valid JSON"),
             ("x.json", "{}", "expected a list of rows, got dict"),
         ],
     )
     def test_mistakes(self, tmp_path: Path, name: str, text: str, message: str) -> None:
         path = tmp_path / name
-        path.write_text(text)
-        with pytest.raises(ConfigError, match=message):
+        path.write_text(text, errors="surrogateescape")
+        with pytest.raises(ConfigError, match=message) as error:
             read_results(path, "m", "bf16")
+        assert len(str(error.value)) < 600
 
     def test_no_file(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="--calibrate: expected a readable CSV or JSON"):

@@ -46,6 +46,23 @@ def test_png_of_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: lis
     assert imread(out)[..., :3].std() > 0.05
 
 
+def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name) for name in ("$\\frac$", "\x1b[2J", "a$b")]
+    figure = draw_curves(read_runs(folders, "epoch"), "epoch")
+    figure.savefig(tmp_path / "x.png")
+    names = [text.get_text() for text in figure.legends[0].texts]
+    assert names == [r"\$\frac\$", r"\x1b[2J", r"a\$b"]
+
+
+def test_a_place_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "update": 9, "loss": 1e300, "epoch": "inf"}\n')
+    figure = draw_curves(read_runs([folder], "epoch"), "epoch")
+    figure.savefig(tmp_path / "x.png")
+    assert list(figure.axes[0].lines[0].get_xdata()) == [0.5, 1.0, 1.5, 2.0]
+
+
 def test_panels_hold_the_curves_by_name(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", last_loss=1.234)]
     figure = draw_curves(read_runs(folders, "update"), "update")

@@ -1,6 +1,7 @@
 """Who owns which number of DeepSpeed's configuration."""
 
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,7 +10,13 @@ from deepspeed.accelerator import get_accelerator
 
 from irpe_ds.config import RunConfig
 from irpe_ds.errors import ConfigError
-from irpe_ds.training.deepspeed_config import OWNED_BY_YAML, deepspeed_config, sums_in_fp32
+from irpe_ds.planner.zero import read_zero
+from irpe_ds.training.deepspeed_config import (
+    OWNED_BY_YAML,
+    deepspeed_config,
+    read_ds_config,
+    sums_in_fp32,
+)
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
@@ -249,3 +256,49 @@ def test_mixup_needs_even_batches() -> None:
     config = config.model_copy(update={"augment": config.augment.model_copy(update={"mixup": 0.8})})
     with pytest.raises(ConfigError, match="even number"):
         deepspeed_config(config, world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"zero_optimization": {"stage": true}}', "stage of 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": 1.0}}', "stage of 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": []}}', "stage of 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": 1, "stage": 2}}', "key 'stage' twice"),
+        ('{"zero_optimization": {"stage": 1, "reduce_bucket_size": NaN}}', "the number NaN"),
+        ('{"zero_optimization": {"stage": 1, "self": 1}}', r"optimization\.self: .*no such key"),
+        ('{"zero_optimization": {"stage": 1, "strict": 1}}', r"\.strict: .*no such key"),
+        ('{"zero_optimization": {"stage": 3, "leaf_module": 1}}', "that DeepSpeed accepts"),
+        ('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 0}}', "hpz_partition_size"),
+        ('{"zero_optimization": {"stage": 3, "offload_param": "cpu"}}', "offload_param"),
+        ('{"zero_optimization": {"stage": 1}, "communication_data_type": []}', "data_type: expect"),
+        (
+            '{"zero_optimization": {"stage": 1}, "communication_data_type": "x"}',
+            "one of fp16, bf16",
+        ),
+        ('{"zero_optimization": {"stage": 1}, "prescale_gradients": "no"}', "prescale_gradients"),
+        ('{"zero_optimization": {"stage": 1}, "gradient_predivide_factor": 0}', "greater than 0"),
+        ('{"zero_optimization": {"stage": 1}, "comms_logger": 1}', "comms_logger: expected"),
+        (
+            '{"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": []}}',
+            "accum_dtype",
+        ),
+        ("[" * 5000, "too many nested brackets"),
+        ('{"zero_optimization": ' + '{"a": ' * 400 + "1" + "}" * 401, "at most 16 levels"),
+        ("\x00" * 100, "valid JSON"),
+    ],
+    ids=lambda text: text[:60],
+)
+def test_json_that_parses_is_not_yet_right(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        deepspeed_config(run_config(deepspeed=path), world_size=2)
+    with pytest.raises(ConfigError, match=message):
+        read_zero(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "mine.json")
+    with pytest.raises(ConfigError, match=r"train\.deepspeed: .*mine\.json: not a regular file"):
+        read_ds_config(tmp_path / "mine.json")

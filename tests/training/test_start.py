@@ -1,6 +1,7 @@
 """Where a run starts, and how long it is."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def present(config: RunConfig) -> CheckpointManifest:
 
 
 SHAPES = {"weight": (3, 2), "bias": (3,)}
+KINDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
 
 
 def save(
@@ -49,7 +51,7 @@ def save(
     """A checkpoint of nn.Linear(2, 3) in a run folder."""
     state = {
         kind: {name: torch.full(shape, float(update)) for name, shape in SHAPES.items()}
-        for kind in ("weights", "exp_avg", "exp_avg_sq", "ema")
+        for kind in KINDS
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").touch()
@@ -121,13 +123,20 @@ class TestStart:
         with pytest.raises(CheckpointError, match=r"^--resume: expected auto or .*, got nowhere"):
             find_start(config, "nowhere", present)
 
-    @pytest.mark.parametrize("key", ["global_batch", "seed", "updates_per_epoch", "num_samples"])
+    @pytest.mark.parametrize(
+        ("field", "message"),
+        [
+            ("global_batch", r"^train\.global_batch: expected 64, as in .*00009, got 5$"),
+            ("seed", r"^seed: expected 0, as in .*00009, got 5$"),
+            ("num_samples", r"^data\.train: expected 640 images, as in .*00009, got 5$"),
+        ],
+    )
     def test_data_in_another_order(
-        self, key: str, config: RunConfig, present: CheckpointManifest
+        self, field: str, message: str, config: RunConfig, present: CheckpointManifest
     ) -> None:
         save(config.folder, present, 9)
-        other = reader.replace(present, **{key: 5})
-        with pytest.raises(CheckpointError, match=f"expected {key} 5, as in this run"):
+        other = reader.replace(present, **{field: 5}, updates_per_epoch=1)
+        with pytest.raises(CheckpointError, match=message):
             find_start(config, "auto", other)
 
 
@@ -288,6 +297,28 @@ def test_a_folder_that_cannot_be_written(config: RunConfig) -> None:
     config.output.joinpath("x").write_text("a file where the folder should be")
     with pytest.raises(CheckpointError, match=r"^output: cannot write to "):
         check_folder(config)
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(CheckpointError, match=r"cannot lock .* a symbolic link in place of a file"):
+        start.lock(tmp_path)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_weights_that_are_not_finite_are_not_resumed_from(
+    config: RunConfig, present: CheckpointManifest
+) -> None:
+    whole = save(config.folder, present, 9)
+    state = {kind: {name: torch.ones(s) for name, s in SHAPES.items()} for kind in KINDS}
+    state["exp_avg_sq"]["weight"][2, 1] = float("inf")
+    folder = config.folder / reader.FOLDER
+    checkpoint_ranks.save(folder, present.at(10), state, keep=2, world_size=2)
+    found = find_start(config, "auto", present)
+    assert found.path == whole
+    name = r"00010/rank-00001-of-00002\.safetensors: exp_avg_sq\.weight"
+    assert re.search(f"{name}: expected finite values, got inf", found.notes[0])
 
 
 def test_an_average_over_more_updates_than_the_run_has_is_pointed_out(config: RunConfig) -> None:
