@@ -16,6 +16,7 @@ from irpe_ds.cluster.process_group import Ranks
 from irpe_ds.config import ModelConfig, RunConfig
 from irpe_ds.errors import CheckpointError, ConfigError
 from irpe_ds.files import lock_file
+from irpe_ds.models.build import check_positions
 from irpe_ds.runlog import METRICS
 
 
@@ -127,6 +128,7 @@ def find_start(config: RunConfig, resume: str, present: CheckpointManifest, rank
     if path is None:
         return Start(None, present, ["no checkpoint yet: starting from scratch"] if exists else [])
     saved = ranks.on_rank0(partial(reader.check_compatible, path, present))
+    ranks.on_rank0(partial(check_positions, path, saved, config.model))
     changes = "; ".join(reader.changes(saved, present))
     notes.append(f"resuming from {path}" + (f" with {changes}" if changes else ""))
     return Start(path, saved, notes)
@@ -195,7 +197,7 @@ def model_to_build(config: RunConfig, resume: str) -> ModelConfig:
     """The model's configuration, without `weights` if a checkpoint's will replace them."""
     own = (config.folder / reader.FOLDER).glob("update-*")
     from_scratch = resume == "never" or (resume == "auto" and not any(own))
-    return config.model if from_scratch else config.model.model_copy(update={"weights": None})
+    return config.model if from_scratch else config.model.without_weights()
 
 
 def check_folder(config: RunConfig) -> None:
