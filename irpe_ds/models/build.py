@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from irpe_ds.checkpoint.reader import (
+    MANIFEST,
     CheckpointManifest,
     SavedWeights,
     find_damage,
@@ -297,6 +298,8 @@ def _read(
 ) -> tuple[dict[str, Any], Positions | None]:
     """The state dict of weights, and what they say of positions."""
     if isinstance(path, Path) and path.is_dir():
+        if not (path / MANIFEST).exists():
+            raise ConfigError(where, f"a file, or a checkpoint's folder with {MANIFEST}", path)
         if damage := find_damage(path):
             raise CheckpointError(f"{where}: {path}: damaged checkpoint: {damage}")
         path = SavedWeights(path)
@@ -325,7 +328,8 @@ def _for_vit(
         return checkpoint_filter_fn(state, model)  # perhaps another program's names
     own = {}
     if model.pos_embed is not None:
-        own["pos_embed"] = on_grid(model, state.pop("pos_embed"), stated and stated.grid)
+        grid = None if stated is None else stated.grid
+        own["pos_embed"] = on_grid(model, state.pop("pos_embed"), grid)
     if _first_difference(expected, state | own):
         state = checkpoint_filter_fn(state, model)  # patch embeddings of another size
     return state | own

@@ -81,7 +81,7 @@ def _text(values: dict[str, Any]) -> str:
 
 
 def check_grid(model: nn.Module, there: Positions) -> None:
-    """Raise ConfigError if the model learns a value per position, and weights are of another grid."""
+    """Raise ConfigError if a model learns a value per position, and weights have another grid."""
     here = Positions.of(model).grid
     if there.grid in (None, here) or here is None:
         return
@@ -105,17 +105,20 @@ def on_grid(model: VisionTransformer, embedding: Tensor, stated: Grid | None) ->
     tokens = embedding.shape[1] - skip
     old = _guess(model, tokens) if stated is None else stated
     if old is None:
-        raise ConfigError(KEY, 
+        raise ConfigError(
+            KEY,
             "a file that says its grid, as launch/export.py writes it, "
             f"for a model of {_size(grid)} patches",
             f"one of {tokens} patches that does not say in which rows and columns",
         )
     if math.prod(old) != tokens:
-        raise ConfigError(KEY, f"a pos_embed of {_size(old)} patches, as the file says", str(tokens))
+        raise ConfigError(
+            KEY, f"a pos_embed of {_size(old)} patches, as the file says", str(tokens)
+        )
     return embedding if old == grid else _resample(embedding, old, grid, skip)
 
 
-def _guess(model: VisionTransformer, tokens: int) -> Grid | None:
+def _guess(model: Any, tokens: int) -> Grid | None:
     """The grid of so many patches, if there is no doubt."""
     height, width = model.patch_embed.grid_size
     side = math.isqrt(tokens)

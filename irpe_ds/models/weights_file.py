@@ -35,7 +35,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], Positions | None]:
     else:
         _check_pickle(path, is_archive)
         state, stated = _read_pth(path)
-    return state, None if stated is None else Positions.parse(stated, path)
+    return state, None if stated is None else Positions.parse(str(stated), path)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
@@ -77,7 +77,7 @@ def _read_pth(path: Path) -> tuple[dict[str, Any], str | None]:
         state = next((content[key] for key in STATES if content.get(key) is not None), content)
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise ValueError("no state dict in it")
-    return clean_state_dict(state), stated
+    return clean_state_dict(dict(state)), stated
 
 
 def check_tensors(

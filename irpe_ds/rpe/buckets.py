@@ -56,8 +56,9 @@ class BucketMap(nn.Module):
         self.method, self.grid, self.skip, self.ratio = method, (height, width), skip, ratio
         row = torch.arange(height, device="cpu").repeat_interleave(width)
         col = torch.arange(width, device="cpu").repeat(height)
-        rows, cols = (torch.arange(1 - n, n, device="cpu") for n in (height, width))
-        by_offset = bucket_of(method, *torch.meshgrid(rows, cols, indexing="ij"), ratio)
+        offsets = (torch.arange(1 - n, n, device="cpu") for n in (height, width))
+        rows, cols = torch.meshgrid(*offsets, indexing="ij")
+        by_offset = bucket_of(method, rows, cols, ratio)
         index = by_offset[row[:, None] - row + height - 1, col[:, None] - col + width - 1]
         used = by_offset.unique()
         self.num_buckets = num_buckets(method, skip, ratio)

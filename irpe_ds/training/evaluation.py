@@ -27,7 +27,6 @@ from irpe_ds.training.deepspeed_config import read_ds_config
 from irpe_ds.training.engine import FirstValues, build_evaluation_model
 from irpe_ds.training.engine_state import load_tensors
 
-PARTS: tuple[Part, ...] = ("train", "val")
 EvalBatch = tuple[Tensor, Tensor, Tensor]
 """Images, labels and which of them are valid."""
 IGNORED = -100
@@ -133,18 +132,19 @@ def check_data(config: RunConfig) -> dict[str, DatasetInfo]:
     Raises:
         UserError: one does not; the message names the configuration key.
     """
-    infos = {part: dataset_info(config.data, part) for part in PARTS}
-    train, val = infos.values()
+    train, val = dataset_info(config.data, "train"), dataset_info(config.data, "val")
     if train.classes and val.classes and train.classes != val.classes:
         missing, more = set(train.classes) - set(val.classes), set(val.classes) - set(train.classes)
         got = ", ".join(
-            f"{word} {_few(names)}" for word, names in (("without", missing), ("with", more)) if names
+            f"{word} {_few(names)}"
+            for word, names in (("without", missing), ("with", more))
+            if names
         )
         got = f"others: {got}" if got else "another order"
         raise ConfigError("data.val", f"the classes of {train.path}", got)
-    for part, info in infos.items():
-        _check_classes(config, part, info)
-    return {**infos}
+    _check_classes(config, "train", train)
+    _check_classes(config, "val", val)
+    return {"train": train, "val": val}
 
 
 def _few(names: set[str]) -> str:
