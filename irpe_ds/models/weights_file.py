@@ -42,8 +42,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    if SHA256 in metadata:  # else another program's
-        check_whole(path, metadata[SHA256])
+    if {SHA256, KEY} & metadata.keys():  # else another program's, without a hash
+        check_whole(path, metadata.get(SHA256, ""))
     return state, metadata.get(KEY)
 
 
