@@ -342,7 +342,7 @@ def saved_positions(weights: SavedWeights) -> Positions | None:
 
 def _positions_in(manifest: CheckpointManifest) -> Positions | None:
     try:
-        config = validate(ModelConfig, manifest.config["model"])
+        config = validate(ModelConfig, manifest.config.get("model", {}))
     except UserError:
         return None
     return Positions.of(meta_model(config))
@@ -354,7 +354,7 @@ def check_positions(path: Path, saved: CheckpointManifest, config: ModelConfig) 
     Raises:
         CheckpointError: the grid or the encoding is another.
     """
-    if saved.config["model"] == config.model_dump(mode="json"):
+    if saved.config.get("model") == config.model_dump(mode="json"):
         return
     there, model = _positions_in(saved), meta_model(config)
     if there is None:
