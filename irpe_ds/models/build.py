@@ -35,7 +35,7 @@ from irpe_ds.models.zoo import ZOO
 
 logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
-OWN_FIELDS = {"num_classes", "img_size", "drop_path_rate", "impl"}
+OWN_FIELDS = {"num_classes", "img_size", "drop_path_rate", "impl", "checkpoint_path"}
 """Arguments of timm.create_model that have a key of their own in `model`."""
 
 
@@ -65,7 +65,7 @@ def build_deferred(config: ModelConfig, seed: int) -> tuple[nn.Module, Initial]:
         close = difflib.get_close_matches(config.name, timm.list_models(), n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise ConfigError("model.name", "a timm model name", f"{config.name!r}{hint}")
-    if config.options.get("pretrained"):
+    if config.options.get("pretrained") and "pretrained_cfg_overlay" not in config.options:
         _check_network(config.name)
     create = partial(_create, config, _arguments(config))
     model, initial = _explained(config, partial(defer, create, seed))

@@ -69,6 +69,7 @@ class TestBuild:
             ({"options": {"bogus": 1}}, "model", "arguments that", "'bogus'"),
             ({"options": {"embed_dim": 50}}, "model", "arguments that", "divisible"),
             ({"options": {"img_size": 50}}, "model.options", "a key of its own", "img_size"),
+            ({"options": {"checkpoint_path": "x"}}, "model.options", "a key of its own", "checkp"),
             ({"impl": "fast", "rpe": RPEConfig(), "name": DEIT}, "model.impl", "auto or", "'fast'"),
             ({"rpe": RPEConfig()}, "model.rpe", "without relative position", "VisionTransformer"),
             ({"options": {"in_chans": 1}}, "model.options", "RGB images of 64x64", "channel"),
