@@ -74,8 +74,8 @@ class ModelConfig(Section):
     """Stochastic depth rate of the last block; earlier blocks have less, linearly. timm:
     drop_path_rate."""
     weights: Path | None = None
-    """Checkpoint to start from (.pth or .safetensors). None: random initialisation. timm:
-    initial-checkpoint; DeiT: finetune."""
+    """Weights to start from: .pth, .safetensors or the folder of a checkpoint. None: random
+    initialisation. timm: initial-checkpoint; DeiT: finetune."""
     new_head: StrictBool = False
     """Ignore the classifier in `weights` and initialise a new one, for other classes. timm:
     reset_classifier."""
@@ -92,6 +92,11 @@ class ModelConfig(Section):
         if self.new_head and self.weights is None:
             raise ConfigError("new_head", "false without model.weights: all starts anew", "true")
         return self
+
+    def without_weights(self) -> "ModelConfig":
+        """The same model with its own first values, whatever `weights` and `options` say."""
+        options = {key: value for key, value in self.options.items() if key != "pretrained"}
+        return self.model_copy(update={"weights": None, "new_head": False, "options": options})
 
     def size_at(self, epoch: int) -> tuple[int, int]:
         """Input height and width of a training epoch, pixels."""
@@ -237,7 +242,8 @@ class DistillConfig(Section):
     teacher: str = "regnety_160"
     """Any timm model name, or one of ours."""
     weights: Path | None = None
-    """The teacher's weights (.pth or .safetensors), required with a teacher. DeiT: teacher-path."""
+    """The teacher's weights, required with a teacher: .pth, .safetensors or the folder of a
+    checkpoint. DeiT: teacher-path."""
     alpha: Probability = 0.5
     """Weight of the teacher's part of the loss; the labels' part has the rest. DeiT:
     distillation-alpha."""

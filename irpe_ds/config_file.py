@@ -12,8 +12,11 @@ import yaml
 
 from irpe_ds import yaml12
 from irpe_ds.errors import ConfigError
+from irpe_ds.files import read_regular
 
 Values = dict[str, Any]
+LARGEST = 1 << 20
+"""Bytes of a file."""
 
 
 def read_values(path: Path, overrides: Sequence[str] = ()) -> Values:
@@ -62,9 +65,10 @@ def _read(path: Path, above: tuple[Path, ...]) -> Values:
 def _parse(path: Path, where: object) -> Values:
     named = "" if where == path else f"{path}: "
     try:
-        values = yaml12.load(path.read_text(encoding="utf-8"))
+        values = yaml12.load(read_regular(path, LARGEST).decode("utf-8"))
     except OSError as error:
-        raise ConfigError(where, "a readable YAML file", f"{named}{error.strerror}") from None
+        reason = "Is a directory" if path.is_dir() else error.strerror
+        raise ConfigError(where, "a readable YAML file", f"{named}{reason}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(path, "valid YAML", " ".join(str(error).split())) from None
     if not isinstance(values, dict):
@@ -82,11 +86,13 @@ def _merge(below: Values, above: Values) -> Values:
 
 def _override(values: Values, override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
+    if not equals or not all(key.split(".")) or key.count(".") > yaml12.DEEPEST:
         raise ConfigError(
             key or override, "an override of the form section.key=value", repr(override)
         )
     try:
         apply(values, key, yaml12.load(text))
-    except yaml.YAMLError:
-        raise ConfigError(key, "a YAML value", repr(text)) from None
+    except yaml.YAMLError as error:
+        shown = repr(text) if len(text) <= 60 else f"{text[:60]!r}... of {len(text)} characters"
+        problem = f" ({error.problem})" if isinstance(error, yaml.MarkedYAMLError) else ""
+        raise ConfigError(key, "a YAML value", f"{shown}{problem}") from None

@@ -21,7 +21,7 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="run folder; its newest checkpoint is evaluated")
     source.add_argument("--config", type=Path, metavar="YAML", help="configuration, with --weights")
-    parser.add_argument("--weights", type=Path, help=".pth or .safetensors instead of the run's")
+    parser.add_argument("--weights", type=Path, help="of a file instead of the run")
     parser.add_argument(
         "--ema", action="store_true", help="the moving average of the run's weights"
     )
@@ -58,7 +58,19 @@ def main() -> None:
         print(
             f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, "
             f"loss {scores['loss']:.4f} on {scores['images']:.0f} images of {config.data.val} "
-            f"(pipeline {args.pipeline}): {weights}"
+            f"(pipeline {config.data.pipeline}): {weights}"
+        )
+        if args.run is not None:
+            note_pipeline(load_run_config(args.run).data.pipeline, config.data.pipeline)
+
+
+def note_pipeline(of_run: str, here: str) -> None:
+    """Say why these scores are not those that the run has logged, if so."""
+    if of_run != here:
+        how = {"timm": "bicubically, as published", "ffcv": "by area"}
+        print(
+            f"The run's own scores are of pipeline {of_run}, which resizes {how[of_run]}; {here} "
+            f"resizes {how[here]}, so the scores may differ; --pipeline {of_run} repeats the run's"
         )
 
 

@@ -3,7 +3,8 @@
 python launch/export.py --run runs/deit-small-k --ema --best --out deit_small_k.safetensors
 python launch/export.py --run runs/deit-small-k --out deit_small_k.pth
 
-A .pth holds {"model": weights} as the released checkpoints do. Both have the released keys:
+A .pth holds {"model": weights} as the released checkpoints do, a .safetensors its SHA-256. Both say
+what their positions mean: grid, prefix tokens and encoding. They have the released keys:
 timm.create_model("deit_small_patch16_224_ctx_product_50_shared_k", checkpoint_path=...) loads them.
 """
 
@@ -40,15 +41,19 @@ def main() -> None:
     from irpe_ds.checkpoint import reader
     from irpe_ds.checkpoint.shards import write_whole
     from irpe_ds.files import atomic_write
+    from irpe_ds.models.build import saved_positions
+    from irpe_ds.models.positions import KEY
 
     source = reader.weights_of(args.run, best=args.best, ema=args.ema)
+    positions = saved_positions(source)
+    said = {} if positions is None else {KEY: positions.to_json()}
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.out) as partial:
             if args.out.suffix == ".pth":
-                torch.save({"model": dict(source)}, partial)
+                torch.save({"model": dict(source), **said}, partial)
             else:
-                write_whole(partial, source.files, source.keys_in_files)
+                write_whole(partial, source.files, source.keys_in_files, said)
     except OSError as error:
         raise ConfigError(f"--out: cannot write {args.out}: {error}") from None
     print(f"{args.out}: {len(source)} tensors of {source}")

@@ -33,7 +33,7 @@ class RPEAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
-        self.scale, self.impl = attention.scale, impl
+        self.scale, self.impl, self.rpe = attention.scale, impl, rpe
         for name, child in attention.named_children():
             self.add_module(name, child)
         weight = attention.qkv.weight

@@ -2,28 +2,40 @@
 
 import difflib
 import logging
-from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import timm
 import torch
-from timm.models import load_state_dict
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from irpe_ds.checkpoint.reader import SavedWeights
-from irpe_ds.config import ModelConfig
-from irpe_ds.errors import ConfigError, UserError
+from irpe_ds.checkpoint.reader import (
+    MANIFEST,
+    CheckpointManifest,
+    SavedWeights,
+    find_damage,
+    read_manifest,
+)
+from irpe_ds.config import ModelConfig, validate
+from irpe_ds.errors import CheckpointError, ConfigError, UserError
+from irpe_ds.models.attention import RPEAttention
 from irpe_ds.models.deferred import Initial, defer, materialize
+from irpe_ds.models.positions import Positions, check_encoding, check_grid, on_grid
 from irpe_ds.models.vision_transformer import equip, set_resolution
+from irpe_ds.models.weights_file import check_tensors, read_weights
 from irpe_ds.models.zoo import ZOO
 
 logger = logging.getLogger(__name__)
-OWN_FIELDS = {"num_classes", "img_size", "drop_path_rate", "impl"}
+Made = TypeVar("Made")
+OWN_FIELDS = {"num_classes", "img_size", "drop_path_rate", "impl", "checkpoint_path"}
 """Arguments of timm.create_model that have a key of their own in `model`."""
 
 
@@ -53,19 +65,83 @@ def build_deferred(config: ModelConfig, seed: int) -> tuple[nn.Module, Initial]:
         close = difflib.get_close_matches(config.name, timm.list_models(), n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise ConfigError("model.name", "a timm model name", f"{config.name!r}{hint}")
-    arguments = _arguments(config)
-    try:
-        model, initial = defer(partial(_create, config, arguments), seed)
-    except UserError:
-        raise
-    except Exception as error:  # timm 1.0 raises any type for an argument it does not accept
-        got = f"{arguments}: {_first_line(error)}"
-        raise ConfigError("model", f"arguments that {config.name} accepts", got) from None
+    if config.options.get("pretrained") and "pretrained_cfg_overlay" not in config.options:
+        _check_network(config.name)
+    create = partial(_create, config, _arguments(config))
+    model, initial = _explained(config, partial(defer, create, seed))
+    if config.options:
+        _check_options(config)
     if config.weights is not None:
         renewed = _classifier(model) if config.new_head else ()
         hint = "model.new_head=true reinitialises the classifier"
         load_weights(model, config.weights, "model.weights", renewed, hint, initial)
     return model, initial
+
+
+def meta_model(config: ModelConfig) -> nn.Module:
+    """The model on the meta device for evaluation, its attention in eager PyTorch, to count or ask.
+
+    Raises:
+        ConfigError: as `build_model`.
+    """
+    plain = config.without_weights().model_copy(update={"impl": "auto"})
+    with torch.device("meta"):
+        model = _explained(plain, partial(_create, plain, _arguments(plain)))
+    for module in model.modules():
+        if isinstance(module, RPEAttention):
+            module.impl = "reference"
+    return model.eval()
+
+
+def _explained(config: ModelConfig, make: Callable[[], Made]) -> Made:
+    """What `make` returns; timm 1.0 raises any type for an argument that it does not accept."""
+    try:
+        return make()
+    except UserError:
+        raise
+    except Exception as error:
+        if config.options.get("pretrained") and isinstance(error, OSError):
+            raise _no_download(config.name, error) from None
+        got = f"{_arguments(config)}: {_first_line(error)}"
+        raise ConfigError("model", f"arguments that {config.name} accepts", got) from None
+
+
+def _check_network(name: str) -> None:
+    """Raise ConfigError if Hugging Face cannot be reached, where it would be asked for minutes.
+
+    Not needed once huggingface_hub (2.4) tells a host that it cannot resolve from a busy one.
+    """
+    hub = getattr(timm.models.get_pretrained_cfg(name), "hf_hub_id", None)
+    files = ("model.safetensors", "pytorch_model.bin")
+    if hub is None or any(isinstance(try_to_load_from_cache(hub, file), str) for file in files):
+        return
+    try:
+        urlopen(Request(ENDPOINT, method="HEAD"), timeout=10).close()
+    except HTTPError:
+        return  # it answers
+    except OSError as error:
+        raise _no_download(name, error) from None
+
+
+def _no_download(name: str, error: OSError) -> ConfigError:
+    expected = f"a network, or without pretrained model.weights=FILE, a copy of {name}'s weights"
+    return ConfigError("model.options.pretrained", expected, _first_line(error))
+
+
+def _check_options(config: ModelConfig) -> None:
+    """Raise ConfigError unless the model makes logits of images in three channels."""
+    height, width = config.img_size
+    expected = f"options with which {config.name} classifies RGB images of {height}x{width} pixels"
+    try:
+        with torch.device("meta"), torch.no_grad():
+            logits = meta_model(config)(torch.empty(1, 3, height, width))
+    except UserError:
+        raise
+    except Exception as error:  # of any type: the models are timm's
+        raise ConfigError("model.options", expected, _first_line(error)) from None
+    if getattr(logits, "shape", None) != (1, config.num_classes):
+        got = f"outputs {tuple(getattr(logits, 'shape', ()))}, not {(1, config.num_classes)}"
+        raise ConfigError("model.options", expected, got)
 
 
 def _create(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
@@ -158,36 +234,39 @@ def load_weights(
 ) -> None:
     """Load .safetensors, .pth such as the released `{"model": ..., "args": ...}`, or a checkpoint.
 
-    Position embeddings are interpolated to the model's grid; relative position tables are indexed
-    by offsets, which no resize changes, and are loaded unchanged. If the file has none, as a plain
-    DeiT's, the tables stay zero and a warning is logged. EMA weights of a timm training checkpoint
-    are preferred. Pickles are read with weights_only=True.
+    Position embeddings are interpolated to the model's grid, from the one that the weights are of;
+    relative position tables are indexed by offsets, which no resize changes, and are loaded
+    unchanged, if they are of the same encoding. If the file has none, as a plain DeiT's, the tables
+    stay zero and a warning is logged. EMA weights of a timm training checkpoint are preferred.
 
     Args:
+        path: a file, or the folder of a checkpoint.
         renewed: tensors that keep their present values instead of the file's.
         hint: what the user can do about a file with other classes.
         initial: of a model of `build_deferred`, to get the weights in place of the model; those of
             a .safetensors file are read when the parameter is.
 
     Raises:
-        ConfigError: an unreadable file, or the weights of another model.
+        ConfigError: an unreadable file, the weights of another model or of another encoding, or
+            weights of which the grid is unknown.
+        CheckpointError: the checkpoint is damaged.
     """
     expected = model.state_dict()
+    fits = f"a readable checkpoint of this {type(model).__name__}"
+    state, stated = _read(path, where, fits)
+    state |= {key: expected[key] for key in renewed}
+    embedding = {key: state[key] for key in ("pos_embed",) if key in state and key in expected}
+    check_tensors(embedding, expected, where, path)  # before it is interpolated
     try:
-        # Not timm's defaults in 1.0.24: pickles run no code, and released files, with a Namespace,
-        # load. Drop both when the lower bound of setup.py has them (test_code_in_a_pickle...).
-        with torch.serialization.safe_globals([Namespace]):
-            if isinstance(path, SavedWeights):
-                state = dict(path)
-            else:
-                state = load_state_dict(str(path), weights_only=True)
-        state |= {key: expected[key] for key in renewed}
-        if isinstance(model, VisionTransformer) and _first_difference(expected, state):
-            state = checkpoint_filter_fn(state, model)
-    except FileNotFoundError:
-        raise ConfigError(where, "a checkpoint file", f"nothing at {path}") from None
-    except Exception as error:  # torch raises any type for a corrupt or foreign file
-        fits = f"a readable checkpoint of this {type(model).__name__}"
+        if stated is not None:
+            check_encoding(Positions.of(model), stated)
+        if isinstance(model, VisionTransformer):
+            state = _for_vit(model, expected, state, stated)
+        elif stated is not None:
+            check_grid(model, stated)
+    except UserError as error:
+        raise ConfigError(where, error.expected, f"{path} with {error.got}") from None
+    except Exception as error:  # timm raises any type for a foreign file
         raise ConfigError(where, fits, f"{path}: {_first_line(error)}") from None
     if not any("lookup_table" in key for key in state):
         tables = {key: value for key, value in expected.items() if "lookup_table" in key}
@@ -203,6 +282,7 @@ def load_weights(
         if hint and key in _classifier(model):
             got = f"{got} ({hint})"
         raise ConfigError(where, f"the weights of this {type(model).__name__}", got)
+    check_tensors(state, expected, where, path)
     if initial is None:
         model.load_state_dict(state)
         return
@@ -211,6 +291,79 @@ def load_weights(
         if not value.is_meta:  # else the model's own, which keeps its first value
             initial.replace(name, value, parameter.dtype)
     model.load_state_dict(state, strict=False)  # buffers
+
+
+def _read(
+    path: Path | SavedWeights, where: str, fits: str
+) -> tuple[dict[str, Any], Positions | None]:
+    """The state dict of weights, and what they say of positions."""
+    if isinstance(path, Path) and path.is_dir():
+        if not (path / MANIFEST).exists():
+            raise ConfigError(where, f"a file, or a checkpoint's folder with {MANIFEST}", path)
+        if damage := find_damage(path):
+            raise CheckpointError(f"{where}: {path}: damaged checkpoint: {damage}")
+        path = SavedWeights(path)
+    if isinstance(path, SavedWeights):
+        return dict(path), saved_positions(path)
+    try:
+        return read_weights(path)
+    except FileNotFoundError:
+        raise ConfigError(where, "a checkpoint file", f"nothing at {path}") from None
+    except UserError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except Exception as error:  # torch raises any type for a corrupt or foreign file
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise ConfigError(where, fits, f"{path}: {reason or _first_line(error)}") from None
+
+
+def _for_vit(
+    model: VisionTransformer,
+    expected: dict[str, Tensor],
+    state: dict[str, Any],
+    stated: Positions | None,
+) -> dict[str, Any]:
+    """The state dict by timm's names, its position embedding on the model's grid."""
+    ours, theirs = ({k for k in names if "lookup_table" not in k} for names in (expected, state))
+    if ours != theirs:
+        return checkpoint_filter_fn(state, model)  # perhaps another program's names
+    own = {}
+    if model.pos_embed is not None:
+        grid = None if stated is None else stated.grid
+        own["pos_embed"] = on_grid(model, state.pop("pos_embed"), grid)
+    if _first_difference(expected, state | own):
+        state = checkpoint_filter_fn(state, model)  # patch embeddings of another size
+    return state | own
+
+
+def saved_positions(weights: SavedWeights) -> Positions | None:
+    """What the manifest of a checkpoint says; None if its configuration is not valid any more."""
+    return _positions_in(read_manifest(weights.path))
+
+
+def _positions_in(manifest: CheckpointManifest) -> Positions | None:
+    try:
+        config = validate(ModelConfig, manifest.config.get("model", {}))
+    except UserError:
+        return None
+    return Positions.of(meta_model(config))
+
+
+def check_positions(path: Path, saved: CheckpointManifest, config: ModelConfig) -> None:
+    """Check what shapes do not tell: whether a run of this configuration can resume from there.
+
+    Raises:
+        CheckpointError: the grid or the encoding is another.
+    """
+    if saved.config.get("model") == config.model_dump(mode="json"):
+        return
+    there, model = _positions_in(saved), meta_model(config)
+    if there is None:
+        return
+    try:
+        check_encoding(Positions.of(model), there)
+        check_grid(model, there)
+    except UserError as error:
+        raise CheckpointError(path, error.expected, error.got) from None
 
 
 def _first_difference(expected: dict[str, Tensor], got: dict[str, Any]) -> tuple[str, str] | None:

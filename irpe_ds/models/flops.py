@@ -8,8 +8,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from irpe_ds.config import ModelConfig
+from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.models.attention import RPEAttention
-from irpe_ds.models.build import build_model
+from irpe_ds.models.build import meta_model
 
 TRAINING = 3
 """FLOPs of a training step over those of its forward pass: each product has two in backward."""
@@ -28,11 +29,19 @@ PEAK_TFLOPS = {
 
 
 def forward_flops(config: ModelConfig) -> int:
-    """Floating point operations of the matrix products of one image, counted without computing."""
-    plain = config.model_copy(update={"weights": None, "impl": "auto"})
-    with torch.device("meta"):
-        model = build_model(plain).eval()
-    return _count(model, *config.img_size)
+    """Floating point operations of the matrix products of one image, counted without computing.
+
+    Raises:
+        ConfigError: the model does not run on images of this size.
+    """
+    try:
+        return _count(meta_model(config), *config.img_size)
+    except UserError:
+        raise
+    except Exception as error:  # of any type: the models are timm's
+        size = "x".join(map(str, config.img_size))
+        got = str(error).partition("\n")[0]
+        raise ConfigError("model", f"one that runs on images of {size} pixels", got) from None
 
 
 def params_and_macs(name: str) -> tuple[int, int]:

@@ -53,7 +53,7 @@ def read_maps(
         ConfigError: the model has no such tables or layers, or the weights are another model's.
         DataError: the validation set cannot be read.
     """
-    model: Any = build_model(config.model.model_copy(update={"weights": None})).eval()
+    model: Any = build_model(config.model.without_weights()).eval()
     if not targets(model):
         raise ConfigError("model", "one with relative position tables", config.model.name)
     on = on or targets(model)[0]

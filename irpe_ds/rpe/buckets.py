@@ -56,14 +56,19 @@ class BucketMap(nn.Module):
         self.method, self.grid, self.skip, self.ratio = method, (height, width), skip, ratio
         row = torch.arange(height, device="cpu").repeat_interleave(width)
         col = torch.arange(width, device="cpu").repeat(height)
-        index = bucket_of(method, row[:, None] - row, col[:, None] - col, ratio)
+        offsets = (torch.arange(1 - n, n, device="cpu") for n in (height, width))
+        rows, cols = torch.meshgrid(*offsets, indexing="ij")
+        by_offset = bucket_of(method, rows, cols, ratio)
+        index = by_offset[row[:, None] - row + height - 1, col[:, None] - col + width - 1]
+        used = by_offset.unique()
         self.num_buckets = num_buckets(method, skip, ratio)
         if skip:
             length = skip + height * width
             patches, index = index, torch.full((length, length), self.num_buckets - 1, device="cpu")
             index[skip:, skip:] = patches
+            used = torch.cat([used, index[0, :1]])
         self.register_buffer("ids", index.int(), persistent=False)
-        self.register_buffer("used_ids", index.unique(), persistent=False)
+        self.register_buffer("used_ids", used, persistent=False)
 
     def reset_parameters(self) -> None:
         """Recompute the ids, for a model that was made on the meta device."""

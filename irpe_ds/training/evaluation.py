@@ -20,7 +20,8 @@ from irpe_ds.data.beton.reader import DatasetInfo, read_beton
 from irpe_ds.data.loaders import EvalLoader
 from irpe_ds.data.pipelines.pipeline import Part, dataset_info
 from irpe_ds.errors import ConfigError
-from irpe_ds.models.build import build_deferred, load_weights
+from irpe_ds.models.build import build_deferred, load_weights, saved_positions
+from irpe_ds.models.positions import Positions
 from irpe_ds.training.batch import Normalize
 from irpe_ds.training.deepspeed_config import read_ds_config
 from irpe_ds.training.engine import FirstValues, build_evaluation_model
@@ -96,8 +97,12 @@ def evaluate_weights(
     """
     set_environment()
     open_checked(config, "val")
-    model, initial = build_deferred(config.model.model_copy(update={"weights": None}), config.seed)
-    is_its_own = isinstance(weights, SavedWeights) and weights.fits(model)
+    model, initial = build_deferred(config.model.without_weights(), config.seed)
+    is_its_own = (
+        isinstance(weights, SavedWeights)
+        and weights.fits(model)
+        and saved_positions(weights) == Positions.of(model)
+    )
     if not is_its_own:
         load_weights(model, weights, where="--weights", initial=initial)
     ranks = init_process_group(config.train.join_seconds)
@@ -127,13 +132,18 @@ def check_data(config: RunConfig) -> dict[str, DatasetInfo]:
     Raises:
         UserError: one does not; the message names the configuration key.
     """
-    train, val = open_checked(config, "train"), open_checked(config, "val")
+    train, val = dataset_info(config.data, "train"), dataset_info(config.data, "val")
     if train.classes and val.classes and train.classes != val.classes:
         missing, more = set(train.classes) - set(val.classes), set(val.classes) - set(train.classes)
-        got = f"others: without {_few(missing)}, with {_few(more)}"
-        raise ConfigError(
-            "data.val", f"the classes of {train.path}", got if more else "another order"
+        got = ", ".join(
+            f"{word} {_few(names)}"
+            for word, names in (("without", missing), ("with", more))
+            if names
         )
+        got = f"others: {got}" if got else "another order"
+        raise ConfigError("data.val", f"the classes of {train.path}", got)
+    _check_classes(config, "train", train)
+    _check_classes(config, "val", val)
     return {"train": train, "val": val}
 
 
@@ -144,8 +154,13 @@ def _few(names: set[str]) -> str:
 
 def open_checked(config: RunConfig, part: Part) -> DatasetInfo:
     """What data.train or data.val holds, after checking that it is complete and fits the model."""
-    path, num_classes = getattr(config.data, part), config.model.num_classes
     info = dataset_info(config.data, part)
+    _check_classes(config, part, info)
+    return info
+
+
+def _check_classes(config: RunConfig, part: Part, info: DatasetInfo) -> None:
+    path, num_classes = getattr(config.data, part), config.model.num_classes
     if info.num_classes not in (None, num_classes):
         expected = f"{info.num_classes}, the classes of {path}"
         raise ConfigError("model.num_classes", expected, num_classes)
@@ -154,4 +169,3 @@ def open_checked(config: RunConfig, part: Part) -> DatasetInfo:
         if largest >= num_classes:
             expected = f"more than {largest}, the largest label of {path}"
             raise ConfigError("model.num_classes", expected, num_classes)
-    return info

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import timm
 import torch
 from torch import nn
 
@@ -16,7 +17,9 @@ from irpe_ds.cluster.process_group import Ranks
 from irpe_ds.config import ModelConfig, RunConfig
 from irpe_ds.errors import CheckpointError, ConfigError
 from irpe_ds.files import lock_file
+from irpe_ds.models.build import check_positions
 from irpe_ds.runlog import METRICS
+from irpe_ds.training.optim import peak_lr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,35 @@ def cautions(config: RunConfig, length: RunLength) -> list[str]:
     emulated = not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported()
     if train.precision == "bf16" and emulated:
         found.append("bf16 is emulated on this CPU: train.precision=fp32 is several times faster")
+    optim, peak = config.optim, peak_lr(config)
+    formula = f"the peak learning rate {peak:g} (optim.lr * train.global_batch / optim.lr_batch)"
+    if optim.min_lr > peak:
+        found.append(f"optim.min_lr={optim.min_lr:g} is above {formula}: the rate grows to the end")
+    if optim.warmup_lr > peak and optim.warmup_epochs:
+        found.append(f"optim.warmup_lr={optim.warmup_lr:g} is above {formula}: warm-up lowers it")
+    if config.model.num_classes == 1:
+        found.append("model.num_classes=1: every image is of the class, and nothing is learned")
+    found += _other_normalization(config)
     return [f"caution: {text}" for text in found]
+
+
+def _other_normalization(config: RunConfig) -> list[str]:
+    """Cautions where loaded weights are of a model that timm knows with other pixel values."""
+    model, distill, data = config.model, config.distill, config.data
+    loaded = {}
+    if model.weights is not None or model.options.get("pretrained"):
+        loaded["model.name"] = model.name
+    if distill.kind != "none":
+        loaded["distill.teacher"] = distill.teacher
+    found = []
+    for key, name in loaded.items():
+        theirs = timm.models.get_pretrained_cfg(name)
+        for what, ours in (("mean", data.mean), ("std", data.std)):
+            usual = getattr(theirs, what, None)
+            if usual and max(abs(a - b) for a, b in zip(ours, usual, strict=True)) > 0.01:
+                shown = [round(value, 3) for value in usual]
+                found.append(f"data.{what}={[*ours]}, but weights of {key}={name} expect {shown}")
+    return found
 
 
 def initial_manifest(
@@ -127,6 +158,7 @@ def find_start(config: RunConfig, resume: str, present: CheckpointManifest, rank
     if path is None:
         return Start(None, present, ["no checkpoint yet: starting from scratch"] if exists else [])
     saved = ranks.on_rank0(partial(reader.check_compatible, path, present))
+    ranks.on_rank0(partial(check_positions, path, saved, config.model))
     changes = "; ".join(reader.changes(saved, present))
     notes.append(f"resuming from {path}" + (f" with {changes}" if changes else ""))
     return Start(path, saved, notes)
@@ -195,7 +227,7 @@ def model_to_build(config: RunConfig, resume: str) -> ModelConfig:
     """The model's configuration, without `weights` if a checkpoint's will replace them."""
     own = reader.numbered(config.folder / reader.FOLDER)
     from_scratch = resume == "never" or (resume == "auto" and not own)
-    return config.model if from_scratch else config.model.model_copy(update={"weights": None})
+    return config.model if from_scratch else config.model.without_weights()
 
 
 def check_folder(config: RunConfig) -> None:

@@ -13,11 +13,17 @@ from torch import nn
 import irpe_ds
 from irpe_ds.checkpoint import reader
 from irpe_ds.config import RunConfig, load_config
+from irpe_ds.errors import CheckpointError, ConfigError
 from irpe_ds.models.build import build_model, load_weights
+from irpe_ds.rpe.config import RPEConfig
 from irpe_ds.training.start import initial_manifest, run_length
 from tests import checkpoint_ranks
 
 NAME = "deit_tiny_patch16_224_ctx_product_50_shared_k"
+EUCLIDEAN = {
+    "name": "deit_tiny_patch16_224",
+    "rpe": RPEConfig(method="euclidean", ratio=20),
+}
 
 
 def model(**options: Any) -> nn.Module:
@@ -79,6 +85,25 @@ def test_there_and_back(
     keys = {name for name in released if "lookup_table" in name}
     assert keys == {f"blocks.{n}.attn.rpe_k.lookup_table_weight" for n in range(2)}
     assert released.keys() == original.state_dict().keys()
+
+    # What the file says of its positions: weights of another encoding are not loaded.
+    other = build_model(config.model.model_copy(update=EUCLIDEAN))
+    with pytest.raises(ConfigError, match=r"method euclidean, ratio 20, got .* method product"):
+        load_weights(other, out, where="--weights")
+
+
+def test_a_checkpoint_s_folder_is_weights_too(config: RunConfig, state: Any) -> None:
+    path = reader.weights_of(config.folder).path
+    ours = build_model(config.model.model_copy(update={"weights": path}))
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, state["weights"][name]), name
+    with pytest.raises(ConfigError, match=r"method euclidean, ratio 20, got .* method product"):
+        build_model(config.model.model_copy(update={"weights": path, **EUCLIDEAN}))
+    with pytest.raises(ConfigError, match=r"a checkpoint's folder with checkpoint\.json, got"):
+        build_model(config.model.model_copy(update={"weights": config.folder}))
+    (path / "rank-00000-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"^model\.weights: .*damaged .* is missing"):
+        build_model(config.model.model_copy(update={"weights": path}))
 
 
 def test_a_damaged_checkpoint_is_not_exported(

@@ -245,6 +245,7 @@ def test_evaluate_scores_the_checkpoint_on_disk(runs: Path, evaluate: Evaluate) 
     said = evaluate("--pipeline", "ffcv")
     assert f"top-1 {rows(runs / 'whole-0-fp32', 'eval')[-1]['top1']:.2f} %" in said
     assert "on 359 images" in said
+    assert "own scores" not in said
 
 
 def test_evaluate_reads_the_folder_itself(evaluate: Evaluate, digits: Path) -> None:
@@ -252,6 +253,7 @@ def test_evaluate_reads_the_folder_itself(evaluate: Evaluate, digits: Path) -> N
     for source in (f"{digits}/val.beton", f"{digits}/val"):
         said = evaluate(f"data.val={source}")
         assert "(pipeline timm)" in said
+        assert "own scores are of pipeline ffcv, which resizes by area; timm resizes bi" in said
         scores.append(said.split(" images of ")[0])
     assert scores[0] == scores[1]
 

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import timm
@@ -15,7 +16,7 @@ from torch import nn
 
 from irpe_ds.config import ModelConfig
 from irpe_ds.errors import ConfigError
-from irpe_ds.models import RPEAttention
+from irpe_ds.models import RPEAttention, build
 from irpe_ds.models.build import build_model
 from irpe_ds.rpe.config import RPEConfig
 
@@ -68,8 +69,12 @@ class TestBuild:
             ({"options": {"bogus": 1}}, "model", "arguments that", "'bogus'"),
             ({"options": {"embed_dim": 50}}, "model", "arguments that", "divisible"),
             ({"options": {"img_size": 50}}, "model.options", "a key of its own", "img_size"),
+            ({"options": {"checkpoint_path": "x"}}, "model.options", "a key of its own", "checkp"),
             ({"impl": "fast", "rpe": RPEConfig(), "name": DEIT}, "model.impl", "auto or", "'fast'"),
             ({"rpe": RPEConfig()}, "model.rpe", "without relative position", "VisionTransformer"),
+            ({"options": {"in_chans": 1}}, "model.options", "RGB images of 64x64", "channel"),
+            ({"options": {"global_pool": ""}}, "model.options", "classifies", "(1, 17, 10), not"),
+            ({"options": {"features_only": True}}, "model.options", "classifies", "outputs ()"),
         ],
     )
     def test_mistakes(self, values: dict[str, Any], where: str, expected: str, got: str) -> None:
@@ -164,18 +169,6 @@ class TestLoad:
         for key, weight in model.state_dict().items():
             assert key == "pos_embed" or torch.equal(weight, source.state_dict()[key]), key
         assert model(torch.randn(2, 3, *size)).isfinite().all()
-
-    @pytest.mark.parametrize(
-        "size",
-        [
-            (32, 128),
-            (112, 448),
-        ],
-    )
-    def test_the_same_grid(self, size: tuple[int, int], save: Callable) -> None:
-        source = randomised(build_model(config(img_size=size)))
-        model = build_model(config(img_size=size, weights=save(source.state_dict())))
-        assert torch.equal(model.pos_embed, source.pos_embed)
 
     def test_a_model_without_encoding(self, save: Callable) -> None:
         source = randomised(build_model(ModelConfig(name="resnet18", num_classes=10)))
@@ -301,6 +294,25 @@ class TestLoad:
         with pytest.raises(ConfigError, match=r"^model\.weights: expected a readable"):
             build_model(config(weights=path))
         assert not victim.exists()
+
+    @pytest.mark.parametrize("name", [DEIT, ZOO_K])
+    def test_pretrained_without_a_network(
+        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise URLError("no route")
+
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        monkeypatch.setattr(build, "urlopen", fail)
+        monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+        monkeypatch.setattr(build, "try_to_load_from_cache", lambda *_: None)
+        with pytest.raises(ConfigError) as caught:
+            build_model(config(name, options=NARROW | {"pretrained": True}))
+        copy = f"model.weights=FILE, a copy of {name}'s weights"
+        expected = f"expected a network, or without pretrained {copy}"
+        assert str(caught.value) == (
+            f"model.options.pretrained: {expected}, got <urlopen error no route>"
+        )
 
     def test_pretrained(
         self, source: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,12 +11,12 @@ import pytest
 import torch
 from matplotlib.image import imread
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from irpe_ds.checkpoint.reader import CheckpointManifest
 from irpe_ds.config import load_config
 from irpe_ds.errors import CheckpointError, ConfigError, DataError
 from irpe_ds.models.build import build_model
+from irpe_ds.models.positions import KEY, Positions
 from irpe_ds.plots import tables
 from launch import tables as script
 from tests import checkpoint_ranks
@@ -55,8 +55,9 @@ def save(config: Path, *overrides: str) -> Path:
             parameter.data[0, :7] = torch.arange(3.0, -4.0, -1)  # its offsets point to the query
         elif name.endswith("lookup_table_weight"):
             torch.nn.init.normal_(parameter)
-    save_file(model.state_dict(), config.with_name("weights.safetensors"))
-    return config.with_name("weights.safetensors")
+    positions = Positions.of(model).to_json()
+    torch.save({"model": model.state_dict(), KEY: positions}, config.with_name("weights.pth"))
+    return config.with_name("weights.pth")
 
 
 def draw(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -156,9 +157,10 @@ def test_run_without_a_checkpoint(monkeypatch: pytest.MonkeyPatch, config: Path)
 
 
 def test_newest_checkpoint_of_a_run(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
-    state = {"weights": load_file(save(config))}
+    state = {"weights": torch.load(save(config))["model"]}
     run: dict[str, Any] = {"updates_per_epoch": 5, "global_batch": 8, "num_samples": 40, "seed": 0}
-    run |= {"world_size": 1, "zero_stage": 0, "op": {}, "config": {}}
+    run |= {"world_size": 1, "zero_stage": 0, "op": {}}
+    run["config"] = load_config(config).model_dump(mode="json")
     run["shapes"] = {name: list(tensor.shape) for name, tensor in state["weights"].items()}
     manifest = CheckpointManifest(**run).at(2)
     checkpoint_ranks.save(config.parent / "checkpoints", manifest, state)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from irpe_ds.config import RunConfig
+from irpe_ds.config import DataConfig, RunConfig
 from irpe_ds.data.beton.reader import DatasetInfo
 from irpe_ds.errors import ConfigError
 from irpe_ds.training import evaluation
@@ -15,6 +15,7 @@ from irpe_ds.training import evaluation
     [
         (("cat", "cow", "emu"), "got others: without 'ant', 'dog', with 'cow', 'emu'"),
         (("cat", "ant", "dog"), "got another order"),
+        (("ant", "cat"), "got others: without 'dog'"),
     ],
 )
 def test_other_classes_in_validation_are_named(
@@ -22,10 +23,10 @@ def test_other_classes_in_validation_are_named(
 ) -> None:
     classes = {"train": ("ant", "cat", "dog"), "val": val}
 
-    def open_checked(_: RunConfig, part: str) -> DatasetInfo:
+    def dataset_info(_: DataConfig, part: str) -> DatasetInfo:
         return DatasetInfo(path=Path(part), num_samples=3, classes=classes[part])
 
-    monkeypatch.setattr(evaluation, "open_checked", open_checked)
+    monkeypatch.setattr(evaluation, "dataset_info", dataset_info)
     values = {"name": "x", "model": {"name": "deit"}, "data": {"train": "a", "val": "b"}}
     with pytest.raises(ConfigError, match=r"^data\.val: expected the classes of train") as caught:
         evaluation.check_data(RunConfig.model_validate(values))

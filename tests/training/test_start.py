@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from torch import nn
 
 from irpe_ds.checkpoint import reader, shards, writer
 from irpe_ds.checkpoint.reader import CheckpointManifest
-from irpe_ds.config import RunConfig
+from irpe_ds.config import ModelConfig, RunConfig, load_config
 from irpe_ds.errors import CheckpointError, ConfigError
+from irpe_ds.models.build import check_positions
 from irpe_ds.training import start
 from irpe_ds.training.start import (
     cautions,
@@ -338,3 +340,71 @@ def test_emulated_bf16_is_pointed_out(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
     assert bool(cautions(config, run_length(config, 640))) != supported
+
+
+DEIT3, AUGREG = "deit3_small_patch16_224", "vit_small_patch16_224"
+"""timm knows the second with a mean of 0.5."""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], []),
+        (
+            ["train.global_batch=64"],
+            ["optim.min_lr=5e-06 is above the peak learning rate 6.25e-07"],
+        ),
+        (
+            ["optim.warmup_lr=0.1", "optim.warmup_epochs=1"],
+            ["optim.warmup_lr=0.1 is above the peak learning rate 5e-06"],
+        ),
+        (["optim.warmup_lr=0.1", "optim.warmup_epochs=0"], []),
+        (["model.num_classes=1"], ["model.num_classes=1: every image"]),
+        ([f"model.name={DEIT3}"], []),
+        (
+            [f"model.name={AUGREG}"],
+            [
+                f"data.mean=[0.485, 0.456, 0.406], but weights of model.name={AUGREG} expect [0.5",
+                f"data.std=[0.229, 0.224, 0.225], but weights of model.name={AUGREG} expect [0.5",
+            ],
+        ),
+        ([f"model.name={AUGREG}", "model.weights=null"], []),
+        ([f"model.name={AUGREG}", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]"], []),
+        (
+            [f"distill.teacher={AUGREG}", "distill.kind=hard", "distill.weights=x"],
+            ["data.mean=[0.485, 0.456, 0.406], but weights of distill.teacher=", "data.std="],
+        ),
+    ],
+)
+def test_numbers_that_make_no_sense_together_are_pointed_out(
+    overrides: list[str], expected: list[str]
+) -> None:
+    own = ["train.precision=fp32", "train.ema_decay=null", "optim.warmup_lr=0"]
+    config = load_config("launch/configs/imagenet/finetune.yaml", own + overrides)
+    found = cautions(config, run_length(config, 64_000))
+    assert len(found) == len(expected), found
+    for text, beginning in zip(found, expected, strict=True):
+        assert text.startswith(f"caution: {beginning}")
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "message"),
+    [
+        ({"rpe": {"ratio": 1.9}}, {"rpe": {"ratio": 1.6}}, "ratio 1.6, got ratio 1.9"),
+        ({"img_size": [64, 144]}, {"img_size": 96}, "a grid of 6x6 patches, got 4x9"),
+        ({"img_size": [96, 192]}, {"img_size": [192, 96]}, "a grid of 12x6 patches, got 6x12"),
+        ({}, {"drop_path": 0.1, "impl": "reference", "rpe": {"ratio": 1.9}}, None),
+    ],
+)
+def test_other_positions_of_the_same_shapes_are_another_model(
+    there: dict[str, Any], here: dict[str, Any], message: str | None, present: CheckpointManifest
+) -> None:
+    narrow = {"depth": 1, "embed_dim": 8, "num_heads": 2}
+    common = {"name": "deit_tiny_patch16_224", "rpe": {}, "options": narrow}
+    models = [ModelConfig.model_validate(common | values) for values in (there, here)]
+    saved = replace(present, config={"model": models[0].model_dump(mode="json")})
+    if message is None:
+        check_positions(Path("x"), saved, models[1])
+        return
+    with pytest.raises(CheckpointError, match=f"^x: expected .*{message}$"):
+        check_positions(Path("x"), saved, models[1])
