@@ -116,18 +116,25 @@ def unsupported_reason(impl: str, key: DispatchKey) -> str | None:
 
 def attention_function(impl: str, key: DispatchKey) -> Callable[[Inputs], Tensor]:
     """The function that runs; `auto` warns, once per kind of call, when it is the reference."""
-    device_type, dtype, head_dim, terms = key
+    device_type, dtype, head_dim, terms, has_dropout = key
     constants = tuple(tuple(term) for term in terms)
-    return IMPLEMENTATIONS[_traced_name(impl, device_type, dtype, head_dim, constants)].attention
+    name = _traced_name(impl, device_type, dtype, head_dim, constants, has_dropout)
+    return IMPLEMENTATIONS[name].attention
 
 
 @traced_as_constant
 def _traced_name(
-    impl: str, device_type: str, dtype: torch.dtype, head_dim: int, terms: tuple[Any, ...]
+    impl: str,
+    device_type: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    terms: tuple[Any, ...],
+    has_dropout: bool,
 ) -> str:
     """The resolved name. torch.compile passes plain tuples of constants, not named ones."""
     specs = tuple(TermSpec(*term) for term in terms)
-    return _resolve_and_warn(impl, DispatchKey(device_type, dtype, head_dim, specs))
+    key = DispatchKey(device_type, dtype, head_dim, specs, has_dropout)
+    return _resolve_and_warn(impl, key)
 
 
 @functools.cache

@@ -75,8 +75,10 @@ class RPEAttention(nn.Module):
         return self.proj_drop(self.proj(out))
 
     def dispatch_key(self, device_type: str, dtype: torch.dtype) -> DispatchKey:
-        """The key of this layer's calls for `irpe_ds.ops.resolve_impl`, computing in dtype."""
-        return DispatchKey.of(device_type, dtype, self.head_dim, *self._terms())
+        """The key of this layer's calls in training for `irpe_ds.ops.resolve_impl`."""
+        rpe_q, rpe_k, rpe_v = self._terms()
+        has_dropout = self.attn_drop.p > 0
+        return DispatchKey.of(device_type, dtype, self.head_dim, rpe_q, rpe_k, rpe_v, has_dropout)
 
     def _terms(self) -> tuple[tuple[Term, ...], ...]:
         tables = (self.rpe_q, self.rpe_k, self.rpe_v)
