@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from irpe_ds.ops import dispatch
-from irpe_ds.ops.build import library, nvrtc, prebuilt, toolchain
+from irpe_ds.ops.build import folders, library, nvrtc, prebuilt, toolchain
 from irpe_ds.ops.build.toolchain import Unavailable
 
 NAME_WIDTH, STATE_WIDTH = 24, 12
@@ -67,9 +67,8 @@ def ready_library() -> str | None:
     """The file of the operators, if they need not be compiled first."""
     if library.is_loaded():
         return library.load().origin or None
-    spec = find_spec(prebuilt.MODULE)
-    finished = cache() / "irpe" / "finished"
-    return spec.origin if spec else str(cache() / "irpe/irpe.so") if finished.exists() else None
+    spec, file = find_spec(prebuilt.MODULE), cache() / "irpe" / "irpe.so"
+    return spec.origin if spec else str(file) if folders.is_complete(file) else None
 
 
 def cache() -> Path:
@@ -87,6 +86,7 @@ def missing_build_tool(device: str) -> str | None:
             raise Unavailable("building needs DeepSpeed: pip install 'irpe-ds[train]'")
         toolchain.cxx()
         toolchain.ninja()
+        folders.check(cache() / "irpe", cache().parent)
         if device == "cuda":
             toolchain.cuda()
     except Unavailable as error:
