@@ -1,6 +1,7 @@
 """Which implementation of `irpe_attention` runs, and why."""
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -134,7 +135,27 @@ def _traced_name(
     """The resolved name. torch.compile passes plain tuples of constants, not named ones."""
     specs = tuple(TermSpec(*term) for term in terms)
     key = DispatchKey(device_type, dtype, head_dim, specs, has_dropout)
-    return _resolve_and_warn(impl, key)
+    return _resolve_and_warn(_recordable(impl), key)
+
+
+def _recordable(impl: str) -> str:
+    """The name, or for `auto` the reference where the call is recorded to run without us.
+
+    Raises:
+        ConfigError: it cannot be recorded. torch.jit.trace ends in "unordered_map::at" in autograd
+            functions such as those of `cpu` (torch 2.14), and ONNX knows PyTorch's operators alone.
+    """
+    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        recorder, recordable = "ONNX export", ["reference"]
+    elif torch.jit.is_tracing():
+        recorder, recordable = "torch.jit.trace", ["reference", "gather", "low_rank"]
+    else:
+        return impl
+    if impl == "auto":
+        return "reference"
+    if impl not in recordable:
+        raise ConfigError("impl", f'auto or impl="reference" under {recorder}', repr(impl))
+    return impl
 
 
 @functools.cache
