@@ -55,7 +55,7 @@ def installation() -> Iterator[str]:
     yield _dotted("deepspeed", _or_reason(lambda: importlib.metadata.version("deepspeed")))
     yield _dotted("C++ compiler", _or_reason(_cxx_version))
     yield _dotted("CUDA compiler", _or_reason(_cuda_version))
-    yield _dotted("architectures", toolchain.architectures())
+    yield _dotted("architectures", _or_reason(toolchain.architectures))
     yield _dotted("ninja", _or_reason(toolchain.ninja))
     yield _dotted("NVRTC", _or_reason(nvrtc.version))
     yield _dotted("prebuilt", prebuilt.MODULE if find_spec(prebuilt.MODULE) else "no")
@@ -96,7 +96,12 @@ def missing_build_tool(device: str) -> str | None:
 
 def _cxx_version() -> str:
     command = toolchain.cxx()
-    printed = subprocess.run([*command.split(), "--version"], capture_output=True, text=True)
+    try:
+        printed = subprocess.run(
+            [*command.split(), "--version"], capture_output=True, timeout=60, errors="replace"
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Unavailable(f"cannot run {command} ({error})") from error
     return f"{command}: {(printed.stdout.splitlines() or ['does not run'])[0]}"
 
 

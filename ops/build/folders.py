@@ -43,8 +43,10 @@ def untrusted_reason(path: Path, root: Path) -> str | None:
         for look in (os.lstat, os.stat):  # a link, and what it leads to
             try:
                 found = look(each)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue
+            except OSError as error:
+                return str(error)
             if found.st_uid not in (0, os.getuid()):
                 return f"{each} belongs to {_user(found.st_uid)}"
             may_be_sticky = each != path and found.st_mode & stat.S_ISVTX
