@@ -235,8 +235,7 @@ def guard_deepspeed_builds() -> None:
 
     Ranks of a host build them at the same time. DeepSpeed 0.16 to 0.19 leaves the rest to PyTorch:
     up to torch 2.13 a killed build stops every later one for good, and a hung one does so still.
-
-    The ops raise ConfigError where the lock cannot be had, or the folder is not the user's own.
+    An op that cannot be built raises ConfigError.
     """
     build = OpBuilder.jit_load
 
@@ -246,9 +245,17 @@ def guard_deepspeed_builds() -> None:
                 folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
                 folders.check(folder, folder.parent)
                 with folders.locked(folder):
-                    return build(builder, verbose)
+                    return build_alone(builder, verbose, folder)
         except (OSError, Unavailable) as error:
             raise ConfigError(f"cannot build DeepSpeed's {builder.name}: {error}") from error
+
+    def build_alone(builder: OpBuilder, verbose: bool, folder: Path) -> ModuleType:
+        if not (folder / f"{builder.name}.so").exists():
+            print(f"Building DeepSpeed's {builder.name}, once, in {folder}", file=sys.stderr)
+        try:
+            return build(builder, verbose)
+        except Exception as error:
+            raise Unavailable(_first_error(error, folder)) from error
 
     OpBuilder.jit_load = jit_load
 

@@ -245,7 +245,9 @@ class TestWaiting:
         with holding(folder / "building"), pytest.raises(Unavailable, match=expected):
             load()
 
-    def test_deepspeeds_own_ops(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_deepspeeds_own_ops(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         """They are built one at a time, and where nobody else can write."""
         built = []
         folder = tmp_path / "cpu_adam"
@@ -254,6 +256,8 @@ class TestWaiting:
             built.append((folder / "lock").exists())
             with pytest.raises(BlockingIOError):
                 folders.lock_file(folder / "building")
+            if len(built) > 1:
+                raise RuntimeError("ninja\nadam.cpp:1:2: fatal error: no cblas.h\n")
 
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
         monkeypatch.setattr(OpBuilder, "jit_load", build)
@@ -263,10 +267,13 @@ class TestWaiting:
         (folder / "lock").touch()  # left by a killed process
         OpBuilder.jit_load(op)
         assert built == [False]
+        assert capsys.readouterr().err == f"Building DeepSpeed's cpu_adam, once, in {folder}\n"
+        with pytest.raises(ConfigError, match=r"^cannot build DeepSpeed's .*: fatal error: no cbl"):
+            OpBuilder.jit_load(op)
         with holding(folder / "building"), pytest.raises(ConfigError, match="waited half an hour"):
             OpBuilder.jit_load(op)
         folder.chmod(0o777)
         expected = f"^cannot build DeepSpeed's cpu_adam: refused .*write to {folder};"
         with pytest.raises(ConfigError, match=expected):
             OpBuilder.jit_load(op)
-        assert len(built) == 1
+        assert len(built) == 2
