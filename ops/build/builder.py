@@ -238,20 +238,28 @@ def guard_deepspeed_builds() -> None:
     An op that cannot be built raises ConfigError.
     """
     build = OpBuilder.jit_load
+    leaves_locks = hasattr(cpp_extension, "FileBaton")
 
     def jit_load(builder: OpBuilder, verbose: bool = True) -> ModuleType:
         try:
             with folders.not_writable_by_all():
                 folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
                 folders.check(folder, folder.parent)
+                library = folder / f"{builder.name}.so"
+                if folders.is_complete(library) and not leaves_locks:
+                    return build_in(folder, builder, verbose)  # many ranks, each a second
                 with folders.locked(folder):
-                    return build_alone(builder, verbose, folder)
+                    if not library.exists():
+                        what = f"DeepSpeed's {builder.name}"
+                        print(f"Building {what}, once, in {folder}", file=sys.stderr)
+                    module = build_in(folder, builder, verbose)
+                    with contextlib.suppress(OSError):  # there will be a lock the next time too
+                        folders.mark_complete(library)
+                    return module
         except (OSError, Unavailable) as error:
             raise ConfigError(f"cannot build DeepSpeed's {builder.name}: {error}") from error
 
-    def build_alone(builder: OpBuilder, verbose: bool, folder: Path) -> ModuleType:
-        if not (folder / f"{builder.name}.so").exists():
-            print(f"Building DeepSpeed's {builder.name}, once, in {folder}", file=sys.stderr)
+    def build_in(folder: Path, builder: OpBuilder, verbose: bool) -> ModuleType:
         try:
             return build(builder, verbose)
         except Exception as error:

@@ -27,7 +27,7 @@ PYTORCH_LOCK = "lock"
 killed, and every later one waits for good; later it is a lock, for which they wait in silence."""
 
 MAX_LIBRARY = 1 << 28  # bytes; ours has 3 MB
-POLL_SECONDS, SAY_SECONDS, GIVE_UP_SECONDS = 0.2, 30.0, 1800.0
+POLL_SECONDS, SAY_SECONDS, GIVE_UP_SECONDS = 0.5, 30.0, 1800.0
 
 
 def untrusted_reason(path: Path, root: Path) -> str | None:
@@ -102,7 +102,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a folder's lock; waiting for another process is said, with its command.
 
     Raises:
-        Unavailable: the other has not ended in half an hour.
+        Unavailable: the same one has it for half an hour.
         OSError: the file system has no locks, or does not allow to create one.
     """
     for _ in _turns(folder, folder / LOCK):
@@ -110,6 +110,7 @@ def locked(folder: Path) -> Iterator[None]:
             lock = lock_file(folder / LOCK)
             break
     with lock:
+        os.utime(lock.fileno())
         for _ in _turns(folder, folder / PYTORCH_LOCK):
             if not processes_with(folder / PYTORCH_LOCK):
                 (folder / PYTORCH_LOCK).unlink(missing_ok=True)
@@ -131,12 +132,16 @@ def processes_with(path: Path) -> list[int]:
 def _turns(folder: Path, lock: Path) -> Iterator[None]:
     """Turns to try for a lock; says who has it, and at last gives up."""
     began = said = time.monotonic()
+    taken = 0.0
     while True:
         yield
         time.sleep(POLL_SECONDS)
         now = time.monotonic()
         if now - said < SAY_SECONDS:
             continue
+        with contextlib.suppress(FileNotFoundError):
+            if taken != lock.lstat().st_mtime:  # by another process than before
+                taken, began = lock.lstat().st_mtime, now
         said, holder = now, _describe(processes_with(lock))
         print(f"waiting for {holder} to build the operators in {folder}", file=sys.stderr)
         if now - began >= GIVE_UP_SECONDS:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from deepspeed.ops.op_builder.builder import OpBuilder
+from torch.utils import cpp_extension
 
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops import __main__ as report
@@ -245,35 +246,50 @@ class TestWaiting:
         with holding(folder / "building"), pytest.raises(Unavailable, match=expected):
             load()
 
+    @pytest.mark.parametrize("leaves_locks", [True, False], ids=["torch 2.8", "torch 2.14"])
     def test_deepspeeds_own_ops(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self,
+        leaves_locks: bool,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         """They are built one at a time, and where nobody else can write."""
-        built = []
-        folder = tmp_path / "cpu_adam"
+        folder, op = tmp_path / "cpu_adam", SimpleNamespace(name="cpu_adam")
+        said = f"Building DeepSpeed's cpu_adam, once, in {folder}\n"
 
-        def build(self: Any, verbose: bool = True) -> None:
-            built.append((folder / "lock").exists())
+        def build(self: Any, verbose: bool = True) -> str:
+            assert not (folder / "lock").exists()
             with pytest.raises(BlockingIOError):
                 folders.lock_file(folder / "building")
-            if len(built) > 1:
-                raise RuntimeError("ninja\nadam.cpp:1:2: fatal error: no cblas.h\n")
+            (folder / "cpu_adam.so").write_text("built")
+            return "built"
+
+        def fail(self: Any, verbose: bool = True) -> None:
+            raise RuntimeError("ninja\nadam.cpp:1:2: fatal error: no cblas.h\n")
+
+        def guard(build: Callable[..., Any]) -> Callable[..., Any]:
+            monkeypatch.setattr(OpBuilder, "jit_load", build)
+            builder.guard_deepspeed_builds.__wrapped__()
+            return OpBuilder.jit_load
 
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-        monkeypatch.setattr(OpBuilder, "jit_load", build)
-        builder.guard_deepspeed_builds.__wrapped__()
-        op: Any = SimpleNamespace(name="cpu_adam")
-        folder.mkdir()
-        (folder / "lock").touch()  # left by a killed process
-        OpBuilder.jit_load(op)
-        assert built == [False]
-        assert capsys.readouterr().err == f"Building DeepSpeed's cpu_adam, once, in {folder}\n"
+        monkeypatch.delattr(cpp_extension, "FileBaton", raising=False)
+        if leaves_locks:
+            monkeypatch.setattr(cpp_extension, "FileBaton", object, raising=False)
         with pytest.raises(ConfigError, match=r"^cannot build DeepSpeed's .*: fatal error: no cbl"):
-            OpBuilder.jit_load(op)
-        with holding(folder / "building"), pytest.raises(ConfigError, match="waited half an hour"):
-            OpBuilder.jit_load(op)
+            guard(fail)(op)
+        assert capsys.readouterr().err == said
+        (folder / "lock").touch()  # left by a killed process
+        assert guard(build)(op) == "built"
+        assert capsys.readouterr().err == said
+        with holding(folder / "building"):  # what is built, ranks load side by side
+            if leaves_locks:
+                with pytest.raises(ConfigError, match="waited half an hour"):
+                    guard(build)(op)
+            else:
+                assert guard(lambda *_: "loaded")(op) == "loaded"
         folder.chmod(0o777)
         expected = f"^cannot build DeepSpeed's cpu_adam: refused .*write to {folder};"
         with pytest.raises(ConfigError, match=expected):
-            OpBuilder.jit_load(op)
-        assert len(built) == 2
+            guard(build)(op)
