@@ -6,6 +6,7 @@ With --build they are built first if need be.
 import argparse
 import importlib.metadata
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--build", action="store_true", help="build the operators if need be")
     if parser.parse_args().build:
         library.load()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # paths not UTF-8
     rule = "-" * (NAME_WIDTH + 2 * STATE_WIDTH)
     print("\n".join([rule, *implementations(), rule, *installation(), rule]))
 

@@ -84,6 +84,7 @@ def test_what_a_prebuilt_module_was_built_for(
     [
         {"TORCH_EXTENSIONS_DIR": "/dev/null/x"},
         {"TORCH_EXTENSIONS_DIR": "~nobody-of-this-name/x"},
+        {"TORCH_EXTENSIONS_DIR": "/\udcff", "CXX": "\udcff", "TORCH_CUDA_ARCH_LIST": "\udcff"},
         {"CXX": "c++ '"},
         {"CXX": str(ROOT)},
         {"PATH": ""},
