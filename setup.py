@@ -42,6 +42,10 @@ def operators() -> tuple[dict[str, Any], contextlib.AbstractContextManager[None]
             f"error: DS_BUILD_IRPE=1 needs PyTorch and DeepSpeed ({error}): install them first, "
             "and use pip install --no-build-isolation"
         )
+    try:
+        toolchain.architectures()
+    except toolchain.Unavailable as error:
+        sys.exit(f"error: {error}")
     builder = IRPEBuilder()
 
     class Build(BuildExtension):

@@ -6,6 +6,7 @@ With --build they are built first if need be.
 import argparse
 import importlib.metadata
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from irpe_ds.ops import dispatch
-from irpe_ds.ops.build import library, nvrtc, prebuilt, toolchain
+from irpe_ds.ops.build import folders, library, nvrtc, prebuilt, toolchain
 from irpe_ds.ops.build.toolchain import Unavailable
 
 NAME_WIDTH, STATE_WIDTH = 24, 12
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--build", action="store_true", help="build the operators if need be")
     if parser.parse_args().build:
         library.load()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # paths not UTF-8
     rule = "-" * (NAME_WIDTH + 2 * STATE_WIDTH)
     print("\n".join([rule, *implementations(), rule, *installation(), rule]))
 
@@ -55,7 +57,7 @@ def installation() -> Iterator[str]:
     yield _dotted("deepspeed", _or_reason(lambda: importlib.metadata.version("deepspeed")))
     yield _dotted("C++ compiler", _or_reason(_cxx_version))
     yield _dotted("CUDA compiler", _or_reason(_cuda_version))
-    yield _dotted("architectures", toolchain.architectures())
+    yield _dotted("architectures", _or_reason(toolchain.architectures))
     yield _dotted("ninja", _or_reason(toolchain.ninja))
     yield _dotted("NVRTC", _or_reason(nvrtc.version))
     yield _dotted("prebuilt", prebuilt.MODULE if find_spec(prebuilt.MODULE) else "no")
@@ -67,9 +69,8 @@ def ready_library() -> str | None:
     """The file of the operators, if they need not be compiled first."""
     if library.is_loaded():
         return library.load().origin or None
-    spec = find_spec(prebuilt.MODULE)
-    finished = cache() / "irpe" / "finished"
-    return spec.origin if spec else str(cache() / "irpe/irpe.so") if finished.exists() else None
+    spec, file = find_spec(prebuilt.MODULE), cache() / "irpe" / "irpe.so"
+    return spec.origin if spec else str(file) if folders.is_complete(file) else None
 
 
 def cache() -> Path:
@@ -87,6 +88,7 @@ def missing_build_tool(device: str) -> str | None:
             raise Unavailable("building needs DeepSpeed: pip install 'irpe-ds[train]'")
         toolchain.cxx()
         toolchain.ninja()
+        folders.check(cache() / "irpe", cache().parent)
         if device == "cuda":
             toolchain.cuda()
     except Unavailable as error:
@@ -96,7 +98,12 @@ def missing_build_tool(device: str) -> str | None:
 
 def _cxx_version() -> str:
     command = toolchain.cxx()
-    printed = subprocess.run([*command.split(), "--version"], capture_output=True, text=True)
+    try:
+        printed = subprocess.run(
+            [*command.split(), "--version"], capture_output=True, timeout=60, errors="replace"
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Unavailable(f"cannot run {command} ({error})") from error
     return f"{command}: {(printed.stdout.splitlines() or ['does not run'])[0]}"
 
 

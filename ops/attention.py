@@ -65,7 +65,7 @@ def irpe_attention(
         dropout_p=dropout_p,
         key_padding_mask=key_padding_mask,
     )
-    key = DispatchKey.of(device, q.dtype, q.shape[-1], x.rpe_q, x.rpe_k, x.rpe_v)
+    key = DispatchKey.of(device, q.dtype, q.shape[-1], x.rpe_q, x.rpe_k, x.rpe_v, dropout_p > 0)
     attend = attention_function(impl, key)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         return attend(x)

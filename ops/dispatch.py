@@ -1,6 +1,7 @@
 """Which implementation of `irpe_attention` runs, and why."""
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -116,18 +117,45 @@ def unsupported_reason(impl: str, key: DispatchKey) -> str | None:
 
 def attention_function(impl: str, key: DispatchKey) -> Callable[[Inputs], Tensor]:
     """The function that runs; `auto` warns, once per kind of call, when it is the reference."""
-    device_type, dtype, head_dim, terms = key
+    device_type, dtype, head_dim, terms, has_dropout = key
     constants = tuple(tuple(term) for term in terms)
-    return IMPLEMENTATIONS[_traced_name(impl, device_type, dtype, head_dim, constants)].attention
+    name = _traced_name(impl, device_type, dtype, head_dim, constants, has_dropout)
+    return IMPLEMENTATIONS[name].attention
 
 
 @traced_as_constant
 def _traced_name(
-    impl: str, device_type: str, dtype: torch.dtype, head_dim: int, terms: tuple[Any, ...]
+    impl: str,
+    device_type: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    terms: tuple[Any, ...],
+    has_dropout: bool,
 ) -> str:
     """The resolved name. torch.compile passes plain tuples of constants, not named ones."""
     specs = tuple(TermSpec(*term) for term in terms)
-    return _resolve_and_warn(impl, DispatchKey(device_type, dtype, head_dim, specs))
+    key = DispatchKey(device_type, dtype, head_dim, specs, has_dropout)
+    return _resolve_and_warn(_recordable(impl), key)
+
+
+def _recordable(impl: str) -> str:
+    """The name, or for `auto` the reference where the call is recorded to run without us.
+
+    Raises:
+        ConfigError: it cannot be recorded. torch.jit.trace ends in "unordered_map::at" in autograd
+            functions such as those of `cpu` (torch 2.14), and ONNX knows PyTorch's operators alone.
+    """
+    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        recorder, recordable = "ONNX export", ["reference"]
+    elif torch.jit.is_tracing():
+        recorder, recordable = "torch.jit.trace", ["reference", "gather", "low_rank"]
+    else:
+        return impl
+    if impl == "auto":
+        return "reference"
+    if impl not in recordable:
+        raise ConfigError("impl", f'auto or impl="reference" under {recorder}', repr(impl))
+    return impl
 
 
 @functools.cache

@@ -91,4 +91,6 @@ def kernel_shape(key: DispatchKey, *, keys: bool) -> Shape | None:
     if not key.terms:
         return None
     grid = (*key.terms[0].grid, key.terms[0].skip)
-    return fused_op.shape(grid, key.terms, key.dtype, key.head_dim, keys=keys)
+    return fused_op.shape(
+        grid, key.terms, key.dtype, key.head_dim, keys=keys, has_dropout=key.has_dropout
+    )

@@ -44,6 +44,7 @@ class DispatchKey(NamedTuple):
     dtype: torch.dtype
     head_dim: int
     terms: tuple[TermSpec, ...]
+    has_dropout: bool = False
 
     @classmethod
     def of(
@@ -54,6 +55,7 @@ class DispatchKey(NamedTuple):
         rpe_q: Terms,
         rpe_k: Terms,
         rpe_v: Terms,
+        has_dropout: bool,
     ) -> "DispatchKey":
         """The key of a call with these terms."""
         terms = tuple(
@@ -63,4 +65,4 @@ class DispatchKey(NamedTuple):
             for target, terms in zip("qkv", (rpe_q, rpe_k, rpe_v), strict=True)
             for table, buckets in terms
         )
-        return cls(device_type, dtype, head_dim, terms)
+        return cls(device_type, dtype, head_dim, terms, has_dropout)

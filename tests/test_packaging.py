@@ -62,3 +62,11 @@ def test_it_builds_its_operators_in_an_empty_environment(
     )
     # DeepSpeed warns on standard output too.
     assert done.stdout.splitlines()[-1].startswith(str(tmp_path / "extensions"))
+
+
+def test_a_build_on_installation_refuses_architectures_that_make_no_sense() -> None:
+    environment = {**os.environ, "DS_BUILD_IRPE": "1", "TORCH_CUDA_ARCH_LIST": "nonsense"}
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: TORCH_CUDA_ARCH_LIST: expected")

@@ -2,6 +2,7 @@
 
 import torch
 from timm.layers import Attention
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from irpe_ds.errors import ConfigError
@@ -11,6 +12,7 @@ from irpe_ds.rpe.config import RPEConfig
 from irpe_ds.rpe.tables import CrossRPETable, RPETable, Term, build_table
 
 
+@register_notrace_module  # one node of timm's feature extractors: they cannot look into the op
 class RPEAttention(nn.Module):
     """Replaces a timm `Attention`: keeps its modules and adds `rpe_q`, `rpe_k`, `rpe_v`.
 
@@ -51,6 +53,9 @@ class RPEAttention(nn.Module):
         Raises:
             ConfigError: a mask was given, or L is not the number of tokens of the bucket map.
         """
+        if isinstance(x, torch.fx.Proxy):
+            expected = "a tensor: torch.export or timm's create_feature_extractor can trace it"
+            raise ConfigError("x", expected, "one of torch.fx.symbolic_trace")
         if attn_mask is not None or is_causal:
             raise ConfigError("attn_mask", "None: iRPE is defined on the whole grid", "a mask")
         batch, length, _ = x.shape
@@ -75,8 +80,10 @@ class RPEAttention(nn.Module):
         return self.proj_drop(self.proj(out))
 
     def dispatch_key(self, device_type: str, dtype: torch.dtype) -> DispatchKey:
-        """The key of this layer's calls for `irpe_ds.ops.resolve_impl`, computing in dtype."""
-        return DispatchKey.of(device_type, dtype, self.head_dim, *self._terms())
+        """The key of this layer's calls in training for `irpe_ds.ops.resolve_impl`."""
+        rpe_q, rpe_k, rpe_v = self._terms()
+        has_dropout = self.attn_drop.p > 0
+        return DispatchKey.of(device_type, dtype, self.head_dim, rpe_q, rpe_k, rpe_v, has_dropout)
 
     def _terms(self) -> tuple[tuple[Term, ...], ...]:
         tables = (self.rpe_q, self.rpe_k, self.rpe_v)

@@ -25,7 +25,10 @@ def build_engine(
     """
     import deepspeed
 
+    from irpe_ds.ops.build.builder import guard_deepspeed_builds
+
     disable_shm_allreduce()
+    guard_deepspeed_builds()
     groups = parameter_groups(model, config)  # by shape, which partitions do not have
     placed = place_parameters(model, ds_config, MODEL[config.train.precision], device)
     for group in groups:
@@ -76,6 +79,9 @@ def place_parameters(
     if is_partitioned:
         import deepspeed
 
+        from irpe_ds.ops.build.builder import guard_deepspeed_builds
+
+        guard_deepspeed_builds()
         deepspeed.init_distributed(auto_mpi_discovery=False)  # for the number of ranks
         # A module, if without parameters, so that DeepSpeed 0.19.8 installs its linear function,
         # without which autograd keeps every gathered weight until the backward pass.

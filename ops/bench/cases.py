@@ -74,7 +74,7 @@ def attention(
     terms = (inputs.rpe_q, inputs.rpe_k, inputs.rpe_v)
     leaves = [inputs.q, inputs.k, inputs.v, *(table for of in terms for table, _ in of)]
     grad = torch.randn_like(inputs.q)
-    key = DispatchKey.of(device, dtype, 64, *terms)
+    key = DispatchKey.of(device, dtype, 64, *terms, has_dropout=False)
     functions = dict(_plain_attention(device))
     baselines = tuple(functions)
     if not inputs.rpe_v:

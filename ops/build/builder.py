@@ -5,7 +5,7 @@ DS_BUILD_IRPE=1 pip install --no-build-isolation .      compiles on installation
 """
 
 import contextlib
-import fcntl
+import functools
 import importlib.util
 import os
 import sys
@@ -16,16 +16,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from deepspeed.ops.op_builder.builder import CUDAOpBuilder
+from deepspeed.ops.op_builder.builder import CUDAOpBuilder, OpBuilder
 from torch.utils import cpp_extension
 
-from irpe_ds.ops.build import operators, prebuilt, toolchain
+from irpe_ds.errors import ConfigError
+from irpe_ds.files import open_own, read_regular
+from irpe_ds.ops.build import folders, operators, prebuilt, toolchain
 from irpe_ds.ops.build.toolchain import Unavailable
-
-FINISHED = "finished"
-"""The file beside a complete just-in-time build."""
-FAILED = "failed"
-"""The file with the reason of the last failure: processes that waited for it do not try again."""
 
 
 class IRPEBuilder(CUDAOpBuilder):
@@ -33,6 +30,7 @@ class IRPEBuilder(CUDAOpBuilder):
 
     BUILD_VAR = "DS_BUILD_IRPE"
     NAME = "irpe"
+    jit_load = OpBuilder.jit_load  # unguarded: `_compile` has the lock
 
     def __init__(self) -> None:
         self.toolkit: toolchain.CUDAToolkit | None = None
@@ -46,6 +44,7 @@ class IRPEBuilder(CUDAOpBuilder):
         super().__init__(name=self.NAME)
         self.folder = toolchain.cache(self.toolkit) / self.name
         """The folder of the just-in-time build."""
+        self._root = self.folder.parents[1]
 
     @property
     def build_for_cpu(self) -> bool:
@@ -141,8 +140,10 @@ class IRPEBuilder(CUDAOpBuilder):
         if self.name in self._loaded_ops:
             return self._loaded_ops[self.name]
         file = self.folder / f"{self.name}.so"
-        if not (self.folder / FINISHED).exists():
+        if not folders.is_complete(file):
             return None
+        for path in (self.folder, file, file.with_name(folders.FINISHED)):
+            folders.check(path, self._root)
         spec = importlib.util.spec_from_file_location(self.name, file)
         assert spec is not None
         assert spec.loader is not None
@@ -158,31 +159,33 @@ class IRPEBuilder(CUDAOpBuilder):
             raise Unavailable(str(self.error_log))
         began = time.time()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = open(self.folder / "building", "w")  # noqa: SIM115
-            # PyTorch's own lock is a file, left behind by a killed process (torch 2.6 to 2.14), for
-            # which every later one waits forever. This one ends with its process.
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with folders.not_writable_by_all():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                folders.check(self.folder, self._root)
+                with folders.locked(self.folder), self.environment():
+                    return self._load_cached() or self._compile_alone(verbose, began)
         except OSError as error:
             hint = "set TORCH_EXTENSIONS_DIR to a writable folder"
             raise Unavailable(f"cannot build in {self.folder} ({error}): {hint}") from error
-        with lock, self.environment():
-            built_by_another = self._load_cached()
-            if built_by_another is not None:
-                return built_by_another
-            failed = self.folder / FAILED
-            if failed.exists() and failed.stat().st_mtime > began:
-                raise Unavailable(failed.read_text())
-            print(f"Building the iRPE operators, once, in {self.folder}", file=sys.stderr)
-            (self.folder / "lock").unlink(missing_ok=True)  # PyTorch's, left by a killed process
-            try:
-                module = super().load(verbose)
-            except Exception as error:
-                reason = _first_error(error, self.folder)
-                failed.write_text(reason)
-                raise Unavailable(reason) from error
-            (self.folder / FINISHED).touch()
-            return module
+
+    def _compile_alone(self, verbose: bool, began: float) -> ModuleType:
+        """Compile while the folder is locked, unless another tried and failed since `began`."""
+        failed, library = self.folder / folders.FAILED, self.folder / f"{self.name}.so"
+        if failed.exists() and failed.lstat().st_mtime > began:
+            raise Unavailable(read_regular(failed, 10_000).decode(errors="replace"))
+        if os.path.lexists(self.folder / folders.FINISHED):
+            print(f"{library} is damaged: it is built again", file=sys.stderr)
+        folders.clear(self.folder)
+        print(f"Building the iRPE operators, once, in {self.folder}", file=sys.stderr)
+        try:
+            module = super().load(verbose)
+        except Exception as error:
+            reason = _first_error(error, self.folder)
+            with open_own(failed, "w") as file:
+                file.write(reason)
+            raise Unavailable(reason) from error
+        folders.mark_complete(library)
+        return module
 
     def _runtime_folder(self) -> Path:
         assert self.toolkit is not None
@@ -218,11 +221,51 @@ class IRPEBuilder(CUDAOpBuilder):
 def _first_error(error: Exception, folder: Path) -> str:
     """The compiler's first error, in one line; its whole output is written to build.log."""
     log = folder / "build.log"
-    log.write_text(f"{error}\n")
+    with open_own(log, "w") as file:
+        file.write(f"{error}\n")
     lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
     telling = (" error: ", "cannot find ", "undefined reference")
     first = next((line for line in lines if any(sign in line for sign in telling)), lines[0])
     return f"the build failed, see {log}: {first}"
+
+
+@functools.cache
+def guard_deepspeed_builds() -> None:
+    """Let DeepSpeed's own ops be built as this one: see `folders.locked` and `folders.check`.
+
+    Ranks of a host build them at the same time. DeepSpeed 0.16 to 0.19 leaves the rest to PyTorch:
+    up to torch 2.13 a killed build stops every later one for good, and a hung one does so still.
+    An op that cannot be built raises ConfigError.
+    """
+    build = OpBuilder.jit_load
+    leaves_locks = hasattr(cpp_extension, "FileBaton")
+
+    def jit_load(builder: OpBuilder, verbose: bool = True) -> ModuleType:
+        try:
+            with folders.not_writable_by_all():
+                folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
+                folders.check(folder, folder.parent)
+                library = folder / f"{builder.name}.so"
+                if folders.is_complete(library) and not leaves_locks:
+                    return build_in(folder, builder, verbose)  # many ranks, each a second
+                with folders.locked(folder):
+                    if not library.exists():
+                        what = f"DeepSpeed's {builder.name}"
+                        print(f"Building {what}, once, in {folder}", file=sys.stderr)
+                    module = build_in(folder, builder, verbose)
+                    with contextlib.suppress(OSError):  # there will be a lock the next time too
+                        folders.mark_complete(library)
+                    return module
+        except (OSError, Unavailable) as error:
+            raise ConfigError(f"cannot build DeepSpeed's {builder.name}: {error}") from error
+
+    def build_in(folder: Path, builder: OpBuilder, verbose: bool) -> ModuleType:
+        try:
+            return build(builder, verbose)
+        except Exception as error:
+            raise Unavailable(_first_error(error, folder)) from error
+
+    OpBuilder.jit_load = jit_load
 
 
 def _show_in_ds_report() -> None:

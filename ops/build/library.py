@@ -56,7 +56,8 @@ def _build() -> tuple[ModuleType, str, str]:
     except Exception as error:  # DeepSpeed raises many kinds where it finds no CUDA
         raise Unavailable(f"building the operators needs DeepSpeed ({error})") from error
     builder = IRPEBuilder()
-    return builder.load(), builder.without_cuda, toolchain.architectures()
+    architectures = toolchain.architectures() if builder.toolkit else ""
+    return builder.load(), builder.without_cuda, architectures
 
 
 def unavailable_reason(device_type: str) -> str | None:

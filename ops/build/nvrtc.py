@@ -9,15 +9,18 @@ import ctypes
 import functools
 import hashlib
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from irpe_ds.files import atomic_write
+from irpe_ds.files import atomic_write, read_regular
+from irpe_ds.ops.build import folders
 from irpe_ds.ops.build.toolchain import Unavailable
 
 OPTIONS = ("-std=c++20", "-default-device", "--generate-line-info")
+MAX_KERNEL = 1 << 26  # bytes; ours have 300 KB
 
 
 def compile_kernel(source: Path, defines: Mapping[str, int], architecture: str) -> bytes:
@@ -34,16 +37,12 @@ def compile_kernel(source: Path, defines: Mapping[str, int], architecture: str) 
     digest = hashlib.sha256("\0".join([version(), *options]).encode())
     for path in sorted({source, *source.parent.glob("*.cuh")}):
         digest.update(path.read_bytes())
-    kept = cache_folder() / f"{source.stem}-{architecture}-{digest.hexdigest()[:32]}"
-    with contextlib.suppress(OSError):
-        return kept.read_bytes()
+    name = f"{source.stem}-{architecture}-{digest.hexdigest()[:32]}.kernel"
+    kept = _read(cache_folder() / name)
+    if kept is not None:
+        return kept
     binary = _compile(source, options, architecture)
-    with contextlib.suppress(OSError):  # a folder that cannot be written costs only the time
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        own = kept.with_name(f"{kept.name}.{os.getpid()}")  # ranks compile it at the same time
-        with atomic_write(own) as partial:
-            partial.write_bytes(binary)
-        os.replace(own, kept)
+    _keep(cache_folder() / name, binary)
     return binary
 
 
@@ -66,7 +65,8 @@ def cache_folder() -> Path:
     chosen = os.environ.get("IRPE_KERNEL_CACHE")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "irpe_ds" / "kernels"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(caches) / "irpe_ds" / "kernels"
 
 
 def version() -> str:
@@ -100,6 +100,45 @@ def _library() -> ctypes.CDLL:
         return ctypes.CDLL(name)  # a system's CUDA
     except OSError as error:
         raise Unavailable(f"cannot load NVRTC: {error}") from None
+
+
+def _read(path: Path) -> bytes | None:
+    """The kernel in a file, after its SHA-256; None where there is none, or not as it was kept."""
+    with contextlib.suppress(OSError):
+        data = read_regular(path, MAX_KERNEL)
+        if not _is_trusted(path):
+            return None
+        digest, binary = data[:32], data[32:]
+        if hashlib.sha256(binary).digest() == digest:
+            return binary
+        print(f"{path} is damaged: the kernel is compiled again", file=sys.stderr)
+    return None
+
+
+def _keep(path: Path, binary: bytes) -> None:
+    with contextlib.suppress(OSError):  # a folder that cannot be written costs only the time
+        with folders.not_writable_by_all():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not _is_trusted(path):
+                return
+            own = path.with_name(f"{path.name}.{os.getpid()}")  # ranks compile it at the same time
+            with atomic_write(own) as partial:
+                partial.write_bytes(hashlib.sha256(binary).digest() + binary)
+        os.replace(own, path)
+
+
+def _is_trusted(path: Path) -> bool:
+    """Whether no other user could have written a kernel here; said when one could, once."""
+    reason = folders.untrusted_reason(path.parent, path.parent)
+    reason = reason or folders.untrusted_reason(path, path.parent)
+    if reason is not None:
+        _say_once(f"{reason}, so kernels are compiled anew: set IRPE_KERNEL_CACHE to another folder")
+    return reason is None
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def _options(defines: Mapping[str, int], architecture: str) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from irpe_ds.files import read_regular
 from irpe_ds.ops.build import toolchain
 from irpe_ds.ops.build.toolchain import Unavailable
 
@@ -45,5 +46,18 @@ def needs() -> dict[str, str | None]:
 
 
 def built_for() -> dict[str, Any]:
-    """`needs` at the time of the build, `architectures`, and why it is `without_cuda`."""
-    return json.loads(INFO.read_text())
+    """`needs` at the time of the build, `architectures`, and why it is `without_cuda`.
+
+    Raises:
+        Unavailable: the file is missing, or is not as `setup.py` writes it.
+    """
+    try:
+        info: dict[str, Any] = json.loads(read_regular(INFO, 100_000))
+        wrong = {
+            key for key, x in info.items() if not isinstance(x, str | None if key == "cuda" else str)
+        }
+        if wrong or info.keys() != {*needs(), "architectures", "without_cuda"}:
+            raise ValueError("other keys or values than setup.py writes")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise Unavailable(f"cannot read {INFO} ({error}): reinstall irpe-ds") from error
+    return info

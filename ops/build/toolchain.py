@@ -29,14 +29,23 @@ ARCHITECTURES = "8.0;9.0+PTX"
 
 
 def architectures() -> str:
-    """The GPU architectures to compile for, in the format of TORCH_CUDA_ARCH_LIST."""
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    """The GPU architectures to compile for, in the format of TORCH_CUDA_ARCH_LIST.
+
+    Raises:
+        Unavailable: that variable holds something else.
+    """
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    for architecture in chosen:
+        if not re.fullmatch(r"\d{1,2}\.\d[af]?(\+PTX)?", architecture, re.ASCII):
+            expected = f"TORCH_CUDA_ARCH_LIST: expected compute capabilities such as {ARCHITECTURES}"
+            raise Unavailable(f"{expected}, got {architecture[:40]!r}")
+    return ";".join(chosen) or ARCHITECTURES
 
 
 def gencode() -> list[str]:
     """nvcc's options for `architectures`."""
     options = []
-    for architecture in re.split(r"[;\s]+", architectures().strip()):
+    for architecture in architectures().split(";"):
         number = architecture.removesuffix("+PTX").replace(".", "")
         options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if architecture.endswith("+PTX"):
@@ -96,7 +105,7 @@ def cache(toolkit: CUDAToolkit | None) -> Path:
         os.environ.get("CXX"),
     ):
         key.update(repr(fact).encode())
-    return Path(root).expanduser().absolute() / f"irpe_{key.hexdigest()[:16]}"
+    return Path(os.path.expanduser(root)).absolute() / f"irpe_{key.hexdigest()[:16]}"
 
 
 def cxx() -> str:
@@ -132,8 +141,10 @@ def cuda() -> CUDAToolkit:
     """The first CUDA compiler of PyTorch's major version: CUDA_HOME, PATH, system, wheels.
 
     Raises:
-        Unavailable: none was found; the message says why others were rejected.
+        Unavailable: none was found, and the message says why others were rejected; or it is not
+            known what to compile for.
     """
+    architectures()
     wanted = torch.version.cuda
     if wanted is None:
         raise Unavailable("this PyTorch is built without CUDA")
@@ -169,8 +180,10 @@ def _wheels(major: str) -> list[Path]:
 def _toolkit(home: Path, wanted: str) -> CUDAToolkit:
     nvcc, major = home / "bin" / "nvcc", wanted.split(".")[0]
     try:
-        printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
+        printed = subprocess.run(
+            [nvcc, "--version"], capture_output=True, check=True, timeout=60, errors="replace"
+        )
+    except (OSError, subprocess.SubprocessError) as error:
         raise Unavailable(f"cannot run {nvcc} ({error})") from error
     release = re.search(r"release (\d+\.\d+)", printed.stdout)
     version = release[1] if release else "unknown"

@@ -100,34 +100,51 @@ class Gpu(NamedTuple):
     shared_bytes: int
 
 
+RTX_2080, RTX_3090 = Gpu("sm_75", 64 << 10), Gpu("sm_86", 99 << 10)
+RTX_4090, RTX_5090 = Gpu("sm_89", 99 << 10), Gpu("sm_120", 99 << 10)
+H100 = Gpu("sm_90", 227 << 10)
+NO_ROOM = "patches does not fit in 99 KiB of shared memory"
+
+
+def on(targets: str, method: str = "product", ratio: float = 1.9, side: int = 14) -> list[TermSpec]:
+    """Contextual terms on side x side patches and a class token."""
+    methods = ["cross_rows", "cross_cols"] if method == "cross" else [method]
+    return [TermSpec(x, each, (side, side), 1, ratio, False) for x in targets for each in methods]
+
+
 @pytest.mark.parametrize(
-    ("gpu", "terms", "reason"),
+    ("gpu", "terms", "dropout", "reason"),
     [
-        (Gpu("sm_75", 64 << 10), (spec("k"),), "it needs a GPU of compute capability 8.0 or later"),
-        (
-            Gpu("sm_86", 99 << 10),
-            (spec("k", "euclidean", 20), spec("v", "euclidean", 20)),
-            "a grid of 14 x 14 patches does not fit in 99 KiB of shared memory",
-        ),
-        (
-            Gpu("sm_90", 227 << 10),
-            (spec("k")._replace(grid=(3, 65)),),
-            "a grid of 3 x 65 patches has rows of more than 64 patches",
-        ),
-        (Gpu("sm_90", 227 << 10), (spec("q"), spec("k"), spec("v")), None),
+        (RTX_2080, [spec("k")], False, "it needs a GPU of compute capability 8.0 or later"),
+        (RTX_3090, on("kv", "euclidean", 20), False, f"14 x 14 {NO_ROOM}"),
+        (RTX_4090, on("qkv", "cross", 20, 24), False, "expected at most 16 column classes, got 44"),
+        (RTX_4090, on("qkv", "cross", 1.9, 24), False, None),
+        (RTX_5090, on("qkv", "cross"), False, None),
+        (RTX_5090, on("qkv", "cross"), True, f"14 x 14 {NO_ROOM}"),
+        (H100, [spec("k")._replace(grid=(3, 65))], False, "has rows of more than 64 patches"),
+        (H100, on("qkv"), True, None),
     ],
 )
 def test_what_a_gpu_has_no_room_for(
-    gpu: Gpu, terms: tuple[TermSpec, ...], reason: str | None, monkeypatch: pytest.MonkeyPatch
+    gpu: Gpu,
+    terms: list[TermSpec],
+    dropout: bool,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`auto` takes the next implementation, instead of failing in the launch."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(fused_kernels, "device_of", lambda index: gpu)
     monkeypatch.setattr(library, "unavailable_reason", lambda device_type: None)
-    resolved = resolve_impl("auto", DispatchKey("cuda", torch.bfloat16, 64, terms))
+    key = DispatchKey("cuda", torch.bfloat16, 64, tuple(terms), dropout)
+    resolved = resolve_impl("auto", key)
     assert resolved.name == ("fused" if reason is None else "gather")
-    assert f"not fused: {reason}" in resolved.why or reason is None
+    assert reason is None or (resolved.why.count("not fused: ") and reason in resolved.why)
+    for name in fused_kernels.NEEDED if reason is None else ():  # as the launch plans it
+        shape = fused.kernel_shape(key, keys=name == "backward_keys")
+        assert shape is not None
+        fused_kernels.compile_options(name, shape, gpu.shared_bytes)
 
 
 @pytest.mark.usefixtures("without_operators")

@@ -19,7 +19,7 @@ from deepspeed.ops.op_builder.builder import CUDAOpBuilder, OpBuilder
 
 from irpe_ds.ops import __main__ as report
 from irpe_ds.ops.bench import resources
-from irpe_ds.ops.build import library, prebuilt, toolchain
+from irpe_ds.ops.build import folders, library, prebuilt, toolchain
 from irpe_ds.ops.build.builder import IRPEBuilder
 from irpe_ds.ops.build.toolchain import Unavailable
 
@@ -204,8 +204,8 @@ def test_a_finished_build_needs_no_compiler_and_must_load(
 ) -> None:
     folder = IRPEBuilder().folder
     folder.mkdir(parents=True)
-    (folder / "irpe.so").write_text("half a file")
-    (folder / "finished").touch()
+    (folder / "irpe.so").write_text("no library")
+    folders.mark_complete(folder / "irpe.so")
     monkeypatch.setattr(toolchain, "ninja", None)
     with pytest.raises(Unavailable, match=r"^cannot load .*irpe\.so: .*file too short"):
         IRPEBuilder().load()
