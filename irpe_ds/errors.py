@@ -15,6 +15,12 @@ class ExitCode(IntEnum):
     """Stopped by a signal after saving: rerun the same command. EX_TEMPFAIL of sysexits.h."""
 
 
+def printable(text: str) -> str:
+    """Control characters and what is not UTF-8 as escapes: names come from files, and would else
+    steer the terminal or fail to print."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class UserError(ValueError):
     """A mistake that the user can fix: where it is, what was expected there and what was found.
 
@@ -24,7 +30,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, where: object, expected: str = "", got: object = None) -> None:
-        super().__init__(f"{where}: expected {expected}, got {got}" if expected else str(where))
+        text = f"{where}: expected {expected}, got {got}" if expected else str(where)
+        super().__init__(printable(text))
         self.where, self.expected, self.got = where, expected, got
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
