@@ -1,12 +1,13 @@
 """Check a .beton file against its manifest, and decode every image in it."""
 
+import os
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from irpe_ds.data.beton.format import ENTRY_TYPE, HEAD_BYTES, JPG, HeaderType
+from irpe_ds.data.beton.format import JPG
 from irpe_ds.data.beton.images import check_jpeg
 from irpe_ds.data.beton.manifest import (
     MANIFEST,
@@ -16,9 +17,16 @@ from irpe_ds.data.beton.manifest import (
     read_hashes,
     read_manifest,
 )
-from irpe_ds.data.beton.reader import Beton, DatasetInfo, read_beton
+from irpe_ds.data.beton.reader import (
+    Beton,
+    DatasetInfo,
+    check_structure,
+    read_beton,
+    read_metadata,
+)
 from irpe_ds.data.parallel import map_in_order, progress
 from irpe_ds.errors import DataError
+from irpe_ds.files import open_regular
 
 
 def verify(path: Path, *, workers: int, needs_manifest: bool = True) -> DatasetInfo:
@@ -55,12 +63,15 @@ def verify(path: Path, *, workers: int, needs_manifest: bool = True) -> DatasetI
 
 def _check_labels(path: Path, manifest: DatasetManifest) -> None:
     """Compare every label with the class in the sample's name."""
-    header = np.fromfile(path, HeaderType, 1)
-    if path.stat().st_size != manifest.size or header["num_samples"] != manifest.num_samples:
-        return  # read_beton has a better message
-    labels = np.fromfile(path, ENTRY_TYPE, manifest.num_samples, offset=HEAD_BYTES)["f1"]
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size != manifest.size:
+            return  # read_beton has a better message
+        num_samples, _ = check_structure(file, path, str(path))
+        if num_samples != manifest.num_samples:
+            return
+        labels = read_metadata(file, num_samples)["f1"]
     for sample, (label, line) in enumerate(
-        zip(labels.tolist(), read_hashes(path, manifest), strict=True)
+        zip(labels.tolist(), read_hashes(path, manifest), strict=False)
     ):
         known = 0 <= label < len(manifest.classes)
         if not known or not line.name.startswith(manifest.classes[label] + "/"):

@@ -5,7 +5,6 @@ resizes and its augmentation in Pillow. Reads .beton files, and the folders and 
 are made from.
 """
 
-import io
 import os
 import random
 import signal
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from irpe_ds.config import AugmentConfig
 from irpe_ds.data.beton.format import JPG
-from irpe_ds.data.beton.images import DAMAGE
+from irpe_ds.data.beton.images import DAMAGE, open_image
 from irpe_ds.data.beton.journal import Journal
 from irpe_ds.data.beton.reader import DatasetInfo, read_beton
 from irpe_ds.data.beton.sources import Files, Member, open_source
@@ -65,7 +64,7 @@ class BetonImages:
         if not self._beton.is_intact(sample):
             raise ValueError("bytes that differ from those converted")
         if entry["mode"] == JPG:
-            return Image.open(io.BytesIO(payload.data))
+            return open_image(payload.data)
         return Image.fromarray(payload.reshape(entry["height"], entry["width"], 3))
 
     def name(self, sample: int) -> str:
@@ -87,7 +86,9 @@ class SourceImages:
                 classes, _ = journal.list_source(source)
                 images = list(journal.members())
         except UserError as error:
-            raise DataError(where, error.expected, error.got) from None
+            if error.where == "--source":
+                raise DataError(where, error.expected, error.got) from None
+            raise DataError(f"{where}: {error}") from None
         self.info = DatasetInfo(path=path, num_samples=len(images), classes=classes)
         self.labels = np.array([label for label, _ in images], np.int64)
         self._extents = np.array([(m.offset, m.size) for _, m in images], np.int64)
@@ -99,7 +100,7 @@ class SourceImages:
         """One image; ValueError if it cannot be read."""
         offset, size = self._extents[sample].tolist()
         member = Member("", "", self._file(sample), offset, size, 0)
-        return Image.open(io.BytesIO(self._files.read(member)))
+        return open_image(self._files.read(member))
 
     def name(self, sample: int) -> str:
         """Its name in messages."""
