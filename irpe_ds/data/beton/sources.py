@@ -262,7 +262,7 @@ class WebDataset(Source):
         names, number = self._names or (), self._numbers.get(text)
         if isinstance(label, str):
             if number is None:
-                raise DataError(where, "a name in --classes", text)
+                raise DataError(where, "a label that --classes has", text)
             return label
         if number not in (None, label):
             expected = "a label that is not both a name in --classes and another's number"
