@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import struct
+import zlib
 from dataclasses import dataclass
 
 import cv2
@@ -18,7 +20,10 @@ FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")
 """Pillow's names of the formats of images; its other parsers are not tried on foreign bytes: one of
 them starts Ghostscript."""
 
-DAMAGE = (OSError, SyntaxError, ValueError, OverflowError, Image.DecompressionBombError, cv2.error)
+DAMAGE = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError),
+    *(MemoryError, struct.error, zlib.error, Image.DecompressionBombError, cv2.error),
+)
 """What Pillow and OpenCV raise for damaged images."""
 _EIGHTH = 8  # checks decode to 1/8 of the size: all entropy decoding, little of the rest
 

@@ -3,7 +3,10 @@
 import gzip
 import io
 import re
+import resource
 import zlib
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from irpe_ds.data.beton.tar import read_tar
@@ -14,6 +17,7 @@ GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 META = "data/meta.mat"
 
 _LIMIT = 1 << 26  # bytes of a list of labels, or of the development kit unpacked: 3 MB
+_CPU_SECONDS = 30  # to read meta.mat; it takes less than one
 
 
 def parse_label(text: str, where: object) -> int | str:
@@ -113,15 +117,24 @@ def _unpack(path: Path) -> dict[str, bytes]:
 
 
 def _synsets(meta: bytes, path: Path) -> dict[str, str]:
-    """ILSVRC2012_ID, in digits -> WordNet ID, from meta.mat."""
+    """ILSVRC2012_ID, in digits -> WordNet ID, from meta.mat.
+
+    In a process of its own: SciPy (1.17) ends with a segmentation fault on some damaged files.
+    """
+    limit = resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS)
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn"), resource.setrlimit, limit) as pool:
+            return pool.submit(_read_meta, meta).result()
+    except Exception as error:  # SciPy raises whatever it meets
+        raise DataError("--labels", f"ILSVRC2012's meta.mat in {path}", error) from None
+
+
+def _read_meta(meta: bytes) -> dict[str, str]:
     import numpy as np
     from scipy.io import loadmat
 
-    try:
-        rows = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
-        synsets = {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in rows}
-        if not len(set(synsets.values())) == len(synsets) == len(rows):
-            raise ValueError("the same number or synset twice")
-        return synsets
-    except Exception as error:  # SciPy (1.17) raises whatever it meets in a damaged file
-        raise DataError("--labels", f"ILSVRC2012's meta.mat in {path}", error) from None
+    rows = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
+    synsets = {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in rows}
+    if not len(set(synsets.values())) == len(synsets) == len(rows):
+        raise ValueError("the same number or synset twice")
+    return synsets
