@@ -121,6 +121,7 @@ class TestValidation:
         (folder / META).write_bytes(meta)
         return folder
 
+    @pytest.mark.thorough
     def test_damaged_development_kit(self, tmp_path: Path) -> None:
         noise = np.random.default_rng(0).bytes(2000)
         with pytest.raises(DataError, match=r"--labels: expected ILSVRC2012's meta\.mat"):
@@ -130,7 +131,8 @@ class TestValidation:
             with pytest.raises(DataError, match=r"^--labels: .*kit\.tar\.gz"):
                 validation_labels(tmp_path / "kit.tar.gz")
 
-    @pytest.mark.parametrize("number", ["+1", "3", "1.0", "x" * 999])
+    @pytest.mark.thorough
+    @pytest.mark.parametrize("number", ["+1", "x" * 999])
     def test_unknown_number(self, tmp_path: Path, number: str) -> None:
         from scipy.io import savemat
 
