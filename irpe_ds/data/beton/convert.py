@@ -274,7 +274,8 @@ def _write_lists(journal: Journal, out: Path) -> None:
             file.write(hash_line(done.sha256, f"{category}/{name}"))
     with beside(out, SKIPPED + PARTIAL).open("wb") as file:
         for _, category, name, done in journal.skipped():
-            file.write(os.fsencode(f"{category}/{name}\t{done.reason}\n"))
+            shown = f"{category}/{name}".replace("\n", "\\n").replace("\t", "\\t")
+            file.write(os.fsencode(f"{shown}\t{done.reason}\n"))
 
 
 def _publish(out: Path) -> None:

@@ -110,8 +110,8 @@ def check_jpeg(data: bytes | NDArray[np.uint8]) -> tuple[int, int]:
     try:
         with open_image(array.data) as image:
             width, height = image.size
-    except DAMAGE:
-        raise ValueError("no JPEG header") from None
+    except DAMAGE as error:
+        raise ValueError(f"no JPEG header: {error}") from None
     pixels = np.empty((-(-height // _EIGHTH), -(-width // _EIGHTH), 3), np.uint8)
     size = height, width
     if imdecode(array, pixels, *size, *size, 0, 0, 1, _EIGHTH, False, False) != 0:

@@ -279,7 +279,7 @@ class WebDataset(Source):
             return tuple(names)
         numbers = sorted(map(int, names))
         if numbers != list(range(len(numbers))):
-            seen = f"there are only {len(numbers)} different labels, up to {numbers[-1]}"
+            seen = f"labels reach {numbers[-1]} (different ones seen: {len(numbers)})"
             raise DataError("--classes", f"the names of all classes, since {seen}", "nothing")
         return tuple(map(str, numbers))
 
