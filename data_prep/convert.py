@@ -27,6 +27,7 @@ from irpe_ds.data.beton.manifest import SKIPPED, DatasetManifest, beside
 from irpe_ds.data.beton.options import Check, Mode, OnBad, StorageOptions
 from irpe_ds.data.beton.sources import open_source
 from irpe_ds.data.parallel import check_workers
+from irpe_ds.errors import printable
 
 if TYPE_CHECKING:
     from irpe_ds.data.beton.convert import Forecast
@@ -99,12 +100,16 @@ def print_forecast(coming: "Forecast") -> None:
         f"{max(0.1, coming.seconds / 60):.2g} minutes if the disk is fast enough"
     )
     for name, reason in coming.bad.items():
-        print(f"bad: {name}: {reason}")
+        print(_shown(f"bad: {name}: {reason}"))
 
 
 def _names(classes: Sequence[str]) -> str:
     """Of few classes: a folder too high shows train and val."""
-    return f" ({', '.join(classes)})" if len(classes) <= 5 else ""
+    return f" ({_shown(', '.join(classes))})" if len(classes) <= 5 else ""
+
+
+def _shown(names: str) -> str:
+    return printable(names).replace("\n", "\\n")  # a name shall not look like a line of ours
 
 
 def print_result(manifest: DatasetManifest, out: Path, seconds: float) -> None:

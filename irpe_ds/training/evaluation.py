@@ -16,7 +16,7 @@ from irpe_ds.cluster.process_group import (
     set_environment,
 )
 from irpe_ds.config import RunConfig
-from irpe_ds.data.beton.reader import DatasetInfo, read_beton
+from irpe_ds.data.beton.reader import DatasetInfo
 from irpe_ds.data.loaders import EvalLoader
 from irpe_ds.data.pipelines.pipeline import Part, dataset_info
 from irpe_ds.errors import ConfigError
@@ -164,8 +164,8 @@ def _check_classes(config: RunConfig, part: Part, info: DatasetInfo) -> None:
     if info.num_classes not in (None, num_classes):
         expected = f"{info.num_classes}, the classes of {path}"
         raise ConfigError("model.num_classes", expected, num_classes)
-    if info.num_classes is None:  # no manifest: the labels decide
-        largest = int(read_beton(path, f"data.{part}").entries["label"].max())
+    if info.num_classes is None and info.largest_label is not None:  # no manifest
+        largest, sample = info.largest_label
         if largest >= num_classes:
-            expected = f"more than {largest}, the largest label of {path}"
+            expected = f"more than {largest}, the label of sample {sample} of {path}"
             raise ConfigError("model.num_classes", expected, num_classes)

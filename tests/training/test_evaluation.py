@@ -10,6 +10,22 @@ from irpe_ds.errors import ConfigError
 from irpe_ds.training import evaluation
 
 
+def test_label_that_the_model_has_no_class_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a .beton file without manifest."""
+    values = {
+        "name": "x",
+        "model": {"name": "deit", "num_classes": 12},
+        "data": {"train": "a.beton", "val": "b"},
+    }
+    info = DatasetInfo(path=Path("a.beton"), num_samples=9, classes=None, largest_label=(12, 7))
+    monkeypatch.setattr(evaluation, "dataset_info", lambda data, part: info)
+    expected = (
+        r"model\.num_classes: expected more than 12, the label of sample 7 of a\.beton, got 12"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        evaluation.open_checked(RunConfig.model_validate(values), "train")
+
+
 @pytest.mark.parametrize(
     ("val", "message"),
     [

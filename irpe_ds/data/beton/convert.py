@@ -24,6 +24,7 @@ from irpe_ds.data.beton.journal import (
     Journal,
     already_exists,
     check_out,
+    damaged_journal,
 )
 from irpe_ds.data.beton.manifest import (
     HASHES,
@@ -91,15 +92,18 @@ def convert(
                         journal_path.unlink(missing_ok=True)
                     raise
                 manifest.write(beside(out, MANIFEST + PARTIAL))
+                DatasetManifest.read(beside(out, MANIFEST + PARTIAL))  # as its readers will
                 for suffix in (HASHES, SKIPPED):
                     fsync(beside(out, suffix + PARTIAL))
                 journal.finish()
             _publish(out)
         journal_path.unlink()
         return DatasetManifest.read(beside(out, MANIFEST))
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, sqlite3.OperationalError) as error:
         done = "what is done is kept; rerun the same command to continue"
         raise DataError(f"--out: cannot write {out}: {error}; {done}") from None
+    except sqlite3.Error as error:
+        raise damaged_journal(journal_path, error) from None
 
 
 def _convert(
@@ -130,6 +134,10 @@ def _convert(
     ):
         _store(journal, writer, commits, Files(source), options, workers, on_bad)
         counts = journal.counts()
+        entered, skipped = counts["num_samples"], counts["skipped"]
+        if entered + skipped != room:
+            found = f"{entered} images in the file and {skipped} skipped, of {room} listed"
+            raise damaged_journal(beside(out, JOURNAL), found)
         if not counts["num_samples"]:
             raise DataError("--source", "an image that can be stored", "only bad ones")
         _write_lists(journal, out)
@@ -148,7 +156,7 @@ def _convert(
         hashes_sha256=file_sha256(beside(out, HASHES + PARTIAL)),
         ffcv=VERSION,
         command=command,
-        **counts,
+        **counts,  # type: ignore[arg-type]
     )
 
 
@@ -174,7 +182,7 @@ def _store(
                 image, sha256 = result
                 start = writer.append(image.payload)
                 size = image.height, image.width
-                stored = start, len(image.payload), image.mode, *size, image.original
+                stored = start, len(image.payload), image.mode, *size, int(image.original)
                 journal.add(DoneImage(position, *stored, sha256, None))
             bar.update()
             commits.advance()
@@ -266,7 +274,8 @@ def _write_lists(journal: Journal, out: Path) -> None:
             file.write(hash_line(done.sha256, f"{category}/{name}"))
     with beside(out, SKIPPED + PARTIAL).open("wb") as file:
         for _, category, name, done in journal.skipped():
-            file.write(os.fsencode(f"{category}/{name}\t{done.reason}\n"))
+            shown = f"{category}/{name}".replace("\n", "\\n").replace("\t", "\\t")
+            file.write(os.fsencode(f"{shown}\t{done.reason}\n"))
 
 
 def _publish(out: Path) -> None:

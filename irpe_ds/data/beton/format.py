@@ -51,6 +51,9 @@ VERSION = metadata.version("ffcv")  # ffcv.__version__ of 1.0.2 says 0.0.3rc1
 JPG: int = IMAGE_MODES["jpg"]
 RAW: int = IMAGE_MODES["raw"]
 
+MAX_PIXELS = 89_478_485
+"""Of one image, 268 MB decoded: where Pillow begins to warn of decompression bombs."""
+
 FIELDS = {"image": RGBImageField, "label": IntField}
 """The fields of our files, in order; FFCV's users give them these names too."""
 ENTRY_TYPE = get_metadata_type([kind() for kind in FIELDS.values()])
@@ -65,6 +68,7 @@ __all__ = [
     "FIELDS",
     "HEAD_BYTES",
     "JPG",
+    "MAX_PIXELS",
     "RAW",
     "TYPE_ID_HANDLER",
     "VERSION",

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import struct
+import zlib
 from dataclasses import dataclass
 
 import cv2
@@ -9,12 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from irpe_ds.data.beton.format import JPG, RAW, imdecode
+from irpe_ds.data.beton.format import JPG, MAX_PIXELS, RAW, imdecode
 from irpe_ds.data.beton.options import StorageOptions
 
 MAX_SIDE = 65535  # pixels; the format has 16 bits for each side
 
-DAMAGE = (OSError, SyntaxError, ValueError, OverflowError, Image.DecompressionBombError, cv2.error)
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")
+"""Pillow's names of the formats of images; its other parsers are not tried on foreign bytes: one of
+them starts Ghostscript."""
+
+DAMAGE = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError),
+    *(MemoryError, struct.error, zlib.error, Image.DecompressionBombError, cv2.error),
+)
 """What Pillow and OpenCV raise for damaged images."""
 _EIGHTH = 8  # checks decode to 1/8 of the size: all entropy decoding, little of the rest
 
@@ -54,17 +63,13 @@ def store_image(data: bytes, position: int, options: StorageOptions) -> StoredIm
     if not data:
         raise ValueError("0 bytes")
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if max(image.size) > MAX_SIDE:
-                raise ValueError(f"{image.width} x {image.height} pixels, over {MAX_SIDE}")
+        with open_image(data) as image:
             if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
                 if options.check == "decode":
                     check_jpeg(data)  # Pillow 12 accepts damage that libjpeg-turbo reports
                 if options.mode == "passthrough":
                     return StoredImage(data, JPG, image.height, image.width, True)
             pixels = _reduced(np.asarray(image.convert("RGB")), options)
-    except UnidentifiedImageError:
-        raise ValueError("not an image that Pillow can identify") from None
     except DAMAGE as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
     as_jpeg = options.mode == "reencode"
@@ -78,6 +83,23 @@ def store_image(data: bytes, position: int, options: StorageOptions) -> StoredIm
     return StoredImage(jpeg.tobytes(), JPG, height, width, False)
 
 
+def open_image(data: bytes | memoryview) -> Image.Image:
+    """Open an image file with Pillow, which reads no pixels yet.
+
+    Raises:
+        ValueError: it is no image of FORMATS, or larger than any that may be stored.
+        OSError, SyntaxError and others of DAMAGE: it is damaged.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError("not a JPEG, PNG, BMP, PPM, TIFF or WebP image") from None
+    if max(image.size) > MAX_SIDE or image.width * image.height > MAX_PIXELS:
+        limits = f"sides over {MAX_SIDE} or more than {MAX_PIXELS} pixels"
+        raise ValueError(f"{image.width} x {image.height} pixels: {limits}")
+    return image
+
+
 def check_jpeg(data: bytes | NDArray[np.uint8]) -> tuple[int, int]:
     """Decode a JPEG with the decoder that training uses; return its height and width.
 
@@ -86,10 +108,10 @@ def check_jpeg(data: bytes | NDArray[np.uint8]) -> tuple[int, int]:
     """
     array = np.frombuffer(data, np.uint8)
     try:
-        with Image.open(io.BytesIO(array.data)) as image:
+        with open_image(array.data) as image:
             width, height = image.size
-    except (*DAMAGE, UnidentifiedImageError):
-        raise ValueError("no JPEG header") from None
+    except DAMAGE as error:
+        raise ValueError(f"no JPEG header: {error}") from None
     pixels = np.empty((-(-height // _EIGHTH), -(-width // _EIGHTH), 3), np.uint8)
     size = height, width
     if imdecode(array, pixels, *size, *size, 0, 0, 1, _EIGHTH, False, False) != 0:

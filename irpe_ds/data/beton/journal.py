@@ -4,6 +4,7 @@ On disk, so that lists of millions of images need no memory, and a killed conver
 an image is committed as done only after its payload is on the disk.
 """
 
+import hashlib
 import json
 import os
 import sqlite3
@@ -13,25 +14,28 @@ from typing import Any, NamedTuple
 
 from irpe_ds.data.beton.manifest import beside
 from irpe_ds.data.beton.sources import Member, Source, is_image
-from irpe_ds.errors import ConfigError, DataError
+from irpe_ds.errors import ConfigError, DataError, UserError
+from irpe_ds.files import open_regular
 
 JOURNAL = ".partial.db"
 PARTIAL = ".partial"
 """Suffixes of the files of an unfinished conversion."""
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS settings (value TEXT);
-CREATE TABLE IF NOT EXISTS images (
+_TABLES = {
+    "settings": "CREATE TABLE settings (value TEXT)",
+    "images": """CREATE TABLE images (
     position INTEGER PRIMARY KEY, label INTEGER, repeated INTEGER,
-    category BLOB, name BLOB, file BLOB, offset INTEGER, size INTEGER, stamp INTEGER);
-CREATE TABLE IF NOT EXISTS done (
+    category BLOB, name BLOB, file BLOB, offset INTEGER, size INTEGER, stamp INTEGER)""",
+    "done": """CREATE TABLE done (
     position INTEGER PRIMARY KEY, start INTEGER, size INTEGER, mode INTEGER, height INTEGER,
-    width INTEGER, original INTEGER, sha256 BLOB, reason TEXT);
-CREATE TEMP TABLE found (
-    category BLOB, name BLOB, file BLOB, offset INTEGER, size INTEGER, stamp INTEGER);
-CREATE TEMP TABLE classes (category BLOB PRIMARY KEY, label INTEGER);
-CREATE TEMP TABLE fresh AS SELECT * FROM images WHERE 0;
-"""
+    width INTEGER, original INTEGER, sha256 BLOB, reason TEXT, digest BLOB)""",
+}
+_TEMPORARY = (
+    """CREATE TEMP TABLE found (
+    category BLOB, name BLOB, file BLOB, offset INTEGER, size INTEGER, stamp INTEGER)""",
+    "CREATE TEMP TABLE classes (category BLOB PRIMARY KEY, label INTEGER)",
+    "CREATE TEMP TABLE fresh AS SELECT * FROM images WHERE 0",
+)
 
 # In the order of the .beton file. A name may occur twice in an archive: the second is `repeated`.
 _ORDER = """
@@ -39,7 +43,7 @@ INSERT INTO fresh
 SELECT row_number() OVER w - 1, label,
        category IS lag(category) OVER w AND name IS lag(name) OVER w,
        category, name, file, offset, size, stamp
-FROM found JOIN classes USING (category)
+FROM found LEFT JOIN classes USING (category)
 WINDOW w AS (ORDER BY label, name, file, offset)
 """
 
@@ -67,6 +71,11 @@ def already_exists(out: Path) -> ConfigError:
     return ConfigError("--out", "a new file, or --overwrite", f"{out}, which exists")
 
 
+def damaged_journal(path: Path | None, found: object) -> DataError:
+    """The error of a file that is no journal of ours, or a damaged one; it is left as it is."""
+    return DataError(path, "the journal of a conversion (remove it to start over)", found)
+
+
 class DoneImage(NamedTuple):
     """An image that is done: the extent of its payload, or why it was skipped."""
 
@@ -77,7 +86,8 @@ class DoneImage(NamedTuple):
     mode: int
     height: int
     width: int
-    original: bool
+    original: int
+    """1: the bytes of the source file; 0: encoded anew."""
     sha256: bytes
     reason: str | None
     """Why it was skipped."""
@@ -104,29 +114,56 @@ class Journal:
     def __init__(
         self, path: Path | None, identity: dict[str, Any], *, restart: bool = False
     ) -> None:
+        self._path, self._added = path, list[DoneImage]()
         try:
+            if path is not None and path.exists():
+                open_regular(path).close()
             self._db = sqlite3.connect(path or "", isolation_level=None, timeout=0)
+            self._db.text_factory = os.fsdecode
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
-            self._db.executescript(_SCHEMA)
             self._db.execute("BEGIN EXCLUSIVE")
-        except sqlite3.DatabaseError as error:
+            self._open_tables()
+            ((stored,),) = self._query("SELECT max(value) FROM settings")
+        except (OSError, sqlite3.Error) as error:
             expected = "the journal of a conversion that is not running"
             raise DataError(path, expected, error) from None
         text = json.dumps(identity, sort_keys=True)
-        ((stored,),) = self._query("SELECT max(value) FROM settings")
         if stored not in (None, text) and not restart:
             self.close()
-            old = json.loads(stored)
-            names = [name for name in identity if old.get(name) != identity[name]]
-            where = f"{path} (of an unfinished conversion; --overwrite starts over)"
-            expected = ", ".join(f"{name} {old.get(name)}" for name in names)
-            got = ", ".join(str(identity[name]) for name in names)
-            raise ConfigError(where, expected, got)
-        self._added: list[DoneImage] = []
+            raise self._of_another(stored, identity)
         if stored != text:
             self.discard()
             self._db.execute("DELETE FROM settings")
             self._db.execute("INSERT INTO settings VALUES (?)", (text,))
+        self._check_done()
+
+    def _open_tables(self) -> None:
+        """Create the tables in a new file; another program's file is left as it is."""
+        found = dict(self._query("SELECT name, sql FROM sqlite_master"))
+        if not found:
+            for table in _TABLES.values():
+                self._db.execute(table)
+        elif found != _TABLES:
+            raise damaged_journal(self._path, "tables of another version or another program")
+        for table in _TEMPORARY:
+            self._db.execute(table)
+
+    def _check_done(self) -> None:
+        """Compare what is done with its digests: SQLite does not notice changed bytes."""
+        for number, row in enumerate(self._query("SELECT * FROM done ORDER BY position")):
+            if row[0] != number or row[-1] != _digest(row[:-1]):
+                raise damaged_journal(self._path, f"damage in image {number}")
+
+    def _of_another(self, stored: object, identity: dict[str, Any]) -> UserError:
+        """The error of a journal with other settings."""
+        try:
+            old = dict(json.loads(str(stored)))
+        except (ValueError, TypeError, RecursionError):
+            return damaged_journal(self._path, "damaged settings")
+        names = [name for name in identity if old.get(name) != identity[name]]
+        where = f"{self._path} (of an unfinished conversion; --overwrite starts over)"
+        expected = ", ".join(f"{name} {old.get(name)}" for name in names)
+        return ConfigError(where, expected, ", ".join(str(identity[name]) for name in names))
 
     def discard(self, first: int = 0) -> None:
         """Mark the images from this position on as not done."""
@@ -139,7 +176,8 @@ class Journal:
 
     def stage(self) -> None:
         """Make added images visible to queries and part of the next commit."""
-        self._db.executemany("INSERT INTO done VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", self._added)
+        rows = ((*image, _digest(image)) for image in self._added)
+        self._db.executemany("INSERT INTO done VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
         self._added.clear()
 
     def commit(self) -> None:
@@ -161,7 +199,7 @@ class Journal:
         """List the images of a source; return its classes and the number of other files.
 
         Raises:
-            DataError: the source has no images, or its classes are not as they should be.
+            DataError: the source has no images, or an image of none of its classes.
         """
         others = 0
 
@@ -185,6 +223,10 @@ class Journal:
             ((os.fsencode(name), label) for label, name in enumerate(classes)),
         )
         self._db.execute(_ORDER)
+        stray = self._query("SELECT * FROM fresh WHERE label IS NULL LIMIT 1")
+        for _, _, _, *member in stray:
+            found_in = _member(member)
+            raise DataError(found_in, "an image of one of the classes", found_in.category)
         self._db.execute(_KEEP)
         self._db.execute("DELETE FROM images")
         self._db.execute("INSERT INTO images SELECT * FROM fresh")
@@ -228,7 +270,8 @@ class Journal:
 
     def _joined(self, where: str) -> Iterator[tuple[int, str, str, DoneImage]]:
         rows = self._query(
-            "SELECT label, category, name, done.* FROM done JOIN images USING (position) "
+            f"SELECT label, category, name, {', '.join(f'done.{c}' for c in DoneImage._fields)} "
+            "FROM done JOIN images USING (position) "
             f"WHERE {where} ORDER BY position"
         )
         for label, category, name, *done in rows:
@@ -262,3 +305,7 @@ class Journal:
 def _member(row: list[Any]) -> Member:
     category, name, file, *numbers = row
     return Member(os.fsdecode(category), os.fsdecode(name), os.fsdecode(file), *numbers)
+
+
+def _digest(row: Iterable[object]) -> bytes:
+    return hashlib.blake2b(repr(tuple(row)).encode(), digest_size=8).digest()

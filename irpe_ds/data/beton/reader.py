@@ -4,6 +4,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +15,22 @@ from irpe_ds.data.beton.format import (
     ENTRY_TYPE,
     FIELDS,
     HEAD_BYTES,
+    JPG,
+    MAX_PIXELS,
+    RAW,
     TYPE_ID_HANDLER,
     FieldDescType,
     HeaderType,
-    Reader,
 )
-from irpe_ds.data.beton.manifest import DatasetManifest, read_hashes, read_manifest
+from irpe_ds.data.beton.manifest import (
+    HASHES,
+    DatasetManifest,
+    beside,
+    read_hashes,
+    read_manifest,
+)
 from irpe_ds.errors import DataError
+from irpe_ds.files import open_regular
 
 ENTRY = np.dtype(
     [
@@ -48,6 +58,8 @@ class DatasetInfo:
     """Class names in label order. None: unknown, since the file has no manifest."""
     manifest: DatasetManifest | None = None
     """The record of its conversion, if there is one."""
+    largest_label: tuple[int, int] | None = None
+    """The largest label and the first sample that has it, of a .beton file."""
 
     @property
     def num_classes(self) -> int | None:
@@ -84,7 +96,7 @@ class Beton:
 
 
 def beton_info(path: Path, where: str) -> DatasetInfo:
-    """Check a .beton file and return its contents; fast, since only its tables are hashed.
+    """Check a .beton file and return its contents; fast, since only its tables are read.
 
     A file that FFCV's own writer made, without our manifest, is accepted if its tables fit it.
 
@@ -92,76 +104,148 @@ def beton_info(path: Path, where: str) -> DatasetInfo:
         where: the configuration key that names the file, for errors.
 
     Raises:
-        DataError: the file is missing, truncated, incomplete, not FFCV's or has other fields.
+        DataError: the file is missing, truncated, incomplete, not FFCV's or has other fields, or
+            a sample has a label that is none or a size that no image has.
     """
-    try:
-        size = path.stat().st_size
-        manifest = read_manifest(path)
-        if manifest is not None and manifest.size != size:
-            expected = f"{manifest.size} bytes, as in the manifest of {path}"
-            raise DataError(where, expected, f"{size} bytes")
-        if manifest is not None:
-            found = tables_sha256(path, manifest.num_samples)
-            if found != manifest.tables_sha256:
-                expected = f"the tables (labels, offsets, sizes) of {path} to match its manifest"
-                raise DataError(where, expected, "different tables: damaged or changed")
-        num_samples = _check_structure(path, size, where)
-    except OSError as error:
-        expected = "a .beton file (data_prep/convert.py makes one)"
-        raise DataError(where, expected, f"{path}: {error.strerror}") from None
-    classes = manifest.classes if manifest else None
-    return DatasetInfo(path=path, num_samples=num_samples, classes=classes, manifest=manifest)
+    return _read_tables(path, where)[0]
 
 
 def read_beton(path: Path, where: str) -> Beton:
     """Open a .beton file to read its samples; arguments and errors as of `beton_info`."""
-    info = beton_info(path, where)
+    info, entries = _read_tables(path, where)
     hashes = None
     if info.manifest is not None:
         prefixes = (int.from_bytes(h.sha256[:8], "big") for h in read_hashes(path, info.manifest))
-        hashes = np.fromiter(prefixes, np.uint64, info.num_samples)
-    reader = Reader(path)
-    images, table = reader.metadata["f0"], reader.alloc_table
-    entries = np.zeros(info.num_samples, ENTRY)
-    for ours, theirs in (("start", "data_ptr"), ("height",) * 2, ("width",) * 2, ("mode",) * 2):
-        entries[ours] = images[theirs]
-    entries["label"] = reader.metadata["f1"]
-    file = np.memmap(path, np.uint8, "r")
+        hashes = np.fromiter(prefixes, np.uint64)
+        if len(hashes) != info.num_samples:
+            expected = f"{info.num_samples} lines, one for each image"
+            raise DataError(beside(path, HASHES), expected, len(hashes))
+    return Beton(
+        info=info,
+        bytes=np.memmap(path, np.uint8, "r"),
+        entries=entries,
+        hashes=hashes,
+        checked=np.zeros(info.num_samples, np.bool_),
+    )
+
+
+def _read_tables(path: Path, where: str) -> tuple[DatasetInfo, NDArray[np.void]]:
+    """The contents of a file in brief, and ENTRY of each sample."""
+    expected = "a .beton file (data_prep/convert.py makes one)"
+    if path.is_dir():
+        got = f"{path}, a folder"
+        raise DataError(where, f"{expected}, or data.pipeline=timm, which reads folders", got)
+    try:
+        with open_regular(path) as file:
+            size, manifest = os.fstat(file.fileno()).st_size, read_manifest(path)
+            if manifest is not None and manifest.size != size:
+                wanted = f"{manifest.size} bytes, as in the manifest of {path}"
+                raise DataError(where, wanted, f"{size} bytes")
+            num_samples, allocations = check_structure(file, path, where)
+            if manifest is not None and (
+                num_samples != manifest.num_samples
+                or tables_sha256(path, num_samples) != manifest.tables_sha256
+            ):
+                wanted = f"the tables (labels, offsets, sizes) of {path} to match its manifest"
+                raise DataError(where, wanted, "different tables: damaged or changed")
+            metadata = read_metadata(file, num_samples)
+            file.seek(allocations)
+            table = np.fromfile(file, ALLOC_TABLE_TYPE, num_samples)
+    except OSError as error:
+        raise DataError(where, expected, f"{path}: {error.strerror}") from None
+    entries = _entries(metadata, table, allocations, path, where)
+    classes = manifest.classes if manifest else None
+    _check_samples(entries, None if classes is None else len(classes), path, where)
+    sample = int(entries["label"].argmax())
+    info = DatasetInfo(
+        path=path,
+        num_samples=num_samples,
+        classes=classes,
+        manifest=manifest,
+        largest_label=(int(entries["label"][sample]), sample),
+    )
+    return info, entries
+
+
+def _entries(
+    metadata: NDArray[np.void],
+    table: NDArray[np.void],
+    allocations: int,
+    path: Path,
+    where: str,
+) -> NDArray[np.void]:
+    """ENTRY of each sample, from the two tables."""
+    images, count = metadata["f0"], len(metadata)
     samples = table["sample_id"].astype(np.int64)
     # Every sample has one allocation, at the offset in its entry, before the table.
     agrees = (
-        np.array_equal(np.sort(samples), np.arange(info.num_samples))
+        len(table) == count
+        and np.array_equal(np.sort(samples), np.arange(count))
         and np.array_equal(table["ptr"], images["data_ptr"][samples])
-        and max(table["ptr"].max(), table["size"].max()) <= path.stat().st_size  # no overflow
-        and (table["ptr"] + table["size"] <= reader.header["alloc_table_ptr"]).all()
-        and (entries["height"] > 0).all()
-        and (entries["width"] > 0).all()
+        and max(table["ptr"].max(), table["size"].max()) <= allocations  # no overflow
+        and (table["ptr"] + table["size"] <= allocations).all()
+        and table["ptr"].min() >= HEAD_BYTES + metadata.nbytes
     )
     if not agrees:
         raise DataError(where, "consistent tables", f"{path}: damaged")
+    entries = np.zeros(count, ENTRY)
+    for ours, theirs in (("start", "data_ptr"), ("height",) * 2, ("width",) * 2, ("mode",) * 2):
+        entries[ours] = images[theirs]
+    entries["label"] = metadata["f1"]
     entries["bytes"][samples] = table["size"]
-    checked = np.zeros(info.num_samples, np.bool_)
-    return Beton(info=info, bytes=file, entries=entries, hashes=hashes, checked=checked)
+    return entries
+
+
+def _check_samples(
+    entries: NDArray[np.void], num_classes: int | None, path: Path, where: str
+) -> None:
+    """Refuse labels outside of [0, num_classes), and sizes that would take too much memory."""
+    labels, bytes_ = entries["label"], entries["bytes"]
+    wrong = labels < 0
+    expected = "labels from 0"
+    if num_classes is not None:
+        wrong |= labels >= num_classes
+        expected = f"labels from 0 to {num_classes - 1}, as its manifest has {num_classes} classes"
+    if wrong.any():
+        sample = int(wrong.argmax())
+        raise DataError(where, expected, f"label {labels[sample]} in sample {sample} of {path}")
+    pixels = entries["height"].astype(np.int64) * entries["width"]
+    jpeg, raw = entries["mode"] == JPG, entries["mode"] == RAW
+    wrong = (pixels < 1) | (pixels > MAX_PIXELS) | (bytes_ < 1) | ~(jpeg | raw)
+    wrong |= raw & (bytes_ != 3 * pixels)
+    if wrong.any():
+        sample = int(wrong.argmax())
+        entry = entries[sample]
+        size = f"{entry['height']} x {entry['width']} pixels in {entry['bytes']} bytes"
+        got = f"{size} (mode {entry['mode']}) in sample {sample} of {path}"
+        expected = f"images of 1 to {MAX_PIXELS} pixels, JPEG or 3 bytes each"
+        raise DataError(where, expected, got)
 
 
 def tables_sha256(path: Path, num_samples: int) -> str:
     """Hash of a file's header, metadata and allocation table."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         digest = hashlib.sha256(file.read(HEAD_BYTES + num_samples * ENTRY_TYPE.itemsize))
         file.seek(-num_samples * ALLOC_TABLE_TYPE.itemsize, os.SEEK_END)
         digest.update(file.read())
     return digest.hexdigest()
 
 
-def _check_structure(path: Path, size: int, where: str) -> int:
-    """Check header, fields and allocation table; return the number of samples."""
+def check_structure(file: BinaryIO, path: Path, where: str) -> tuple[int, int]:
+    """Check header, fields and the size of a file; where the payloads end.
+
+    Returns:
+        The number of samples, and where the allocation table begins.
+    """
     expected = f"a .beton file of FFCV (format {CURRENT_VERSION})"
-    if size < HeaderType.itemsize:
+    size = os.fstat(file.fileno()).st_size
+    if size < HEAD_BYTES:
         raise DataError(where, expected, f"{path}: {size} bytes")
-    header = np.fromfile(path, HeaderType, count=1)[0]
+    file.seek(0)
+    header = np.fromfile(file, HeaderType, count=1)[0]
     if header["version"] != CURRENT_VERSION:
         raise DataError(where, expected, f"{path}: another format")
-    fields = np.fromfile(path, FieldDescType, len(FIELDS), offset=HeaderType.itemsize)
+    fields = np.fromfile(file, FieldDescType, len(FIELDS))
     found = {_name(field): TYPE_ID_HANDLER.get(int(field["type_id"])) for field in fields}
     if header["num_fields"] != len(FIELDS) or list(found.items()) != list(FIELDS.items()):
         wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in FIELDS.items())
@@ -173,7 +257,13 @@ def _check_structure(path: Path, size: int, where: str) -> int:
     if size != wanted_size:
         got = f"{size}: the file is truncated" if size < wanted_size else size
         raise DataError(where, f"{path} to have {wanted_size} bytes", got)
-    return num_samples
+    return num_samples, table
+
+
+def read_metadata(file: BinaryIO, num_samples: int) -> NDArray[np.void]:
+    """ENTRY_TYPE of each sample."""
+    file.seek(HEAD_BYTES)
+    return np.fromfile(file, ENTRY_TYPE, num_samples)
 
 
 def _name(field: np.void) -> str:

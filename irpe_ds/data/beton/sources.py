@@ -5,22 +5,23 @@ file whatever they were packed in.
 """
 
 import os
-import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, NoReturn
 
-from irpe_ds.data.beton.labels import read_lines, validation_labels
+from irpe_ds.data.beton.labels import parse_label, read_classes, validation_labels
+from irpe_ds.data.beton.tar import COMPLETE, TarEntry, read_tar
 from irpe_ds.errors import ConfigError, DataError
+from irpe_ds.files import open_regular, read_regular
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 )  # torchvision's ImageFolder
 
-_BLOCK = 512  # bytes of a tar header
-_TAIL = 1 << 16  # bytes checked after the end of an archive; tar pads to 10 KiB
+_IMAGE_BYTES = 1 << 28  # of one file at most; ImageNet's largest has 15 MB
+_LABEL_BYTES = 1 << 10
 
 
 class Member(NamedTuple):
@@ -125,18 +126,26 @@ class Folder(Source):
             _unreadable(error)
         return sorted(name for name in found if name[0] != ".")
 
+    def _loose(self) -> list[str]:
+        """Names of what is in no class folder."""
+        return sorted(entry.name for entry in self.path.iterdir() if not entry.is_dir())
+
     def members(self) -> Iterator[Member]:
         for category in self._folders():
-            root = self.path / category
+            root, seen = self.path / category, set()
             for folder, _, names in os.walk(root, onerror=_unreadable, followlinks=True):
+                there = _stat(folder)
+                if (there.st_dev, there.st_ino) in seen:  # links in a circle would never end
+                    raise DataError("--source", "every folder once in a class", folder)
+                seen.add((there.st_dev, there.st_ino))
                 for name in names:
                     file = os.path.join(folder, name)
-                    try:
-                        found = os.stat(file)
-                    except OSError as error:  # such as a dangling link
-                        _unreadable(error)
+                    found = _stat(file)
                     inner = os.path.relpath(file, root)
                     yield Member(category, inner, file, 0, found.st_size, found.st_mtime_ns)
+        for name in self._loose():
+            if not is_image(name):
+                yield Member("", name, os.fspath(self.path / name), 0, 0, 0)
 
     def classes(self, found: Iterable[str]) -> tuple[str, ...]:
         classes = self._folders()
@@ -145,6 +154,9 @@ class Folder(Source):
         empty = sorted(set(classes) - set(found))
         if empty:
             raise DataError("--source", "images in every class folder", self.path / empty[0])
+        loose = [name for name in self._loose() if is_image(name)]
+        if loose:
+            raise DataError("--source", "every image in a class folder", self.path / loose[0])
         return tuple(classes)
 
 
@@ -196,12 +208,17 @@ class FlatTar(Source):
         self._where = labels
 
     def members(self) -> Iterator[Member]:
-        path = self.path
-        entries = sorted((e for e in _entries(path) if is_image(e.name)), key=lambda e: e.name)
-        if len(entries) != len(self._labels):
-            expected = f"{len(entries)} labels, one for each image of {path}"
+        path, images = self.path, []
+        for entry in _entries(path):
+            if is_image(entry.name):
+                images.append(entry)
+            else:
+                yield _member("", entry, path)
+        images.sort(key=lambda entry: entry.name)
+        if len(images) != len(self._labels):
+            expected = f"{len(images)} labels, one for each image of {path}"
             raise DataError("--labels", expected, f"{len(self._labels)} in {self._where}")
-        for entry, category in zip(entries, self._labels, strict=True):
+        for entry, category in zip(images, self._labels, strict=True):
             yield _member(category, entry, path)
 
     def classes(self, found: Iterable[str]) -> tuple[str, ...]:
@@ -209,15 +226,17 @@ class FlatTar(Source):
 
 
 class WebDataset(Source):
-    """Shards with key.jpg next to key.cls, which holds a label or a class name."""
+    """Shards with key.jpg next to key.cls, which holds the number of a class or its name."""
 
     kind = "WebDataset shards"
 
     def __init__(self, paths: tuple[Path, ...], classes: Path | None) -> None:
         super().__init__(*paths)
-        self._names = tuple(read_lines(classes, "--classes")) if classes is not None else None
+        self._names = None if classes is None else read_classes(classes)
+        self._numbers = {name: number for number, name in enumerate(self._names or ())}
 
     def members(self) -> Iterator[Member]:
+        numbered = None
         for path in self.paths:
             for key, group in groupby(_entries(path), key=lambda entry: _key(entry.name)):
                 entries = list(group)
@@ -226,24 +245,43 @@ class WebDataset(Source):
                 if len(images) != 1 or len(labels) != 1:
                     got = ", ".join(entry.name for entry in entries)
                     raise DataError("--source", f"one image and one .cls per key in {path}", got)
-                category = self._class(_text(path, labels[0]))
+                where, text = f"{path}: {labels[0].name}", _text(path, labels[0])
+                label = parse_label(text, where)
+                if self._names is not None:
+                    category = self._class(text, label, where)
+                else:
+                    category = str(label)
+                    if numbered not in (None, isinstance(label, int)):
+                        expected = "labels that are all numbers or all names, without --classes"
+                        raise DataError(where, expected, text)
+                    numbered = isinstance(label, int)
                 yield _member(category, images[0], path)._replace(name=images[0].name)
 
-    def _class(self, text: str) -> str:
-        if self._names is None or not text.isdecimal():
-            return text
-        if int(text) >= len(self._names):
-            expected = f"labels below {len(self._names)}, the number of --classes"
-            raise DataError("--source", expected, text)
-        return self._names[int(text)]
+    def _class(self, text: str, label: int | str, where: str) -> str:
+        """The name in --classes that a label is, or is the number of."""
+        names, number = self._names or (), self._numbers.get(text)
+        if isinstance(label, str):
+            if number is None:
+                raise DataError(where, "a label that --classes has", text)
+            return label
+        if number not in (None, label):
+            expected = "a label that is not both a name in --classes and another's number"
+            raise DataError(where, expected, text)
+        if label >= len(names):
+            raise DataError(where, f"labels below {len(names)}, the number of --classes", text)
+        return names[label]
 
     def classes(self, found: Iterable[str]) -> tuple[str, ...]:
         if self._names is not None:
             return self._names
-        found = set(found)
-        if all(name.isdecimal() for name in found):
-            return tuple(map(str, range(1 + max(map(int, found), default=-1))))
-        return tuple(sorted(found))
+        names = sorted(found)
+        if not all(name.isascii() and name.isdigit() for name in names):
+            return tuple(names)
+        numbers = sorted(map(int, names))
+        if numbers != list(range(len(numbers))):
+            seen = f"labels reach {numbers[-1]} (different ones seen: {len(numbers)})"
+            raise DataError("--classes", f"the names of all classes, since {seen}", "nothing")
+        return tuple(map(str, numbers))
 
 
 class Files:
@@ -259,12 +297,13 @@ class Files:
         Raises:
             ValueError: they cannot be read, or their number changed since the listing.
         """
+        if member.size > _IMAGE_BYTES:
+            raise ValueError(f"{member.size} bytes, over {_IMAGE_BYTES}")
         try:
             if member.file in self._open:
                 data = os.pread(self._open[member.file], member.size, member.offset)
             else:
-                with open(member.file, "rb", buffering=0) as file:
-                    data = file.read()
+                data = read_regular(member.file, member.size)
         except OSError as error:
             raise ValueError(error.strerror) from None
         if len(data) != member.size:
@@ -283,40 +322,23 @@ def is_image(name: str) -> bool:
     return os.path.splitext(base)[1].lower() in EXTENSIONS and base[0] != "."
 
 
-def _entries(path: Path, inner: tarfile.TarInfo | None = None) -> Iterator[tarfile.TarInfo]:
+def _entries(path: Path, inner: TarEntry | None = None) -> Iterator[TarEntry]:
     """The files of an archive, or of an archive inside it, with offsets into the outer one."""
     where = path if inner is None else f"{path}: {inner.name}"
-    expected = "a complete, uncompressed tar"
-    begin = 0 if inner is None else inner.offset_data
-    end = path.stat().st_size if inner is None else begin + inner.size
     try:
-        with path.open("rb") as file:
-            file.seek(begin)
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                while (entry := archive.next()) is not None:
-                    # Else tarfile (Python 3.11) keeps a record of every file in memory.
-                    archive.members = []  # type: ignore[attr-defined]
-                    if entry.isdir():
-                        continue
-                    if not entry.isreg() or entry.issparse():
-                        got = f"{entry.name}, a link or a sparse file (tar -h --hard-dereference)"
-                        raise DataError(where, "regular files", got)
-                    if entry.offset_data + entry.size > end:
-                        raise DataError(where, expected, f"one that ends within {entry.name}")
-                    yield entry
-                # tarfile (Python 3.11) takes a damaged header for the end; a real end is zeros.
-                file.seek(archive.offset)
-                tail = file.read(min(_TAIL, end - archive.offset))
-                if len(tail) < _BLOCK or any(tail):
-                    raise DataError(where, expected, f"damage at byte {archive.offset}")
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(where, expected, error) from None
+        with open_regular(path) as file:
+            begin, end = 0, os.fstat(file.fileno()).st_size
+            if inner is not None:
+                begin, end = inner.offset, inner.offset + inner.size
+            yield from read_tar(file, where, begin, end)
+    except OSError as error:
+        raise DataError(where, COMPLETE, error) from None
 
 
-def _member(category: str, entry: tarfile.TarInfo, path: Path) -> Member:
+def _member(category: str, entry: TarEntry, path: Path) -> Member:
     name = PurePosixPath(entry.name).name
     stamp = path.stat().st_mtime_ns
-    return Member(category, name, os.fspath(path), entry.offset_data, entry.size, stamp)
+    return Member(category, name, os.fspath(path), entry.offset, entry.size, stamp)
 
 
 def _key(name: str) -> str:
@@ -325,10 +347,25 @@ def _key(name: str) -> str:
     return os.path.join(folder, base.partition(".")[0])
 
 
-def _text(path: Path, entry: tarfile.TarInfo) -> str:
+def _text(path: Path, entry: TarEntry) -> str:
+    """A label as it is written, without the spaces around it."""
+    where = f"{path}: {entry.name}"
+    if entry.size > _LABEL_BYTES:
+        raise DataError(where, f"a label of up to {_LABEL_BYTES} bytes", entry.size)
     with path.open("rb") as file:
-        file.seek(entry.offset_data)
-        return file.read(entry.size).decode("utf-8", "replace").strip()
+        file.seek(entry.offset)
+        data = file.read(entry.size)
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise DataError(where, "a label in UTF-8", data[:20]) from None
+
+
+def _stat(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:  # such as a dangling link
+        _unreadable(error)
 
 
 def _unreadable(error: OSError) -> NoReturn:

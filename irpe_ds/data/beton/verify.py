@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from irpe_ds.data.beton.format import ENTRY_TYPE, HEAD_BYTES, JPG, HeaderType
+from irpe_ds.data.beton.format import JPG
 from irpe_ds.data.beton.images import check_jpeg
 from irpe_ds.data.beton.manifest import (
     MANIFEST,
@@ -16,9 +16,16 @@ from irpe_ds.data.beton.manifest import (
     read_hashes,
     read_manifest,
 )
-from irpe_ds.data.beton.reader import Beton, DatasetInfo, read_beton
+from irpe_ds.data.beton.reader import (
+    Beton,
+    DatasetInfo,
+    check_structure,
+    read_beton,
+    read_metadata,
+)
 from irpe_ds.data.parallel import map_in_order, progress
 from irpe_ds.errors import DataError
+from irpe_ds.files import open_regular
 
 
 def verify(path: Path, *, workers: int, needs_manifest: bool = True) -> DatasetInfo:
@@ -34,7 +41,11 @@ def verify(path: Path, *, workers: int, needs_manifest: bool = True) -> DatasetI
     if manifest is not None:
         _check_labels(path, manifest)
     beton = read_beton(path, str(path))
-    if manifest is None and needs_manifest:
+    if manifest is not None:
+        counts = np.bincount(beton.entries["label"], minlength=len(manifest.classes))
+        if counts.tolist() != list(manifest.class_counts):
+            raise DataError(path, "the number of images of each class in its manifest", "others")
+    elif needs_manifest:
         expected = f"{beside(path, MANIFEST)}, its manifest (--no-manifest only decodes)"
         raise DataError(path, expected, "no manifest")
     check = partial(_fault, beton)
@@ -55,21 +66,22 @@ def verify(path: Path, *, workers: int, needs_manifest: bool = True) -> DatasetI
 
 def _check_labels(path: Path, manifest: DatasetManifest) -> None:
     """Compare every label with the class in the sample's name."""
-    header = np.fromfile(path, HeaderType, 1)
-    if path.stat().st_size != manifest.size or header["num_samples"] != manifest.num_samples:
-        return  # read_beton has a better message
-    labels = np.fromfile(path, ENTRY_TYPE, manifest.num_samples, offset=HEAD_BYTES)["f1"]
+    try:
+        with open_regular(path) as file:
+            num_samples, _ = check_structure(file, path, str(path))
+            if num_samples != manifest.num_samples:
+                return  # read_beton has a better message
+            labels = read_metadata(file, num_samples)["f1"]
+    except (OSError, DataError):
+        return  # likewise
     for sample, (label, line) in enumerate(
-        zip(labels.tolist(), read_hashes(path, manifest), strict=True)
+        zip(labels.tolist(), read_hashes(path, manifest), strict=False)
     ):
         known = 0 <= label < len(manifest.classes)
         if not known or not line.name.startswith(manifest.classes[label] + "/"):
             name = f" ({manifest.classes[label]})" if known else ""
             got = f"label {label}{name} in sample {sample} ({line.name})"
             raise DataError(path, "the label of each image's class", got)
-    counts = np.bincount(labels, minlength=len(manifest.classes))
-    if counts.tolist() != list(manifest.class_counts):
-        raise DataError(path, "the number of images of each class in its manifest", "others")
 
 
 def _name(beton: Beton, sample: int) -> str:

@@ -5,12 +5,16 @@ resizes and its augmentation in Pillow. Reads .beton files, and the folders and 
 are made from.
 """
 
-import io
 import os
 import random
 import signal
-from collections.abc import Callable
-from contextlib import closing
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from multiprocessing import active_children
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from irpe_ds.config import AugmentConfig
 from irpe_ds.data.beton.format import JPG
-from irpe_ds.data.beton.images import DAMAGE
+from irpe_ds.data.beton.images import DAMAGE, open_image
 from irpe_ds.data.beton.journal import Journal
 from irpe_ds.data.beton.reader import DatasetInfo, read_beton
 from irpe_ds.data.beton.sources import Files, Member, open_source
@@ -32,7 +36,11 @@ from irpe_ds.data.order import Samples
 from irpe_ds.data.parallel import local_share
 from irpe_ds.data.pipelines.pipeline import BETON, Batches
 from irpe_ds.data.rng import Keys
-from irpe_ds.errors import DataError, UserError
+from irpe_ds.errors import DataError, TrainingError, UserError
+
+_PATIENCE_SECONDS = 30  # without a batch, until a line tells why
+_SHARED_MEMORY = "/dev/shm"  # Linux's: where torch puts the batches of worker processes
+_QUEUE_BYTES = 1 << 20  # more than the semaphores of all queues take
 
 Transform = Callable[[Image.Image], Tensor | NDArray[np.uint8]]  # which one: timm's version decides
 
@@ -65,7 +73,7 @@ class BetonImages:
         if not self._beton.is_intact(sample):
             raise ValueError("bytes that differ from those converted")
         if entry["mode"] == JPG:
-            return Image.open(io.BytesIO(payload.data))
+            return open_image(payload.data)
         return Image.fromarray(payload.reshape(entry["height"], entry["width"], 3))
 
     def name(self, sample: int) -> str:
@@ -87,7 +95,9 @@ class SourceImages:
                 classes, _ = journal.list_source(source)
                 images = list(journal.members())
         except UserError as error:
-            raise DataError(where, error.expected, error.got) from None
+            if error.where == "--source":
+                raise DataError(where, error.expected, error.got) from None
+            raise DataError(f"{where}: {error}") from None
         self.info = DatasetInfo(path=path, num_samples=len(images), classes=classes)
         self.labels = np.array([label for label, _ in images], np.int64)
         self._extents = np.array([(m.offset, m.size) for _, m in images], np.int64)
@@ -99,7 +109,7 @@ class SourceImages:
         """One image; ValueError if it cannot be read."""
         offset, size = self._extents[sample].tolist()
         member = Member("", "", self._file(sample), offset, size, 0)
-        return Image.open(io.BytesIO(self._files.read(member)))
+        return open_image(self._files.read(member))
 
     def name(self, sample: int) -> str:
         """Its name in messages."""
@@ -176,11 +186,82 @@ class TimmPipeline:
             collate_fn=collate,
             worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available(),
+            timeout=_PATIENCE_SECONDS,
         )
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        _check_shared_memory()
+        others = set(active_children())
+        iterator = iter(loader)
+        workers = [process for process in active_children() if process not in others]
+        try:
+            while (batch := next_batch(iterator, workers)) is not None:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        finally:
+            # Not when the last reference to it goes, which a traceback may keep to the end of the
+            # process: that would wait for ever for its workers, as they ignore SIGTERM.
+            with suppress(RuntimeError):  # torch's handler of SIGCHLD raises it
+                iterator._shutdown_workers()  # type: ignore[attr-defined]
+            for worker in workers:  # one that was stopped, or hangs
+                worker.kill()
+                worker.join(1)
+
+
+Loaded = tuple[Tensor, Tensor] | DataError
+"""A batch, or why there is none."""
+
+
+def next_batch(iterator: Iterator[Loaded], workers: list[BaseProcess]) -> Loaded | None:
+    """The next batch of a DataLoader, however long it takes; None after the last one.
+
+    Every 30 seconds without one, a line on stderr tells the state of the workers.
+
+    Raises:
+        TrainingError: a worker died.
+    """
+    waited = 0
+    while True:
+        try:
+            return next(iterator, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            if "timed out" not in str(error):
+                with suppress(RuntimeError):
+                    wait([worker.sentinel for worker in workers], timeout=1)
+                dead = ", ".join(str(w.pid) for w in workers if not w.is_alive())
+                reason = str(error).strip() or "connection lost"
+                told = f"process {dead} died: {reason}" if dead else reason
+                raise TrainingError(f"data.workers: {told}") from None
+        waited += _PATIENCE_SECONDS
+        states = {worker.pid: _state(worker.pid) for worker in workers}
+        stopped = " ".join(str(pid) for pid, state in states.items() if state == "T")
+        told = ", ".join(f"pid {pid} in state {state}" for pid, state in states.items())
+        if stopped:
+            told = f"pid {stopped} stopped (kill -CONT {stopped} lets it continue)"
+        rank = os.environ.get("RANK", "0")
+        sys.stderr.write(f"[rank {rank}] no images from data workers for {waited} s: {told}\n")
+        sys.stderr.flush()
+
+
+def _state(pid: int | None) -> str:
+    """A process's state in Linux's letters: T stopped, D waiting for a disk, R running."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "?"
+
+
+def _check_shared_memory() -> None:
+    """Refuse to start where not even the queues have room: torch would add a traceback."""
+    try:
+        with tempfile.TemporaryFile(dir=_SHARED_MEMORY) as file:
+            os.posix_fallocate(file.fileno(), 0, _QUEUE_BYTES)
+    except OSError as error:
+        raise _no_room(error.strerror) from None
+
+
+def _no_room(reason: object) -> DataError:
+    where = f"cannot put batches into {_SHARED_MEMORY}: {reason}"
+    return DataError(f"{where}; enlarge it (docker run --shm-size=8g), or lower data.workers")
 
 
 class Transformed(Dataset):
@@ -212,16 +293,24 @@ class Transformed(Dataset):
         return pixels, int(self._images.labels[sample])
 
 
-def collate(items: list[tuple[Tensor, int] | DataError]) -> tuple[Tensor, Tensor] | DataError:
-    """A batch in channels_last, as from the FFCV pipeline, or the first error."""
+def collate(items: list[tuple[Tensor, int] | DataError]) -> Loaded:
+    """A batch in channels_last, as from the FFCV pipeline, or the first error.
+
+    In shared memory already: were it full when the batch is sent, a thread of torch (2.14) would
+    print a traceback, and the rank would wait for ever.
+    """
     good = []
     for item in items:
         if isinstance(item, UserError):
             return item
         good.append(item)
     images = torch.stack([pixels for pixels, _ in good])
+    images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.tensor([label for _, label in good])
-    return images.contiguous(memory_format=torch.channels_last), labels
+    try:
+        return images.share_memory_(), labels.share_memory_()
+    except RuntimeError as error:
+        return _no_room(error)
 
 
 def ignore_signals(_: int) -> None:

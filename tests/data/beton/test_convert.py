@@ -1,6 +1,7 @@
 """ImageFolder -> .beton: what is stored, that anyone can read it, and what is refused."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -206,7 +207,7 @@ def test_damaged_image_is_left_out_and_listed(mixed: Path, kind: str) -> None:
     assert manifest.class_counts == (1, 2)
     name, reason = beside(out, SKIPPED).read_text().splitlines()[0].split("\t")
     assert name == "cat/deeper/b.JPEG"
-    assert reason in ("0 bytes", "not an image that Pillow can identify") or "cleanly" in reason
+    assert reason.startswith(("0 bytes", "not a JPEG, PNG")) or "cleanly" in reason
     verify(out, workers=1)
 
 
@@ -334,3 +335,29 @@ def test_help_needs_no_heavy_imports(script: Path) -> None:
     done = run_without_heavy_imports(str(script), "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage:")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_image_that_is_no_file_is_named(mixed: Path, make: Callable[[Path], None]) -> None:
+    make(mixed / "cat" / "b.jpg")
+    out = mixed.parent / "mixed.beton"
+    with pytest.raises(DataError, match=r"cat/b\.jpg: expected an undamaged .* not a regular file"):
+        convert_folder(mixed, out, StorageOptions(), workers=1)
+    manifest = convert_folder(mixed, out, StorageOptions(), workers=1, on_bad="skip")
+    assert (manifest.num_samples, manifest.skipped, manifest.left_out) == (4, 1, 1)
+
+
+def test_loose_files_are_counted_and_loose_images_refused(mixed: Path) -> None:
+    (mixed / "readme").write_text("x")
+    out = mixed.parent / "mixed.beton"
+    assert convert_folder(mixed, out, StorageOptions(), workers=1).left_out == 2
+    (mixed / "loose.jpg").write_bytes((mixed / "cat/a.jpg").read_bytes())
+    with pytest.raises(DataError, match=r"every image in a class folder, got .*loose\.jpg"):
+        convert_folder(mixed, out, StorageOptions(), workers=1, overwrite=True)
+
+
+def test_links_in_a_circle_end(mixed: Path) -> None:
+    for name in ("one", "two"):
+        (mixed / "cat" / name).symlink_to(mixed / "cat")
+    with pytest.raises(DataError, match=r"every folder once in a class, got .*cat/(one|two)"):
+        convert_folder(mixed, mixed.parent / "mixed.beton", StorageOptions(), workers=1)

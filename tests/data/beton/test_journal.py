@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from PIL import Image
 from irpe_ds.data.beton.convert import convert
 from irpe_ds.data.beton.images import store_image
 from irpe_ds.data.beton.journal import Journal
-from irpe_ds.data.beton.manifest import DatasetManifest, beside
+from irpe_ds.data.beton.manifest import HASHES, DatasetManifest, beside
 from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.beton.reader import read_beton
 from irpe_ds.data.beton.sources import open_source
@@ -188,3 +189,78 @@ def test_killed_between_renames_it_resumes(
         assert made == expected
         verify(out, workers=1)
         assert len(list(out.parent.iterdir())) == 3
+
+
+@pytest.fixture
+def stopped(folder: Path, tmp_path: Path) -> Path:
+    """The output of a conversion that stopped at the last of 37 images, with its journal."""
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    (source / "036/image.jpg").write_bytes(b"")
+    out = tmp_path / "out.beton"
+    with pytest.raises(DataError, match="0 bytes"):
+        convert_folder(source, out, StorageOptions(), workers=1)
+    shutil.copyfile(folder / "036/image.jpg", source / "036/image.jpg")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("UPDATE done SET start = start + 1 WHERE position = 7", "damage in image 7"),
+        ("UPDATE done SET height = 'x' WHERE position = 7", "damage in image 7"),
+        ("UPDATE done SET sha256 = x'00' WHERE position = 7", "damage in image 7"),
+        ("UPDATE done SET position = -1 WHERE position = 7", "damage in image 0"),
+        ("DELETE FROM done WHERE position = 7", "damage in image 7"),
+        ("UPDATE settings SET value = '[[['", "damaged settings"),
+        ("UPDATE settings SET value = x'ff'", "damaged settings"),
+        ("DROP TABLE done", "tables of another version or another program"),
+        ("CREATE TABLE mine (name TEXT)", "tables of another version or another program"),
+        ("ALTER TABLE done DROP COLUMN digest", "tables of another version or another program"),
+    ],
+)
+def test_changed_journal_is_refused_and_kept(stopped: Path, change: str, expected: str) -> None:
+    path = beside(stopped, ".partial.db")
+    with closing(sqlite3.connect(path)) as journal:
+        journal.execute(change)
+        journal.commit()
+    before = path.read_bytes(), beside(stopped, ".partial").read_bytes()
+    with pytest.raises(DataError, match=r"\.partial\.db: expected the journal .*, got " + expected):
+        convert_folder(stopped.parent / "source", stopped, StorageOptions(), workers=1)
+    assert (path.read_bytes(), beside(stopped, ".partial").read_bytes()) == before
+
+
+@pytest.mark.thorough
+def test_flipped_bytes_of_the_journal_change_no_file(stopped: Path, beton: Path) -> None:
+    rng = np.random.default_rng(0)
+    path, unfinished = beside(stopped, ".partial.db"), beside(stopped, ".partial")
+    journal, images = path.read_bytes(), unfinished.read_bytes()
+    for _ in range(20):
+        damaged = bytearray(journal)
+        damaged[rng.integers(len(journal))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        unfinished.write_bytes(images)
+        try:
+            convert_folder(stopped.parent / "source", stopped, StorageOptions(), workers=1)
+        except (DataError, ConfigError):
+            continue
+        assert stopped.read_bytes() == beton.read_bytes()
+        assert beside(stopped, HASHES).read_bytes() == beside(beton, HASHES).read_bytes()
+        stopped.unlink()
+
+
+def test_journal_that_is_no_file(mixed: Path) -> None:
+    out = mixed.parent / "mixed.beton"
+    os.mkfifo(beside(out, ".partial.db"))
+    with pytest.raises(DataError, match=r"\.partial\.db: .* not a regular file"):
+        convert_folder(mixed, out, StorageOptions(), workers=1)
+
+
+def test_images_that_the_journal_lost_are_noticed(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = Journal.counts
+    monkeypatch.setattr(Journal, "counts", lambda self: counts(self) | {"num_samples": 3})
+    expected = r"got 3 images in the file and 0 skipped, of 4 listed"
+    with pytest.raises(DataError, match=expected):
+        convert_folder(mixed, mixed.parent / "mixed.beton", StorageOptions(), workers=1)

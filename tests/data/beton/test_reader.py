@@ -1,6 +1,9 @@
 """Opening a .beton file, and verifying one."""
 
+import json
+import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +20,7 @@ from irpe_ds.data.beton.manifest import (
     hash_line,
     read_hashes,
 )
-from irpe_ds.data.beton.reader import beton_info, read_beton
+from irpe_ds.data.beton.reader import beton_info, read_beton, tables_sha256
 from irpe_ds.data.beton.verify import verify
 from irpe_ds.errors import DataError
 
@@ -217,3 +220,104 @@ def test_hashes_are_those_of_sha256sum(own_beton: Path, folder: Path) -> None:
         text=True,
     )
     assert (checked.returncode, checked.stdout) == (0, "")
+
+
+class TestLabels:
+    """Labels outside of the classes, with and without a manifest."""
+
+    def set_label(self, path: Path, sample: int, label: int) -> None:
+        place = HEAD_BYTES + sample * ENTRY_TYPE.itemsize + ENTRY_TYPE.fields["f1"][1]
+        change(path, place, label.to_bytes(8, "little", signed=True))
+
+    @pytest.mark.parametrize("label", [-1, -100, 37, 1 << 62])
+    def test_with_manifest(self, own_beton: Path, label: int) -> None:
+        self.set_label(own_beton, 5, label)
+        edit_manifest(own_beton, tables_sha256=tables_sha256(own_beton, 37))
+        expected = r"labels from 0 to 36, as its manifest has 37 classes"
+        for check in (beton_info, read_beton):
+            with pytest.raises(DataError, match=rf"{expected}, got label {label} in sample 5 of"):
+                check(own_beton, "data.train")
+
+    def test_without_manifest(self, own_beton: Path) -> None:
+        beside(own_beton, MANIFEST).unlink()
+        self.set_label(own_beton, 7, 99)
+        assert beton_info(own_beton, "data.train").largest_label == (99, 7)
+        self.set_label(own_beton, 5, -100)
+        with pytest.raises(DataError, match=r"labels from 0, got label -100 in sample 5 of"):
+            beton_info(own_beton, "data.train")
+
+
+@pytest.mark.parametrize("values", [{"height": 65535, "width": 65535}, {"width": 0}, {"mode": 7}])
+def test_size_that_no_image_has(own_beton: Path, values: dict[str, int]) -> None:
+    beside(own_beton, MANIFEST).unlink()
+    image, start = ENTRY_TYPE.fields["f0"]
+    for name, value in values.items():
+        kind, place = image.fields[name]
+        data = np.array(value, kind).tobytes()
+        change(own_beton, HEAD_BYTES + 3 * ENTRY_TYPE.itemsize + start + place, data)
+    with pytest.raises(DataError, match=r"images of 1 to 89478485 pixels.* in sample 3 of"):
+        beton_info(own_beton, "data.train")
+
+
+def edit_manifest(beton: Path, **values: object) -> None:
+    path = beside(beton, MANIFEST)
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("num_samples", "37", "num_samples of the manifest to be a valid integer, got '37'"),
+        ("num_samples", 38, "class_counts of 37, got num_samples 38"),
+        ("format", 1, "format of the manifest to be 2, got 1"),
+        ("class_counts", [-1] * 37, "class_counts.0 of the manifest to be greater than or equal"),
+        ("class_counts", [37], "as many classes as class_counts in the manifest, got 37 and 1"),
+        ("classes", ["001"] * 37, "every class once in the manifest, got '001' twice"),
+        ("classes", "abc", "classes of the manifest to be a valid tuple"),
+        ("sha256", "ab", "sha256 of the manifest to be"),
+        ("changed", 38, "changed 38, duplicates 0"),
+        ("left_out", 1.5, "left_out of the manifest to be a valid integer"),
+        ("size", 0, "size of the manifest to be greater than 0"),
+        ("extra", 0, "extra of the manifest to be no such key"),
+    ],
+)
+def test_manifest_that_contradicts_itself(
+    own_beton: Path, key: str, value: object, expected: str
+) -> None:
+    edit_manifest(own_beton, **{key: value})
+    with pytest.raises(DataError, match=r"own\.beton\.json: expected ") as error:
+        beton_info(own_beton, "data.train")
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["", MANIFEST, HASHES])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_refused(
+    own_beton: Path, suffix: str, make: Callable[[Path], None]
+) -> None:
+    beside(own_beton, suffix).unlink()
+    make(beside(own_beton, suffix))
+    for check in (lambda: read_beton(own_beton, "test"), lambda: verify(own_beton, workers=1)):
+        with pytest.raises(DataError, match="not a regular file"):
+            check()
+
+
+@pytest.mark.parametrize(
+    ("change_line", "expected"),
+    [
+        (lambda lines: lines[:-1], r"expected 37 lines, one for each image, got 36"),
+        (lambda lines: [*lines, lines[-1]], r"expected 37 lines, one for each image, got 38"),
+        (lambda lines: [*lines[:-1], b"abc\n"], r"got damage in line 37"),
+        (lambda lines: [b"\\" + lines[0].replace(b"000/", b"\\x"), *lines[1:]], r"in line 1"),
+        (lambda lines: [b"".join(lines).replace(b"\n", b" ")], r"got damage in line 1"),
+    ],
+)
+def test_file_of_hashes_that_the_manifest_confirms(
+    own_beton: Path, change_line: Callable[[list[bytes]], list[bytes]], expected: str
+) -> None:
+    path = beside(own_beton, HASHES)
+    path.write_bytes(b"".join(change_line(path.read_bytes().splitlines(keepends=True))))
+    edit_manifest(own_beton, hashes_sha256=file_sha256(path))
+    for check in (lambda: read_beton(own_beton, "test"), lambda: verify(own_beton, workers=1)):
+        with pytest.raises(DataError, match=rf"own\.beton\.sha256: {expected}|{expected}"):
+            check()

@@ -1,8 +1,12 @@
 """The timm pipeline: timm's transforms in processes, as a function of each image's key."""
 
+import errno
+import io
 import multiprocessing
+import os
 import random
 import shutil
+import signal
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -179,8 +183,82 @@ def test_what_a_folder_holds(folder: Path, tmp_path: Path) -> None:
     assert (info.num_samples, info.num_classes, info.manifest) == (37, 37, None)
     with pytest.raises(DataError, match=r"data\.train: expected a folder with one"):
         dataset_info(config(tmp_path / "absent"), "train")
-    with pytest.raises(DataError, match=r"data\.train: expected a \.beton file \(data_prep"):
+
+
+def test_a_folder_is_for_this_pipeline(folder: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"or data\.pipeline=timm, which reads folders, got .*folder"
+    ):
         dataset_info(DataConfig(train=folder, val=folder), "train")
+
+
+class Stderr(io.StringIO):
+    """Lets stopped processes continue once a line about them is written."""
+
+    def __init__(self, pids: list[int]) -> None:
+        super().__init__()
+        self.pids = pids
+
+    def flush(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.thorough
+def test_a_stopped_worker_is_named_and_may_continue(
+    beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = flat(train_loader(beton).epoch(0))
+    monkeypatch.setattr("irpe_ds.data.pipelines.timm._PATIENCE_SECONDS", 1)
+    monkeypatch.setenv("RANK", "3")
+    before = set(multiprocessing.active_children())
+    epoch = train_loader(beton).epoch(0)
+    first = next(epoch)
+    (worker,) = set(multiprocessing.active_children()) - before
+    assert worker.pid is not None
+    shown = Stderr([worker.pid])
+    monkeypatch.setattr("sys.stderr", shown)
+    os.kill(worker.pid, signal.SIGSTOP)
+    assert same(expected, flat([first, *epoch]))
+    line = f"[rank 3] no images from data workers for 1 s: pid {worker.pid} stopped"
+    assert line in shown.getvalue()
+
+
+@pytest.mark.thorough
+def test_a_dead_worker_is_named_and_the_others_end(
+    beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("irpe_ds.data.pipelines.timm._PATIENCE_SECONDS", 1)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    before = set(multiprocessing.active_children())
+    epoch = train_loader(beton, workers=2, batch_size=1).epoch(0)
+    next(epoch)
+    worker, stopped = set(multiprocessing.active_children()) - before
+    assert worker.pid is not None
+    assert stopped.pid is not None
+    os.kill(stopped.pid, signal.SIGSTOP)
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=rf"data\.workers: .*{worker.pid}"):
+        list(epoch)
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_full_shared_memory_is_one_line(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)  # the workers are forked
+    with pytest.raises(DataError, match=r"cannot put batches into /dev/shm: .*No space left"):
+        list(train_loader(beton).epoch(0))
+
+
+def test_shared_memory_too_full_to_start(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(DataError, match=r"cannot put batches into /dev/shm: No space left"):
+        next(train_loader(beton).epoch(0))
 
 
 def test_batch_type(beton: Path) -> None:
