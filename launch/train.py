@@ -1,7 +1,7 @@
 """Train a run: `deepspeed launch/train.py --config x.yaml [section.key=value ...]`.
 
-Without a launcher, `python launch/train.py ...` trains on one rank. On SIGTERM, SIGUSR1 and Ctrl-C
-it saves and exits with code 75 (ExitCode.REQUEUE); rerun with --resume auto to continue.
+Without a launcher, `python launch/train.py ...` trains on one rank. On SIGTERM, SIGUSR1, SIGHUP and
+Ctrl-C it saves and exits with code 75 (ExitCode.REQUEUE); rerun with --resume auto to continue.
 """
 
 import argparse

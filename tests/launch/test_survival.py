@@ -84,7 +84,10 @@ def test_killed_again_and_again(
 
 @pytest.mark.parametrize(
     ("number", "precision"),
-    [(signal.SIGTERM, "fp32"), slow(signal.SIGUSR1, "bf16"), slow(signal.SIGINT, "bf16")],
+    [
+        (signal.SIGTERM, "fp32"),
+        *(slow(number, "bf16") for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)),
+    ],
 )
 def test_a_signal_saves_and_ends(
     number: int,
