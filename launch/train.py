@@ -5,6 +5,7 @@ Ctrl-C it saves and exits with code 75 (ExitCode.REQUEUE); rerun with --resume a
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -27,8 +28,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
 
+    from irpe_ds.cluster.launchers import check_launch
     from irpe_ds.config import load_config
 
+    check_launch(os.environ)
     config = load_config(args.config, args.overrides)  # before the imports that take seconds
 
     from irpe_ds.cluster.process_group import destroy_process_group

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from irpe_ds.cluster.process_group import device_type
 from irpe_ds.cluster.rendezvous import interface_to
 from irpe_ds.config import RunConfig
 from irpe_ds.errors import ClusterError, UserError
+from irpe_ds.files import read_regular
 
 CONNECT_SECONDS = 20
 """How long a host may take to answer."""
@@ -27,6 +29,8 @@ BUILD_SECONDS = 600
 """How long it may take after that; the operators may have to be compiled."""
 FREE_SHARE = 0.9
 """A GPU is free when this share of its memory is."""
+MAX_ENV_BYTES = 1 << 20
+"""Of a .deepspeed_env."""
 REPORT_PREFIX = "irpe_ds check: "
 
 
@@ -113,7 +117,7 @@ def table(hosts: Sequence[Host], reports: Sequence[HostReport | ClusterError]) -
 
 def _query(host: str, line: str) -> HostReport | ClusterError:
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
-    command = ["ssh", *options, host, line]
+    command = ["ssh", *options, "--", host, line]
     seconds = CONNECT_SECONDS + BUILD_SECONDS
     try:
         done = subprocess.run(
@@ -141,6 +145,24 @@ def _exports() -> list[str]:
     for folder in runner.DEEPSPEED_ENVIRONMENT_PATHS:
         path = Path(folder) / runner.DEEPSPEED_ENVIRONMENT_NAME
         if path.is_file():
-            pairs = [line.split("=", 1) for line in path.read_text().splitlines() if "=" in line]
-            found |= {name.strip(): value.strip() for name, value in pairs}
+            found |= _read_exports(path)
     return [f"export {name}={shlex.quote(value)}" for name, value in found.items()]
+
+
+def _read_exports(path: Path) -> dict[str, str]:
+    """The variables in a .deepspeed_env.
+
+    Raises:
+        ClusterError: a line with which `deepspeed` would fail, or that a shell would run.
+    """
+    try:
+        lines = read_regular(path, MAX_ENV_BYTES).decode().removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClusterError(path, "lines NAME=VALUE", error) from None
+    found = {}
+    for number, line in enumerate(lines if lines != [""] else [], 1):
+        name, equals, value = line.partition("=")
+        if not equals or re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name.strip()) is None:
+            raise ClusterError(f"{path}, line {number}", "NAME=VALUE", repr(line[:100]))
+        found[name.strip()] = value.strip()
+    return found

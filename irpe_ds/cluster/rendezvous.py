@@ -7,6 +7,7 @@ leads to the others.
 import ipaddress
 import json
 import os
+import secrets
 import socket
 import time
 from datetime import timedelta
@@ -41,7 +42,9 @@ def rendezvous(
     address = _local_address(os.environ["MASTER_ADDR"], here)
     store = _open_store(rank, seconds)
     entry = {"host": here, "address": address, "error": error and _error_arguments(error)}
-    store.set(str(rank), json.dumps(entry))
+    own = json.dumps(entry | {"id": secrets.token_hex(8)})
+    if store.compare_set(str(rank), "", own) != own.encode():
+        raise _other_run(f"rank {rank} has joined already")
     store.add("joined", 1)
     if rank == 0:
         store.set("outcome", json.dumps(_wait_for_all(store, world_size, seconds)))
@@ -52,6 +55,8 @@ def rendezvous(
     except RuntimeError as lost:
         where = f"rank 0 at {os.environ['MASTER_ADDR']}"
         raise ClusterError(f"{where} stopped responding while ranks were joining") from lost
+    if outcome["world_size"] != world_size:
+        raise _other_run(f"it has {outcome['world_size']} ranks, this one {world_size}")
     if outcome["error"]:
         deadline = time.monotonic() + ERROR_GRACE_SECONDS
         while rank == 0 and read < outcome["joined"] and time.monotonic() < deadline:
@@ -95,7 +100,7 @@ def name_ranks(ranks: list[int], hosts: list[str] | None) -> str:
 def _open_store(rank: int, seconds: float) -> Store:
     """The store of this start. torchrun's agent serves one, which survives its restarts."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    serves = rank == 0 and not launchers.serves_store(os.environ)
     timeout = timedelta(seconds=seconds)
     if not serves:
         _wait_for_server(address, port, seconds)
@@ -103,9 +108,7 @@ def _open_store(rank: int, seconds: float) -> Store:
         store = TCPStore(address, port, None, serves, timeout, wait_for_workers=False)
     except RuntimeError as error:
         if serves:
-            where = f"MASTER_PORT on {socket.gethostname()}"
-            reason = str(error).splitlines()[0]
-            raise ClusterError(where, "a free port", f"{port}: {reason}") from error
+            raise launchers.port_error(port, str(error).splitlines()[0]) from error
         raise _no_answer(seconds, error) from error
     return PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
@@ -140,6 +143,7 @@ def _wait_for_all(store: Store, world_size: int, seconds: float) -> dict[str, ob
     return {
         "error": errors[0] if errors else None,
         "joined": len(entries),
+        "world_size": world_size,
         "remote": next((a for a in addresses if not _is_loopback(a)), None),
     }
 
@@ -158,6 +162,12 @@ def _no_answer(seconds: float, reason: object) -> ClusterError:
     return ClusterError(
         f"rank 0 at {where} did not answer within {seconds:g} s ({TIMEOUT_KEY}): {reason}"
     )
+
+
+def _other_run(reason: str) -> ClusterError:
+    where = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
+    other = "take another port with deepspeed's --master_port, or MASTER_PORT"
+    return ClusterError(f"another run is at {where} ({reason}): {other}")
 
 
 def _interface_error(here: str) -> ClusterError | None:

@@ -97,6 +97,20 @@ def test_the_port_is_taken() -> None:
     assert told.startswith(f"MASTER_PORT on {HERE}: expected a free port, got ")
 
 
+def test_another_run_is_at_the_port() -> None:
+    """Its rank 0 answers: that of this run could not open a store there, as it says."""
+    with ThreadPoolExecutor(2) as pool:
+        first = list(pool.map(lambda rank: rendezvous.rendezvous(rank, 2, 60), range(2)))
+    told = join(1, world_size=2) + join(2, world_size=3)
+    assert len(first) == 2
+    where = f"another run is at 127.0.0.1, port {os.environ['MASTER_PORT']}"
+    other = "take another port with deepspeed's --master_port, or MASTER_PORT"
+    assert told == [
+        f"{where} (rank 1 has joined already): {other}",
+        f"{where} (it has 2 ranks, this one 3): {other}",
+    ]
+
+
 def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(rendezvous.INTERFACE, "ib77")
     told, other = join(0, 1)
