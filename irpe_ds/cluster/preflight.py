@@ -19,6 +19,7 @@ from irpe_ds.cluster.consistency import differences, software_facts
 from irpe_ds.cluster.hostfile import Host
 from irpe_ds.cluster.process_group import device_type
 from irpe_ds.cluster.rendezvous import interface_to
+from irpe_ds.cluster.waiting import Waiting
 from irpe_ds.config import RunConfig
 from irpe_ds.errors import ClusterError, UserError
 from irpe_ds.files import read_regular
@@ -79,8 +80,17 @@ def print_report(config: RunConfig, first_host: str, input_facts: InputFacts) ->
 def query_hosts(hosts: Sequence[Host], command: Sequence[str]) -> list[HostReport | ClusterError]:
     """Run a command that ends in `print_report` on all hosts at once, over ssh."""
     line = "; ".join([*_exports(), f"cd {shlex.quote(os.getcwd())}", shlex.join(command)])
-    with ThreadPoolExecutor(len(hosts)) as pool:
-        return list(pool.map(lambda host: _query(host.name, line), hosts))
+    silent = [host.name for host in hosts]
+
+    def query(host: Host) -> HostReport | ClusterError:
+        try:
+            return _query(host.name, line)
+        finally:
+            silent.remove(host.name)
+
+    awaited = Waiting(lambda: f"waiting for {', '.join(silent)}")
+    with awaited, ThreadPoolExecutor(len(hosts)) as pool:
+        return list(pool.map(query, hosts))
 
 
 def problems(

@@ -16,6 +16,7 @@ import psutil
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from irpe_ds.cluster import launchers
+from irpe_ds.cluster.waiting import Waiting
 from irpe_ds.errors import ClusterError
 
 TIMEOUT_KEY = "train.join_seconds"
@@ -103,7 +104,8 @@ def _open_store(rank: int, seconds: float) -> Store:
     serves = rank == 0 and not launchers.serves_store(os.environ)
     timeout = timedelta(seconds=seconds)
     if not serves:
-        _wait_for_server(address, port, seconds)
+        with Waiting(f"[rank {rank}] waiting for rank 0 at {address}, port {port}"):
+            _wait_for_server(address, port, seconds)
     try:
         store = TCPStore(address, port, None, serves, timeout, wait_for_workers=False)
     except RuntimeError as error:
@@ -130,11 +132,19 @@ def _wait_for_server(address: str, port: int, seconds: float) -> None:
 def _wait_for_all(store: Store, world_size: int, seconds: float) -> dict[str, object]:
     """What rank 0 tells all ranks: an error if there is one, and an address not on loopback."""
     deadline = time.monotonic() + seconds
-    while store.add("joined", 0) < world_size and time.monotonic() < deadline:
-        time.sleep(0.05)
     ranks = range(world_size)
-    entries = {rank: json.loads(store.get(str(rank))) for rank in ranks if store.check([str(rank)])}
-    missing = [rank for rank in ranks if rank not in entries]
+
+    def missing_ranks() -> list[int]:
+        return [rank for rank in ranks if not store.check([str(rank)])]
+
+    def awaited() -> str:
+        return f"[rank 0] waiting for {name_ranks(missing_ranks(), _hosts())} to join"
+
+    with Waiting(awaited):
+        while store.add("joined", 0) < world_size and time.monotonic() < deadline:
+            time.sleep(0.05)
+    missing = missing_ranks()
+    entries = {rank: json.loads(store.get(str(rank))) for rank in ranks if rank not in missing}
     errors = [entry["error"] for entry in entries.values() if entry["error"]]
     if missing and not errors:
         hosts = [entry["host"] for entry in entries.values()]
@@ -149,12 +159,17 @@ def _wait_for_all(store: Store, world_size: int, seconds: float) -> dict[str, ob
 
 
 def _missing_ranks(missing: list[int], joined_hosts: list[str], seconds: float) -> ClusterError:
-    hosts = launchers.hosts_of_ranks(os.environ, next(iter(launchers.parent_commands()), []))
+    hosts = _hosts()
     names = ", ".join(dict.fromkeys(joined_hosts))
     known = "" if hosts else f"; only ranks on {names} did"
     return ClusterError(
         f"{name_ranks(missing, hosts)} did not join within {seconds:g} s ({TIMEOUT_KEY}){known}"
     )
+
+
+def _hosts() -> list[str] | None:
+    """The host that each rank should run on, if the launcher says so."""
+    return launchers.hosts_of_ranks(os.environ, next(iter(launchers.parent_commands()), []))
 
 
 def _no_answer(seconds: float, reason: object) -> ClusterError:

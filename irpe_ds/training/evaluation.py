@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from irpe_ds.checkpoint.reader import WEIGHTS, SavedWeights
+from irpe_ds.cluster.heartbeat import Heartbeat
 from irpe_ds.cluster.process_group import (
     Ranks,
     destroy_process_group,
     init_process_group,
     set_environment,
 )
+from irpe_ds.cluster.waiting import Waiting
 from irpe_ds.config import RunConfig
 from irpe_ds.data.beton.reader import DatasetInfo, read_beton
 from irpe_ds.data.loaders import EvalLoader
@@ -116,7 +118,8 @@ def evaluate_weights(
         load_tensors(model, weights)
     else:
         load_tensors(model, first_values, f"{WEIGHTS}.")
-    scores = evaluate(placed, batches, normalize, ranks)
+    with Heartbeat(ranks), Waiting("evaluation", ranks.is_main):
+        scores = evaluate(placed, batches, normalize, ranks)
     destroy_process_group()
     return scores if ranks.is_main else None
 

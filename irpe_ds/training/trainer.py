@@ -16,6 +16,7 @@ from irpe_ds.checkpoint import reader
 from irpe_ds.checkpoint.writer import CheckpointWriter
 from irpe_ds.cluster.preemption import PreemptionSync
 from irpe_ds.cluster.process_group import Ranks
+from irpe_ds.cluster.waiting import Waiting
 from irpe_ds.config import RunConfig
 from irpe_ds.data.augment.policies import Erase
 from irpe_ds.data.loaders import Batch, EvalLoader, TrainLoader
@@ -55,6 +56,7 @@ class Trainer:
         model, initial: of `build_deferred`.
         ds_config: DeepSpeed's configuration.
         preemption: checked after every update and every batch of an evaluation.
+        waiting: is told what is being done.
     """
 
     def __init__(
@@ -69,9 +71,10 @@ class Trainer:
         ds_config: dict[str, Any],
         ranks: Ranks,
         preemption: PreemptionSync,
+        waiting: Waiting,
     ) -> None:
         self.config, self.length, self.ranks = config, length, ranks
-        self.preemption, self.stop = preemption, preemption.signals
+        self.preemption, self.stop, self.waiting = preemption, preemption.signals, waiting
         self.manifest, self.folder = manifest, config.folder / reader.FOLDER
         self.loss = loss.to(ranks.device)
         self.dtype = precision.MODEL[config.train.precision]
@@ -208,6 +211,7 @@ class Trainer:
 
     def train_update(self, batches: Iterator[Batch], log: RunLog) -> None:
         """All forward and backward passes of one update, and the optimizer step."""
+        self.waiting.next(f"update {self.update + 1}")
         self.schedule.step_update(self.update)
         self.engine.basic_optimizer.ema_decay = ema_decay_at(self.config.train, self.update)
         for micro_step in range(self.config.train.accumulation):
@@ -309,6 +313,7 @@ class Trainer:
 
     def validate(self, log: RunLog) -> dict[str, float]:
         """Scores of the current weights, and of their average, on the whole validation set."""
+        self.waiting.next("evaluation")
         set_resolution(self.engine.module, self.config.model.img_size)
         average_statistics(self.engine.module, self.ranks)
         scores = self.evaluate(self.engine)
@@ -357,6 +362,7 @@ class Trainer:
 
     def finish_save(self) -> None:
         """Wait until the checkpoint that is being written is on disk."""
+        self.waiting.next("a checkpoint is written")
         self.last_checkpoint = self.writer.finish() or self.last_checkpoint
 
     def add_scores(self, log: RunLog, scores: dict[str, float]) -> None:

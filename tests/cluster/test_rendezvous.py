@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from irpe_ds.cluster import launchers, rendezvous
+from irpe_ds.cluster import launchers, rendezvous, waiting
 from irpe_ds.errors import ClusterError
 from tests.launch.ranks import free_port
 
@@ -69,8 +69,12 @@ def test_an_absent_rank_is_named_with_its_host(monkeypatch: pytest.MonkeyPatch) 
     assert found == [told] * 2
 
 
-def test_an_absent_rank_of_an_unknown_host() -> None:
+def test_an_absent_rank_of_an_unknown_host(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(waiting, "SECONDS", 2.0)
     (told,) = join(0, world_size=3, seconds=6)
+    assert "[rank 0] waiting for ranks 1, 2 to join: 2 s so far\n" in capfd.readouterr().err
     assert told is not None
     assert told.startswith("ranks 1, 2 did not join within 6 s")
     assert told.endswith(f"; only ranks on {HERE} did")
