@@ -100,13 +100,13 @@ def train(
         StopSignals() as signals,
         Heartbeat(ranks) as heartbeat,
         PreemptionSync(ranks, signals, heartbeat) as preemption,
-        Waiting("data, model and attention op are prepared", ranks.is_main) as waiting,
+        Waiting("preparing data, model and attention op", ranks.is_main) as waiting,
     ):
         prepared = ranks.run_checked(partial(prepare, config, resume))
         length, model, op = prepared.length, prepared.model, prepared.op
         check_consistency(ranks, prepared.facts())
         manifest = initial_manifest(config, ds_config, length, model, world_size, op._asdict())
-        waiting.next("checkpoints are read")
+        waiting.next("reading checkpoints")
         start = find_start(config, resume, manifest, ranks)
         if start.path is not None and ranks.any_rank(not start.path.exists()):
             expected = "a run folder that all nodes share"
@@ -119,7 +119,7 @@ def train(
                 print(f"{config.folder}: already trained; name=... starts another run")
             return True
         check_folder(config)
-        waiting.next("the engine is set up")
+        waiting.next("setting up the engine")
         with FolderLock(config.folder, ranks):
             trainer = Trainer(
                 config,
@@ -150,7 +150,7 @@ def train(
                     log.note(text)
                 with trainer.trace:
                     finished = work(trainer, log)
-                waiting.next("the log is closed")
+                waiting.next("closing the log")
                 return finished
 
 

@@ -362,7 +362,7 @@ class Trainer:
 
     def finish_save(self) -> None:
         """Wait until the checkpoint that is being written is on disk."""
-        self.waiting.next("a checkpoint is written")
+        self.waiting.next("writing a checkpoint")
         self.last_checkpoint = self.writer.finish() or self.last_checkpoint
 
     def add_scores(self, log: RunLog, scores: dict[str, float]) -> None:
