@@ -21,7 +21,7 @@ from irpe_ds.config import RunConfig
 from irpe_ds.data.augment.policies import Erase
 from irpe_ds.data.loaders import Batch, EvalLoader, TrainLoader
 from irpe_ds.data.order import train_order
-from irpe_ds.errors import TrainingError
+from irpe_ds.errors import CheckpointError, TrainingError
 from irpe_ds.models import flops
 from irpe_ds.models.deferred import Initial
 from irpe_ds.models.vision_transformer import set_resolution
@@ -36,7 +36,7 @@ from irpe_ds.training.intervals import Recurrence
 from irpe_ds.training.loss import Loss
 from irpe_ds.training.metrics import Meter
 from irpe_ds.training.optim import build_schedule, ema_decay_at
-from irpe_ds.training.start import RunLength, Start
+from irpe_ds.training.start import LOCK, RunLength, Start
 from irpe_ds.training.trace import Trace
 
 SKIPPED = "skipped.jsonl"
@@ -98,6 +98,7 @@ class Trainer:
         self.normalize = Normalize(config.data, ranks.device)
         self.erase = Erase(config.augment.erase)
         self.mixup = build_mixup(config)
+        self.lock = self.find_lock()
         own = start.path is not None and start.path.resolve().parent == self.folder.resolve()
         self.writer = CheckpointWriter(self.folder, ranks, config.train.keep_checkpoints)
         self.last_checkpoint = start.saved if own else manifest
@@ -161,6 +162,24 @@ class Trainer:
             log.note(f"stopped by {signal} after update {self.update}; {rerun}")
             return False
 
+    def find_lock(self) -> tuple[int, int] | None:
+        """Device and inode of the run folder's locked file, on rank 0; None if it is not there."""
+        try:
+            found = (self.config.folder / LOCK).stat() if self.ranks.is_main else None
+        except OSError:
+            found = None
+        return found and (found.st_dev, found.st_ino)
+
+    def check_folder(self) -> None:
+        """Check that what is written can be found: the kernel lets a deleted file be written to.
+
+        Raises:
+            CheckpointError: on rank 0, if the run folder was deleted, moved or replaced.
+        """
+        if self.find_lock() != self.lock:
+            folder = self.config.folder
+            raise CheckpointError(f"{folder}: the run folder was deleted or moved under the run")
+
     def is_scored(self) -> bool:
         """Whether the checkpoint of the current update has the results of its evaluation."""
         return self.last_checkpoint.update == self.update and bool(self.last_checkpoint.scores)
@@ -185,6 +204,7 @@ class Trainer:
                 self.train_update(batches, log)
                 bar.update()
                 if self.update % train.log_every == 0 or self.update == end:
+                    self.check_folder()
                     row = self.log_row(self.meter.read())
                     log.log("train", self.update, row)
                     bar.set_postfix_str(
@@ -347,6 +367,7 @@ class Trainer:
         Training stands still while the checkpoint before is being finished and the state copied.
         """
         self.finish_save()
+        self.check_folder()
         log.sync()  # a checkpoint's rows are on disk before it
         manifest = self.manifest.at(
             self.update,
