@@ -136,23 +136,24 @@ class Heartbeat:
                 if heard[rank][0] != beat:
                     heard[rank] = beat, now
                 elif now - heard[rank][1] > self.silence:
-                    self.publish_lost(int(rank))
+                    self.publish_lost(int(rank), self.silence)
 
     def _watch(self) -> None:
         """End this rank when rank 0 does not answer."""
         while not self._stopping.wait(self.silence / BEATS):
             if self._seconds_of_silence() > self.silence + 3 * self.silence / BEATS:
-                self._abort(self._lost(0))
+                self._abort(self._lost(0, self.silence))
 
     def _seconds_of_silence(self) -> float:
         """For how long rank 0 has not answered."""
         return time.monotonic() - self._last_contact
 
-    def publish_lost(self, rank: int) -> None:
-        """End all ranks, naming one that does not answer; rank 0 calls it."""
-        self.store.set(LOST, self._lost(rank))
+    def publish_lost(self, rank: int, seconds: float) -> None:
+        """End all ranks, naming one that has not answered for so long; rank 0 calls it."""
+        self.store.set(LOST, self._lost(rank, seconds))
+        self._say(self._lost(rank, seconds))  # a launcher may not wait for this rank any longer
         time.sleep(3 * self.silence / BEATS)  # for the others to read it
-        self._abort(self._lost(rank))
+        os._exit(ExitCode.FAILED)
 
     def _keys(self) -> list[str]:
         """Keys of the heartbeats, by rank."""
@@ -188,7 +189,7 @@ class Heartbeat:
     def _why_broken(self) -> ClusterError | TrainingError | None:
         """The failure of another rank that broke a connection; None if all are well."""
         if self._seconds_of_silence() > self.silence:
-            self._abort(self._lost(0))  # another rank has already ended over it
+            self._abort(self._lost(0, self.silence))  # another rank has already ended over it
         others = [key for key in self._keys() if key != str(self.ranks.rank)]
         try:
             before = self.store.multi_get(others)
@@ -208,8 +209,8 @@ class Heartbeat:
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self.ranks.hostnames[rank]}"
 
-    def _lost(self, rank: int) -> str:
-        return f"{self._name(rank)} has not answered for {self.silence:g} s; {RERUN}"
+    def _lost(self, rank: int, seconds: float) -> str:
+        return f"{self._name(rank)} has not answered for {seconds:g} s; {RERUN}"
 
     def _gone(self, ranks: list[int]) -> str:
         verb = "is" if len(ranks) == 1 else "are"
@@ -217,9 +218,12 @@ class Heartbeat:
 
     def _abort(self, reason: str, code: int = ExitCode.FAILED) -> None:
         if not self._stopping.is_set():
-            sys.stderr.write(f"[{self._name(self.ranks.rank)}] error: {reason}\n")
-            sys.stderr.flush()
+            self._say(reason)
             os._exit(code)  # sys.exit would end this thread alone
+
+    def _say(self, reason: str) -> None:
+        sys.stderr.write(f"[{self._name(self.ranks.rank)}] error: {reason}\n")
+        sys.stderr.flush()
 
 
 def _exit_code(error: BaseException) -> ExitCode:

@@ -319,6 +319,24 @@ def test_a_rank_that_falls_silent_is_named(silent: int, common: list[str], tmp_p
     assert ranks.output().count(said) == 2
 
 
+def linger_impatiently() -> None:
+    be_impatient()
+    linger()
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_in_an_evaluation_is_named_before_the_launcher_kills(
+    common: list[str], tmp_path: Path
+) -> None:
+    """DeepSpeed's launcher sends the others SIGTERM; ranks exchange nothing in an evaluation."""
+    ranks = Ranks(tmp_path, 2, [([*common, *zero(1), "name=mourned"], "never")], linger_impatiently)
+    ranks.wait_for("evaluating")
+    ranks.signal(signal.SIGKILL, [1])
+    ranks.signal(signal.SIGTERM, [0])
+    assert ranks.wait(600) == [1, -signal.SIGKILL], ranks.output()
+    assert f"error: rank 1 on {socket.gethostname()} has not answered for 7.5 s" in ranks.output()
+
+
 def fail(error: Exception, where: str) -> None:
     """The second rank breaks in the fifth update, or in the first evaluation."""
     from irpe_ds.training import trainer
