@@ -14,7 +14,8 @@ def run(main: Callable[[], None]) -> None:
     Each rank prints its own error: a launcher may kill the others before they can. A crash, such as
     SIGSEGV, shows the line that was running.
     """
-    faulthandler.enable()
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
     # Of PyTorch, which has not been imported: when rank 0 ends, the others' waits for its store
     # end with ten lines of C++ each.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
