@@ -1,5 +1,6 @@
 """How every script ends on a user's mistake."""
 
+import faulthandler
 import os
 import sys
 from collections.abc import Callable
@@ -10,12 +11,18 @@ from irpe_ds.errors import ExitCode, TrainingError, UserError
 def run(main: Callable[[], None]) -> None:
     """Call main; user errors become one message on stderr and an exit code, not a traceback.
 
-    Each rank prints its own error: a launcher may kill the others before they can.
+    Each rank prints its own error: a launcher may kill the others before they can. A crash, such as
+    SIGSEGV, shows the line that was running.
     """
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
+    # Of PyTorch, which has not been imported: when rank 0 ends, the others' waits for its store
+    # end with ten lines of C++ each.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         main()
     except (TrainingError, UserError) as error:
-        distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+        distributed = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
         rank = f"[rank {os.environ['RANK']}] " if distributed else ""
         sys.stderr.write(f"{rank}error: {error}\n")
         sys.stderr.flush()

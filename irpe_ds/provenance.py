@@ -20,7 +20,8 @@ SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")
 def commit() -> str | None:
     """Commit of the source that runs, with `-dirty` when files differ from it; None outside git."""
     here = Path(__file__)
-    git = ["git", "-C", str(here.parent)]
+    # The checkout may be another user's, whose code this process runs anyway.
+    git = ["git", "-C", str(here.parent), "-c", f"safe.directory={here.parents[1]}"]
     try:
         # An installed copy may lie in a repository that is not ours, such as the user's own.
         subprocess.run([*git, "ls-files", "--error-unmatch", here.name], **QUIET)

@@ -5,6 +5,7 @@ deepspeed launch/evaluate.py --config x.yaml --weights deit_small_..._shared_k.p
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -39,8 +40,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
 
+    from irpe_ds.cluster.launchers import check_launch
     from irpe_ds.config import load_config, load_run_config
 
+    check_launch(os.environ)
     overrides = [f"data.pipeline={args.pipeline}", *args.overrides]
     if args.config is not None:
         config = load_config(args.config, overrides)

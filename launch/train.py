@@ -1,10 +1,11 @@
 """Train a run: `deepspeed launch/train.py --config x.yaml [section.key=value ...]`.
 
-Without a launcher, `python launch/train.py ...` trains on one rank. On SIGTERM, SIGUSR1 and Ctrl-C
-it saves and exits with code 75 (ExitCode.REQUEUE); rerun with --resume auto to continue.
+Without a launcher, `python launch/train.py ...` trains on one rank. On SIGTERM, SIGUSR1, SIGHUP and
+Ctrl-C it saves and exits with code 75 (ExitCode.REQUEUE); rerun with --resume auto to continue.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -40,9 +41,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(without_dashes(sys.argv[1:]))
 
+    from irpe_ds.cluster.launchers import check_launch
     from irpe_ds.config import load_config
     from irpe_ds.wandb_run import trial_name
 
+    check_launch(os.environ)
     config = load_config(args.config, args.overrides)  # before the imports that take seconds
     config = config.model_copy(update={"name": trial_name(config.name)})
 

@@ -14,13 +14,5 @@ from irpe_ds.data.crops import CROP
 from irpe_ds.data.pipelines.ffcv import decode_crops
 
 numba.config.THREADING_LAYER = "workqueue"
-_file = np.empty(0, np.uint8)
-_file.flags.writeable = False  # as a file that is mapped
-decode_crops.compile(
-    tuple(
-        map(
-            numba.typeof,
-            (_file, np.empty(0, ENTRY), np.empty(0, CROP), np.empty((0,) * 4, np.uint8)),
-        )
-    )
-)
+_arguments = np.empty(0, np.uint8), np.empty(0, ENTRY), np.empty(0, CROP)
+decode_crops.compile(tuple(map(numba.typeof, (*_arguments, np.empty((0,) * 4, np.uint8)))))

@@ -18,6 +18,9 @@ NEVER = sys.maxsize
 """A call that no rank makes."""
 WAIT = timedelta(days=20)
 """For a key of the store; it waits in poll(2), whose longest time is 24 days."""
+PATIENCE = 0.5
+"""Share of the heartbeat's silence for which rank 0 waits for promises: launchers kill 30 s after
+the signal."""
 GRACE_SECONDS = 2.0
 """For which a rank that ends with an error waits for the others' answers."""
 
@@ -95,12 +98,13 @@ class PreemptionSync:
     def _promises(self) -> list[int]:
         """The calls that all ranks have promised; ends the run if one does not answer."""
         every = range(self.ranks.world_size)
-        self._store.set_timeout(timedelta(seconds=self._heartbeat.silence))
+        seconds = PATIENCE * self._heartbeat.silence
+        self._store.set_timeout(timedelta(seconds=seconds))
         try:
             return [int(call) for call in self._store.multi_get([*map(_promise, every)])]
         except DistStoreError:
             silent = (rank for rank in every if not self._store.check([_promise(rank)]))
-            self._heartbeat.publish_lost(next(silent))
+            self._heartbeat.publish_lost(next(silent), seconds)
             raise
 
     def _wait_for_request(self) -> None:

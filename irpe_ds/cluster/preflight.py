@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -18,8 +19,10 @@ from irpe_ds.cluster.consistency import differences, software_facts
 from irpe_ds.cluster.hostfile import Host
 from irpe_ds.cluster.process_group import device_type
 from irpe_ds.cluster.rendezvous import interface_to
+from irpe_ds.cluster.waiting import Waiting
 from irpe_ds.config import RunConfig
 from irpe_ds.errors import ClusterError, UserError
+from irpe_ds.files import read_regular
 
 CONNECT_SECONDS = 20
 """How long a host may take to answer."""
@@ -27,6 +30,8 @@ BUILD_SECONDS = 600
 """How long it may take after that; the operators may have to be compiled."""
 FREE_SHARE = 0.9
 """A GPU is free when this share of its memory is."""
+MAX_ENV_BYTES = 1 << 20
+"""Of a .deepspeed_env."""
 REPORT_PREFIX = "irpe_ds check: "
 
 
@@ -75,8 +80,17 @@ def print_report(config: RunConfig, first_host: str, input_facts: InputFacts) ->
 def query_hosts(hosts: Sequence[Host], command: Sequence[str]) -> list[HostReport | ClusterError]:
     """Run a command that ends in `print_report` on all hosts at once, over ssh."""
     line = "; ".join([*_exports(), f"cd {shlex.quote(os.getcwd())}", shlex.join(command)])
-    with ThreadPoolExecutor(len(hosts)) as pool:
-        return list(pool.map(lambda host: _query(host.name, line), hosts))
+    silent = [host.name for host in hosts]
+
+    def query(host: Host) -> HostReport | ClusterError:
+        try:
+            return _query(host.name, line)
+        finally:
+            silent.remove(host.name)
+
+    awaited = Waiting(lambda: f"waiting for {', '.join(silent)}")
+    with awaited, ThreadPoolExecutor(len(hosts)) as pool:
+        return list(pool.map(query, hosts))
 
 
 def problems(
@@ -113,7 +127,7 @@ def table(hosts: Sequence[Host], reports: Sequence[HostReport | ClusterError]) -
 
 def _query(host: str, line: str) -> HostReport | ClusterError:
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
-    command = ["ssh", *options, host, line]
+    command = ["ssh", *options, "--", host, line]
     seconds = CONNECT_SECONDS + BUILD_SECONDS
     try:
         done = subprocess.run(
@@ -141,6 +155,24 @@ def _exports() -> list[str]:
     for folder in runner.DEEPSPEED_ENVIRONMENT_PATHS:
         path = Path(folder) / runner.DEEPSPEED_ENVIRONMENT_NAME
         if path.is_file():
-            pairs = [line.split("=", 1) for line in path.read_text().splitlines() if "=" in line]
-            found |= {name.strip(): value.strip() for name, value in pairs}
+            found |= _read_exports(path)
     return [f"export {name}={shlex.quote(value)}" for name, value in found.items()]
+
+
+def _read_exports(path: Path) -> dict[str, str]:
+    """The variables in a .deepspeed_env.
+
+    Raises:
+        ClusterError: a line with which `deepspeed` would fail, or that a shell would run.
+    """
+    try:
+        lines = read_regular(path, MAX_ENV_BYTES).decode().removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClusterError(path, "lines NAME=VALUE", error) from None
+    found = {}
+    for number, line in enumerate(lines if lines != [""] else [], 1):
+        name, equals, value = line.partition("=")
+        if not equals or re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name.strip()) is None:
+            raise ClusterError(f"{path}, line {number}", "NAME=VALUE", repr(line[:100]))
+        found[name.strip()] = value.strip()
+    return found

@@ -93,6 +93,12 @@ class Ranks:
         return box[0]
 
 
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether a collective ended because another rank did: gloo's errors have no class."""
+    is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    return is_gloo or isinstance(error, dist.DistError)
+
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a collective waits for a rank that is alive: longer than anything that one rank does
 while the others wait, such as compiling operators. The heartbeat reports dead ranks much sooner."""

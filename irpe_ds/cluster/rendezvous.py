@@ -7,6 +7,7 @@ leads to the others.
 import ipaddress
 import json
 import os
+import secrets
 import socket
 import time
 from datetime import timedelta
@@ -15,6 +16,7 @@ import psutil
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from irpe_ds.cluster import launchers
+from irpe_ds.cluster.waiting import Waiting
 from irpe_ds.errors import ClusterError
 
 TIMEOUT_KEY = "train.join_seconds"
@@ -41,7 +43,9 @@ def rendezvous(
     address = _local_address(os.environ["MASTER_ADDR"], here)
     store = _open_store(rank, seconds)
     entry = {"host": here, "address": address, "error": error and _error_arguments(error)}
-    store.set(str(rank), json.dumps(entry))
+    own = json.dumps(entry | {"id": secrets.token_hex(8)})
+    if store.compare_set(str(rank), "", own) != own.encode():
+        raise _other_run(f"rank {rank} has joined already")
     store.add("joined", 1)
     if rank == 0:
         store.set("outcome", json.dumps(_wait_for_all(store, world_size, seconds)))
@@ -52,6 +56,8 @@ def rendezvous(
     except RuntimeError as lost:
         where = f"rank 0 at {os.environ['MASTER_ADDR']}"
         raise ClusterError(f"{where} stopped responding while ranks were joining") from lost
+    if outcome["world_size"] != world_size:
+        raise _other_run(f"it has {outcome['world_size']} ranks, this one {world_size}")
     if outcome["error"]:
         deadline = time.monotonic() + ERROR_GRACE_SECONDS
         while rank == 0 and read < outcome["joined"] and time.monotonic() < deadline:
@@ -95,17 +101,16 @@ def name_ranks(ranks: list[int], hosts: list[str] | None) -> str:
 def _open_store(rank: int, seconds: float) -> Store:
     """The store of this start. torchrun's agent serves one, which survives its restarts."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    serves = rank == 0 and not launchers.serves_store(os.environ)
     timeout = timedelta(seconds=seconds)
     if not serves:
-        _wait_for_server(address, port, seconds)
+        with Waiting(f"[rank {rank}] waiting for rank 0 at {address}, port {port}"):
+            _wait_for_server(address, port, seconds)
     try:
         store = TCPStore(address, port, None, serves, timeout, wait_for_workers=False)
     except RuntimeError as error:
         if serves:
-            where = f"MASTER_PORT on {socket.gethostname()}"
-            reason = str(error).splitlines()[0]
-            raise ClusterError(where, "a free port", f"{port}: {reason}") from error
+            raise launchers.port_error(port, str(error).splitlines()[0]) from error
         raise _no_answer(seconds, error) from error
     return PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
@@ -127,11 +132,19 @@ def _wait_for_server(address: str, port: int, seconds: float) -> None:
 def _wait_for_all(store: Store, world_size: int, seconds: float) -> dict[str, object]:
     """What rank 0 tells all ranks: an error if there is one, and an address not on loopback."""
     deadline = time.monotonic() + seconds
-    while store.add("joined", 0) < world_size and time.monotonic() < deadline:
-        time.sleep(0.05)
     ranks = range(world_size)
-    entries = {rank: json.loads(store.get(str(rank))) for rank in ranks if store.check([str(rank)])}
-    missing = [rank for rank in ranks if rank not in entries]
+
+    def missing_ranks() -> list[int]:
+        return [rank for rank in ranks if not store.check([str(rank)])]
+
+    def awaited() -> str:
+        return f"[rank 0] waiting for {name_ranks(missing_ranks(), _hosts())} to join"
+
+    with Waiting(awaited):
+        while store.add("joined", 0) < world_size and time.monotonic() < deadline:
+            time.sleep(0.05)
+    missing = missing_ranks()
+    entries = {rank: json.loads(store.get(str(rank))) for rank in ranks if rank not in missing}
     errors = [entry["error"] for entry in entries.values() if entry["error"]]
     if missing and not errors:
         hosts = [entry["host"] for entry in entries.values()]
@@ -140,12 +153,13 @@ def _wait_for_all(store: Store, world_size: int, seconds: float) -> dict[str, ob
     return {
         "error": errors[0] if errors else None,
         "joined": len(entries),
+        "world_size": world_size,
         "remote": next((a for a in addresses if not _is_loopback(a)), None),
     }
 
 
 def _missing_ranks(missing: list[int], joined_hosts: list[str], seconds: float) -> ClusterError:
-    hosts = launchers.hosts_of_ranks(os.environ, next(iter(launchers.parent_commands()), []))
+    hosts = _hosts()
     names = ", ".join(dict.fromkeys(joined_hosts))
     known = "" if hosts else f"; only ranks on {names} did"
     return ClusterError(
@@ -153,11 +167,22 @@ def _missing_ranks(missing: list[int], joined_hosts: list[str], seconds: float) 
     )
 
 
+def _hosts() -> list[str] | None:
+    """The host that each rank should run on, if the launcher says so."""
+    return launchers.hosts_of_ranks(os.environ, next(iter(launchers.parent_commands()), []))
+
+
 def _no_answer(seconds: float, reason: object) -> ClusterError:
     where = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
     return ClusterError(
         f"rank 0 at {where} did not answer within {seconds:g} s ({TIMEOUT_KEY}): {reason}"
     )
+
+
+def _other_run(reason: str) -> ClusterError:
+    where = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
+    other = "take another port with deepspeed's --master_port, or MASTER_PORT"
+    return ClusterError(f"another run is at {where} ({reason}): {other}")
 
 
 def _interface_error(here: str) -> ClusterError | None:

@@ -7,7 +7,8 @@ import time
 from threading import Event, Thread
 from typing import Any, TextIO, cast
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""SLURM warns with SIGUSR1; a terminal that closes sends SIGHUP."""
 DUPLICATE_SECONDS = 2.0
 """Signals this close together are one request, passed on by both terminal and launcher."""
 
@@ -38,7 +39,7 @@ def broken_pipe_safe(stream: TextIO) -> TextIO:
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C are only recorded.
+    """While entered, SIGNALS are only recorded; SIGHUP is left ignored under nohup.
 
     Ctrl-C some seconds after another signal ends the process at once; a scheduler that repeats its
     own signal does not interrupt saving. A thread reads what the kernel delivers, because Python
@@ -56,7 +57,9 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        self._handlers_before = {number: signal.signal(number, _ignore) for number in SIGNALS}
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        numbers = [number for number in SIGNALS if number != signal.SIGHUP or not nohup]
+        self._handlers_before = {number: signal.signal(number, _ignore) for number in numbers}
         self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         Thread(target=self._listen, name="signals", daemon=True).start()
         return self

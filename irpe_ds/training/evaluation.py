@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from irpe_ds.checkpoint.reader import WEIGHTS, SavedWeights
+from irpe_ds.cluster.heartbeat import Heartbeat
 from irpe_ds.cluster.process_group import (
     Ranks,
     destroy_process_group,
     init_process_group,
     set_environment,
 )
+from irpe_ds.cluster.waiting import Waiting
 from irpe_ds.config import RunConfig
 from irpe_ds.data.beton.reader import DatasetInfo
 from irpe_ds.data.loaders import EvalLoader
@@ -106,22 +108,23 @@ def evaluate_weights(
     if not is_its_own:
         load_weights(model, weights, where="--weights", initial=initial)
     ranks = init_process_group(config.train.join_seconds)
-    batches = EvalLoader(
-        config.data,
-        batch_size=batch_size,
-        img_size=config.model.img_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
-    normalize = Normalize(config.data, ranks.device)
-    section = read_ds_config(config.train.deepspeed)["zero_optimization"]
-    first_values = FirstValues(model, initial, ranks.device)
-    placed = build_evaluation_model(model, section, ranks)
-    if isinstance(weights, SavedWeights) and is_its_own:
-        load_tensors(model, weights)
-    else:
-        load_tensors(model, first_values, f"{WEIGHTS}.")
-    scores = evaluate(placed, batches, normalize, ranks)
+    with Heartbeat(ranks), Waiting("evaluation", ranks.is_main):
+        batches = EvalLoader(
+            config.data,
+            batch_size=batch_size,
+            img_size=config.model.img_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        normalize = Normalize(config.data, ranks.device)
+        section = read_ds_config(config.train.deepspeed)["zero_optimization"]
+        first_values = FirstValues(model, initial, ranks.device)
+        placed = build_evaluation_model(model, section, ranks)
+        if isinstance(weights, SavedWeights) and is_its_own:
+            load_tensors(model, weights)
+        else:
+            load_tensors(model, first_values, f"{WEIGHTS}.")
+        scores = evaluate(placed, batches, normalize, ranks)
     destroy_process_group()
     return scores if ranks.is_main else None
 

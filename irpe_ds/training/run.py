@@ -27,6 +27,7 @@ from irpe_ds.cluster.process_group import (
 )
 from irpe_ds.cluster.rendezvous import INTERFACE
 from irpe_ds.cluster.signals import StopSignals, broken_pipe_safe
+from irpe_ds.cluster.waiting import Waiting
 from irpe_ds.config import RunConfig
 from irpe_ds.data.beton.reader import DatasetInfo
 from irpe_ds.errors import ClusterError, ConfigError, UserError
@@ -100,11 +101,13 @@ def train(
         StopSignals() as signals,
         Heartbeat(ranks) as heartbeat,
         PreemptionSync(ranks, signals, heartbeat) as preemption,
+        Waiting("preparing data, model and attention op", ranks.is_main) as waiting,
     ):
         prepared = ranks.run_checked(partial(prepare, config, resume))
         length, model, op = prepared.length, prepared.model, prepared.op
         check_consistency(ranks, prepared.facts())
         manifest = initial_manifest(config, ds_config, length, model, world_size, op._asdict())
+        waiting.next("reading checkpoints")
         start = find_start(config, resume, manifest, ranks)
         if start.path is not None and ranks.any_rank(not start.path.exists()):
             expected = "a run folder that all nodes share"
@@ -117,6 +120,7 @@ def train(
                 print(f"{config.folder}: already trained; name=... starts another run")
             return True
         check_folder(config)
+        waiting.next("setting up the engine")
         with FolderLock(config.folder, ranks):
             trainer = Trainer(
                 config,
@@ -129,6 +133,7 @@ def train(
                 ds_config,
                 ranks,
                 preemption,
+                waiting,
             )
             with RunLog(
                 config.folder,
@@ -145,7 +150,9 @@ def train(
                 for text in [*cautions(config, length), *start.notes]:
                     log.note(text)
                 with trainer.trace:
-                    return work(trainer, log)
+                    finished = work(trainer, log)
+                waiting.next("closing the log")
+                return finished
 
 
 def prepare(config: RunConfig, resume: str) -> Prepared:

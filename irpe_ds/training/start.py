@@ -21,6 +21,9 @@ from irpe_ds.models.build import check_positions
 from irpe_ds.runlog import METRICS
 from irpe_ds.training.optim import peak_lr
 
+LOCK = ".lock"
+"""File of the run folder that is locked, and held open, while a run writes there."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunLength:
@@ -215,7 +218,7 @@ def lock(folder: Path) -> TextIO:
         CheckpointError: another process has locked it, or its file system does not support locks.
     """
     try:
-        return lock_file(folder / ".lock")
+        return lock_file(folder / LOCK)
     except BlockingIOError:
         message = f"{folder}: run folder is locked by another running process"
         raise CheckpointError(message) from None

@@ -16,11 +16,12 @@ from irpe_ds.checkpoint import reader
 from irpe_ds.checkpoint.writer import CheckpointWriter
 from irpe_ds.cluster.preemption import PreemptionSync
 from irpe_ds.cluster.process_group import Ranks
+from irpe_ds.cluster.waiting import Waiting
 from irpe_ds.config import RunConfig
 from irpe_ds.data.augment.policies import Erase
 from irpe_ds.data.loaders import Batch, EvalLoader, TrainLoader
 from irpe_ds.data.order import train_order
-from irpe_ds.errors import TrainingError
+from irpe_ds.errors import CheckpointError, TrainingError
 from irpe_ds.models import flops
 from irpe_ds.models.deferred import Initial
 from irpe_ds.models.vision_transformer import set_resolution
@@ -35,7 +36,7 @@ from irpe_ds.training.intervals import Recurrence
 from irpe_ds.training.loss import Loss
 from irpe_ds.training.metrics import Meter
 from irpe_ds.training.optim import build_schedule, ema_decay_at
-from irpe_ds.training.start import RunLength, Start
+from irpe_ds.training.start import LOCK, RunLength, Start
 from irpe_ds.training.trace import Trace
 
 SKIPPED = "skipped.jsonl"
@@ -55,6 +56,7 @@ class Trainer:
         model, initial: of `build_deferred`.
         ds_config: DeepSpeed's configuration.
         preemption: checked after every update and every batch of an evaluation.
+        waiting: is told what is being done.
     """
 
     def __init__(
@@ -69,9 +71,10 @@ class Trainer:
         ds_config: dict[str, Any],
         ranks: Ranks,
         preemption: PreemptionSync,
+        waiting: Waiting,
     ) -> None:
         self.config, self.length, self.ranks = config, length, ranks
-        self.preemption, self.stop = preemption, preemption.signals
+        self.preemption, self.stop, self.waiting = preemption, preemption.signals, waiting
         self.manifest, self.folder = manifest, config.folder / reader.FOLDER
         self.loss = loss.to(ranks.device)
         self.dtype = precision.MODEL[config.train.precision]
@@ -95,6 +98,7 @@ class Trainer:
         self.normalize = Normalize(config.data, ranks.device)
         self.erase = Erase(config.augment.erase)
         self.mixup = build_mixup(config)
+        self.lock = self.find_lock()
         own = start.path is not None and start.path.resolve().parent == self.folder.resolve()
         self.writer = CheckpointWriter(self.folder, ranks, config.train.keep_checkpoints)
         self.last_checkpoint = start.saved if own else manifest
@@ -158,6 +162,24 @@ class Trainer:
             log.note(f"stopped by {signal} after update {self.update}; {rerun}")
             return False
 
+    def find_lock(self) -> tuple[int, int] | None:
+        """Device and inode of the run folder's locked file, on rank 0; None if it is not there."""
+        try:
+            found = (self.config.folder / LOCK).stat() if self.ranks.is_main else None
+        except OSError:
+            found = None
+        return found and (found.st_dev, found.st_ino)
+
+    def check_folder(self) -> None:
+        """Check that what is written can be found: the kernel lets a deleted file be written to.
+
+        Raises:
+            CheckpointError: on rank 0, if the run folder was deleted, moved or replaced.
+        """
+        if self.find_lock() != self.lock:
+            folder = self.config.folder
+            raise CheckpointError(f"{folder}: the run folder was deleted or moved under the run")
+
     def is_scored(self) -> bool:
         """Whether the checkpoint of the current update has the results of its evaluation."""
         return self.last_checkpoint.update == self.update and bool(self.last_checkpoint.scores)
@@ -182,6 +204,7 @@ class Trainer:
                 self.train_update(batches, log)
                 bar.update()
                 if self.update % train.log_every == 0 or self.update == end:
+                    self.check_folder()
                     row = self.log_row(self.meter.read())
                     log.log("train", self.update, row)
                     bar.set_postfix_str(
@@ -208,6 +231,7 @@ class Trainer:
 
     def train_update(self, batches: Iterator[Batch], log: RunLog) -> None:
         """All forward and backward passes of one update, and the optimizer step."""
+        self.waiting.next(f"update {self.update + 1}")
         self.schedule.step_update(self.update)
         self.engine.basic_optimizer.ema_decay = ema_decay_at(self.config.train, self.update)
         for micro_step in range(self.config.train.accumulation):
@@ -308,6 +332,7 @@ class Trainer:
 
     def validate(self, log: RunLog) -> dict[str, float]:
         """Scores of the current weights, and of their average, on the whole validation set."""
+        self.waiting.next("evaluation")
         set_resolution(self.engine.module, self.config.model.img_size)
         average_statistics(self.engine.module, self.ranks)
         scores = self.evaluate(self.engine)
@@ -341,6 +366,7 @@ class Trainer:
         Training stands still while the checkpoint before is being finished and the state copied.
         """
         self.finish_save()
+        self.check_folder()
         log.sync()  # a checkpoint's rows are on disk before it
         manifest = self.manifest.at(
             self.update,
@@ -356,6 +382,7 @@ class Trainer:
 
     def finish_save(self) -> None:
         """Wait until the checkpoint that is being written is on disk."""
+        self.waiting.next("writing a checkpoint")
         self.last_checkpoint = self.writer.finish() or self.last_checkpoint
 
     def add_scores(self, log: RunLog, scores: dict[str, float]) -> None:

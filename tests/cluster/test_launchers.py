@@ -2,11 +2,17 @@
 
 import base64
 import json
+import socket
 from pathlib import Path
 
 import pytest
 
-from irpe_ds.cluster.launchers import check_hostfile, hosts_of_ranks, rank_environment
+from irpe_ds.cluster.launchers import (
+    check_hostfile,
+    check_launch,
+    hosts_of_ranks,
+    rank_environment,
+)
 from irpe_ds.errors import ClusterError
 
 TORCH = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
@@ -50,6 +56,57 @@ def test_a_variable_is_missing() -> None:
     del (some := dict(TORCH))["MASTER_ADDR"]
     with pytest.raises(ClusterError, match=r"set RANK but not MASTER_ADDR$"):
         rank_environment(some)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a whole number, got 'two'"),
+        ({"RANK": "-1"}, "RANK: expected a whole number, got '-1'"),
+        ({"RANK": ""}, "RANK: expected a whole number, got ''"),
+        ({"LOCAL_RANK": "1.0"}, "LOCAL_RANK: expected a whole number"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE: expected at least 1, got 0"),
+        ({"LOCAL_SIZE": "9" * 5000}, "LOCAL_WORLD_SIZE: expected a whole number, got '999"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT: expected a port between 1 and 65535, got 70000"),
+        ({"RANK": "4"}, "RANK=4: expected a larger WORLD_SIZE, got WORLD_SIZE=4"),
+        (OPEN_MPI | {"RANK": None, "OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE: expected"),
+        (OPEN_MPI | {"RANK": None, "OMPI_COMM_WORLD_RANK": None}, "OMPI_COMM_WORLD_RANK: expected"),
+        (STEP | {"RANK": None, "SLURM_STEP_ID": "x"}, "SLURM_STEP_ID: expected a whole number"),
+        (STEP | {"RANK": None, "SLURM_NODEID": "3"}, "SLURM_NODEID: expected less than 3"),
+        (STEP | {"RANK": None, "SLURM_PROCID": None}, "SLURM_PROCID: expected a whole number"),
+        (
+            STEP | {"RANK": None, "SLURM_STEP_TASKS_PER_NODE": "2(y2)"},
+            "SLURM_STEP_TASKS_PER_NODE: expected counts such as 2(x3),1, got 2(y2)",
+        ),
+        ({"RANK": None, "PMI_SIZE": "many"}, "PMI_SIZE: expected a whole number, got 'many'"),
+    ],
+)
+def test_a_variable_is_not_what_it_has_to_be(changes: dict[str, str | None], message: str) -> None:
+    environment = {k: v for k, v in (TORCH | changes).items() if v is not None}
+    with pytest.raises(ClusterError) as caught:
+        rank_environment(environment)
+    assert str(caught.value).startswith(message)
+
+
+def test_the_port_is_taken_says_rank_0_at_once() -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as PyTorch does
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            first = TORCH | {"RANK": "0", "MASTER_PORT": str(port)}
+            with pytest.raises(ClusterError) as caught:
+                check_launch(first)
+            check_launch(first | {"RANK": "1"})
+            check_launch(first | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+            accepted, _ = taken.accept()
+            accepted.close()  # this side closes first: its port is in TIME_WAIT
+    assert str(caught.value) == (
+        f"MASTER_PORT on {socket.gethostname()}: expected a free port, got {port}: Address already "
+        "in use; take another with deepspeed's --master_port, or MASTER_PORT"
+    )
+    check_launch(first)
 
 
 def test_open_mpi() -> None:

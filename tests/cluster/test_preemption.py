@@ -150,16 +150,16 @@ def test_nothing_is_sent_until_there_is_a_signal() -> None:
 
 
 def test_a_rank_that_does_not_answer_is_named() -> None:
-    lost: list[int] = []
+    lost: list[tuple[int, float]] = []
     here: Any = SimpleNamespace(world_size=3)
-    heartbeat: Any = SimpleNamespace(silence=0.1, publish_lost=lost.append)
+    heartbeat: Any = SimpleNamespace(silence=0.2, publish_lost=lambda *found: lost.append(found))
     sync = PreemptionSync(here, signals=None, heartbeat=heartbeat)
     sync._store = PrefixStore("silent", clients()[1])
     for rank in (0, 2):
         sync._store.set(preemption._promise(rank), "5")
     with pytest.raises(DistStoreError):
         sync._promises()
-    assert lost == [1]
+    assert lost == [(1, 0.1)]
 
 
 def test_a_rank_that_fails_stops_no_other() -> None:

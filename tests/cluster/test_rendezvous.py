@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from irpe_ds.cluster import launchers, rendezvous
+from irpe_ds.cluster import launchers, rendezvous, waiting
 from irpe_ds.errors import ClusterError
 from tests.launch.ranks import free_port
 
@@ -69,8 +69,12 @@ def test_an_absent_rank_is_named_with_its_host(monkeypatch: pytest.MonkeyPatch) 
     assert found == [told] * 2
 
 
-def test_an_absent_rank_of_an_unknown_host() -> None:
+def test_an_absent_rank_of_an_unknown_host(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(waiting, "SECONDS", 2.0)
     (told,) = join(0, world_size=3, seconds=6)
+    assert "[rank 0] waiting for ranks 1, 2 to join: 2 s so far\n" in capfd.readouterr().err
     assert told is not None
     assert told.startswith("ranks 1, 2 did not join within 6 s")
     assert told.endswith(f"; only ranks on {HERE} did")
@@ -95,6 +99,20 @@ def test_the_port_is_taken() -> None:
         (told,) = join(0)
     assert told is not None
     assert told.startswith(f"MASTER_PORT on {HERE}: expected a free port, got ")
+
+
+def test_another_run_is_at_the_port() -> None:
+    """Its rank 0 answers: that of this run could not open a store there, as it says."""
+    with ThreadPoolExecutor(2) as pool:
+        first = list(pool.map(lambda rank: rendezvous.rendezvous(rank, 2, 60), range(2)))
+    told = join(1, world_size=2) + join(2, world_size=3)
+    assert len(first) == 2
+    where = f"another run is at 127.0.0.1, port {os.environ['MASTER_PORT']}"
+    other = "take another port with deepspeed's --master_port, or MASTER_PORT"
+    assert told == [
+        f"{where} (rank 1 has joined already): {other}",
+        f"{where} (it has 2 ranks, this one 3): {other}",
+    ]
 
 
 def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Batches: the same whatever decodes them, complete, and no thread left behind."""
 
+import os
 import resource
+import socket
 import subprocess
 import sys
 import threading
@@ -281,6 +283,20 @@ def test_damaged_image_stops_training_by_name(own_beton: Path, manifest: bool) -
         file.write(bytes(30))
     with pytest.raises(DataError, match=r"own\.beton: expected undamaged .* sample 21$"):
         list(train_loader(own_beton, batch_size=37).epoch(0))
+
+
+def test_a_file_that_is_truncated_while_it_is_read_is_named(own_beton: Path) -> None:
+    """Of a mapped file it would be SIGBUS, and silence."""
+    loader = train_loader(own_beton, batch_size=1)
+    epoch = loader.epoch(0)
+    next(epoch)
+    size = int(np.median(read_beton(own_beton, "test").entries["start"]))
+    os.truncate(own_beton, size)
+    where = (
+        rf"{socket.gethostname()}: expected to read sample \d+ of .*own\.beton, got it has {size}"
+    )
+    with pytest.raises(DataError, match=where):
+        list(epoch)
 
 
 def test_two_loaders_may_decode_at_once(beton: Path) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import pty
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -11,8 +13,9 @@ from unittest import mock
 
 import pytest
 
+from tests.forks import ENVIRONMENT
 from tests.launch.outcomes import PER_EPOCH, UPDATES, slow, zero
-from tests.launch.ranks import Ranks
+from tests.launch.ranks import CONFIG, Ranks, free_port
 
 pytestmark = pytest.mark.dist
 
@@ -76,3 +79,28 @@ def test_all_stop_after_the_update_with_the_signal(
     newest = max((output / f"at-{at}/checkpoints").iterdir())
     assert newest.name == f"update-{last:08d}"
     assert json.loads((newest / "checkpoint.json").read_text())["scores"] == {}
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_lets_the_ranks_save(common: list[str], output: Path) -> None:
+    """It ends the deepspeed command, and with that everything in the foreground gets SIGHUP."""
+    long = ("train.epochs=2000", "train.max_updates=20000", "train.save_every=20000")
+    options = ("--num_accelerators", "2", "--master_port", str(free_port()))
+    command = ["deepspeed", *options, "launch/train.py", "--config", CONFIG]
+    command += [*common, *long, "name=closed"]
+    folder = output / "closed"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        os.execvpe(command[0], command, os.environ | ENVIRONMENT | {"PATH": path})
+    end = time.monotonic() + 600
+    while not (folder / "train.csv").exists():
+        assert time.monotonic() < end
+        os.read(terminal, 1 << 16)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.WTERMSIG(status) == signal.SIGHUP
+    while not list(folder.glob("checkpoints/update-*")):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert "stopped by SIGHUP after update" in (folder / "log.txt").read_text()

@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from irpe_ds.errors import DataError
 from tests.launch.outcomes import KINDS, PER_EPOCH, UPDATES, losses, same_bits, slow, tensors, zero
 from tests.launch.ranks import Ranks, rows
 
@@ -82,7 +84,10 @@ def test_killed_again_and_again(
 
 @pytest.mark.parametrize(
     ("number", "precision"),
-    [(signal.SIGTERM, "fp32"), slow(signal.SIGUSR1, "bf16"), slow(signal.SIGINT, "bf16")],
+    [
+        (signal.SIGTERM, "fp32"),
+        *(slow(number, "bf16") for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)),
+    ],
 )
 def test_a_signal_saves_and_ends(
     number: int,
@@ -276,14 +281,16 @@ def hang() -> None:
     Trainer.train_update = update  # type: ignore[method-assign]
 
 
-def test_the_others_end_with_a_rank_that_dies(common: list[str], tmp_path: Path) -> None:
-    run = [*common, *zero(1), "name=dead"]
-    ranks = Ranks(tmp_path, 2, [(run, "never")], slow_steps)
+@pytest.mark.parametrize("dying", [slow(0), 1])
+def test_a_rank_that_dies_is_named(dying: int, common: list[str], tmp_path: Path) -> None:
+    run = [*common, *zero(1), f"name=dead-{dying}"]
+    ranks = Ranks(tmp_path, 2, [(run, "never")], be_impatient)
     ranks.wait_for(", loss ")  # it trains
-    ranks.signal(signal.SIGKILL, [1])
-    code, killed = ranks.wait(600)
-    assert killed == -signal.SIGKILL
-    assert code not in (0, 75, None), ranks.output()
+    ranks.signal(signal.SIGKILL, [dying])
+    codes = ranks.wait(600)
+    assert (codes[dying], codes[1 - dying]) == (-signal.SIGKILL, 1), ranks.output()
+    assert f"error: rank {dying} on {socket.gethostname()} is gone" in ranks.output()
+    assert "Traceback" not in ranks.output()
 
 
 def be_impatient() -> None:
@@ -312,26 +319,64 @@ def test_a_rank_that_falls_silent_is_named(silent: int, common: list[str], tmp_p
     assert ranks.output().count(said) == 2
 
 
-def fail() -> None:
-    """The second rank breaks in the fifth update."""
+def linger_impatiently() -> None:
+    be_impatient()
+    linger()
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_in_an_evaluation_is_named_before_the_launcher_kills(
+    common: list[str], tmp_path: Path
+) -> None:
+    """DeepSpeed's launcher sends the others SIGTERM; ranks exchange nothing in an evaluation."""
+    ranks = Ranks(tmp_path, 2, [([*common, *zero(1), "name=mourned"], "never")], linger_impatiently)
+    ranks.wait_for("evaluating")
+    ranks.signal(signal.SIGKILL, [1])
+    ranks.signal(signal.SIGTERM, [0])
+    assert ranks.wait(600) == [1, -signal.SIGKILL], ranks.output()
+    assert f"error: rank 1 on {socket.gethostname()} has not answered for 7.5 s" in ranks.output()
+
+
+def fail(error: Exception, where: str) -> None:
+    """The second rank breaks in the fifth update, or in the first evaluation."""
+    from irpe_ds.training import trainer
     from irpe_ds.training.trainer import Trainer
 
-    step = Trainer.step
+    be_impatient()
+    step, evaluate = Trainer.step, trainer.evaluate
 
     def broken(self: Any, batch: Any, micro_step: int) -> Any:
-        if (self.update, self.ranks.rank) == (4, 1):
-            raise RuntimeError("broken on purpose")
+        if (self.update, self.ranks.rank, where) == (4, 1, "update"):
+            raise error
         return step(self, batch, micro_step)
 
-    Trainer.step = broken  # type: ignore[method-assign]
+    def unable(model: Any, batches: Any, prepare: Any, ranks: Any) -> Any:
+        if (ranks.rank, where) == (1, "evaluation"):
+            raise error
+        return evaluate(model, batches, prepare, ranks)
+
+    Trainer.step, trainer.evaluate = broken, unable  # type: ignore[method-assign]
 
 
-def test_an_error_of_one_rank_is_shown_and_ends_all(common: list[str], tmp_path: Path) -> None:
-    ranks = Ranks(tmp_path, 2, [([*common, *zero(2), "name=broken"], "never")], fail)
-    codes = ranks.wait(600)
-    assert None not in codes
-    assert 0 not in codes
-    assert "RuntimeError: broken on purpose" in ranks.output()
+@pytest.mark.parametrize(
+    ("error", "where", "said", "codes"),
+    [
+        (RuntimeError("broken on purpose"), "update", "RuntimeError: broken on purpose", [1, 1]),
+        slow(DataError("a.beton", "images", "dust"), "evaluation", "a.beton: expected ", [2, 2]),
+        slow(MemoryError(), "update", "MemoryError", [1, 1]),
+    ],
+)
+def test_the_others_say_whose_error_it_was(
+    error: Exception, where: str, said: str, codes: list[int], common: list[str], tmp_path: Path
+) -> None:
+    run = [*common, *zero(2), f"name=broken-{type(error).__name__}"]
+    ranks = Ranks(tmp_path, 2, [(run, "never")], partial(fail, error, where))
+    assert ranks.wait(600) == codes, ranks.output()
+    first, second = (Path(f"{ranks.log}.{rank}").read_text() for rank in range(2))
+    assert f"[rank 0] error: rank 1 on {socket.gethostname()} failed: {said}" in first
+    assert "Traceback" not in first
+    assert said in second
+    assert "gloo" not in second
 
 
 def be_of_another_version() -> None:

@@ -1,8 +1,12 @@
 """Opening a .beton file: whether it is complete, and what it contains."""
 
+import errno
 import hashlib
 import os
+import socket
+import weakref
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -82,10 +86,37 @@ class Beton:
     checked: NDArray[np.bool_]
     """Samples already compared with their hash, (num_samples,)."""
 
+    @cached_property
+    def _descriptor(self) -> int:
+        descriptor = os.open(self.info.path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
+
     def payload(self, sample: int) -> NDArray[np.uint8]:
-        """The stored bytes of a sample."""
-        entry = self.entries[sample]
-        return self.bytes[entry["start"] : entry["start"] + entry["bytes"]]
+        """The stored bytes of a sample; errors as of `read_into`."""
+        data = np.empty(self.entries["bytes"][sample], np.uint8)
+        self.read_into(data, sample)
+        return data
+
+    def read_into(self, data: NDArray[np.uint8], sample: int) -> None:
+        """Copy the stored bytes of a sample.
+
+        Not from the mapping: where the file has been truncated, or its disk fails, that is SIGBUS.
+
+        Raises:
+            DataError: they cannot be read any more; names file and sample.
+        """
+        start, done = int(self.entries["start"][sample]), 0
+        try:
+            while done < len(data):
+                some = os.preadv(self._descriptor, [data[done:].data], start + done)
+                if some == 0:
+                    size = os.fstat(self._descriptor).st_size
+                    raise OSError(errno.EIO, f"it has {size} bytes: truncated after it was opened")
+                done += some
+        except OSError as error:
+            expected = f"to read sample {sample} of {self.info.path}"
+            raise DataError(socket.gethostname(), expected, error.strerror) from None
 
     def is_intact(self, sample: int) -> bool:
         """Whether a payload matches its hash; True if there is no hash."""

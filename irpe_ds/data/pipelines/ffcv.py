@@ -186,7 +186,7 @@ class BatchIterator:
                 for first in range(0, len(self._crops), self._batch_size):
                     crops = self._crops[first : first + self._batch_size]
                     self._check_hashes(crops["sample"], pool)
-                    if not self._put(self._decode(crops)):
+                    if not self._put(self._decode(crops, pool)):
                         return
             self._put(None)
         except BaseException as error:  # whatever it is, the consumer gets it
@@ -202,14 +202,35 @@ class BatchIterator:
                 raise _damage(self._beton, sample)
         self._beton.checked[new] = True
 
-    def _decode(self, crops: Crops) -> Decoded:
+    def _read(
+        self, samples: NDArray[np.int64], pool: ThreadPoolExecutor
+    ) -> tuple[NDArray[np.uint8], NDArray[np.void]]:
+        """The payloads of a batch, one after the other, and ENTRY of each sample in them."""
+        entries = self._beton.entries[samples]
+        ends = np.cumsum(entries["bytes"])
+        entries["start"] = ends - entries["bytes"]
+        payloads = np.empty(ends[-1], np.uint8)
+
+        def read(positions: range) -> None:
+            for n in positions:
+                self._beton.read_into(payloads[entries["start"][n] : ends[n]], int(samples[n]))
+
+        count = len(samples)
+        shares = [range(first, count, self._workers) for first in range(self._workers)]
+        list(pool.map(read, shares))  # raises a thread's error
+        return payloads, entries
+
+    def _decode(self, crops: Crops, pool: ThreadPoolExecutor) -> Decoded:
+        payloads, entries = self._read(crops["sample"], pool)
         images_BHWC = torch.empty(
             (len(crops), *self._size, 3), dtype=torch.uint8, pin_memory=self._pinned
         )
         labels = torch.empty(len(crops), dtype=torch.int64, pin_memory=self._pinned)
-        labels.numpy()[:] = self._beton.entries["label"][crops["sample"]]
+        labels.numpy()[:] = entries["label"]
+        in_batch = crops.copy()
+        in_batch["sample"] = np.arange(len(crops))
         with _decoding:
-            clean = decode_crops(self._beton.bytes, self._beton.entries, crops, images_BHWC.numpy())
+            clean = decode_crops(payloads, entries, in_batch, images_BHWC.numpy())
         if not clean.all():
             raise _damage(self._beton, crops["sample"][np.flatnonzero(~clean)[0]])
         return images_BHWC.permute(0, 3, 1, 2), labels
@@ -242,8 +263,8 @@ def decode_crops(
     Compiled at the first call in a process, which takes seconds.
 
     Args:
-        file: the .beton file, (bytes,).
-        entries: ENTRY of every sample in it (irpe_ds.data.beton.reader).
+        file: stored images, one after the other, (bytes,).
+        entries: ENTRY of every sample in them (irpe_ds.data.beton.reader).
         crops: CROP of the images to decode, (B,); boxes lie within their images.
         images_BHWC: receives the pixels.
 

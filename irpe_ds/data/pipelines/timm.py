@@ -320,7 +320,7 @@ def ignore_signals(_: int) -> None:
     first and needs its workers for that.
     """
     signal.set_wakeup_fd(-1)  # inherited from the rank
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
