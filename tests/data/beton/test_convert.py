@@ -361,3 +361,10 @@ def test_links_in_a_circle_end(mixed: Path) -> None:
         (mixed / "cat" / name).symlink_to(mixed / "cat")
     with pytest.raises(DataError, match=r"every folder once in a class, got .*cat/(one|two)"):
         convert_folder(mixed, mixed.parent / "mixed.beton", StorageOptions(), workers=1)
+
+
+def test_image_file_too_large_to_read_is_named(mixed: Path) -> None:
+    (mixed / "cat" / "b.jpg").touch()
+    os.truncate(mixed / "cat" / "b.jpg", 1 << 40)  # a hole
+    with pytest.raises(DataError, match=r"cat/b\.jpg: .* got 1099511627776 bytes, over 268435456"):
+        convert_folder(mixed, mixed.parent / "mixed.beton", StorageOptions(), workers=1)

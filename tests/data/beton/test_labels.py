@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.io import savemat
 
 from irpe_ds.data.beton.journal import Journal
 from irpe_ds.data.beton.labels import GROUND_TRUTH, META, parse_label, validation_labels
@@ -134,14 +135,25 @@ class TestValidation:
     @pytest.mark.thorough
     @pytest.mark.parametrize("number", ["+1", "x" * 999])
     def test_unknown_number(self, tmp_path: Path, number: str) -> None:
-        from scipy.io import savemat
-
-        rows = np.array([(1, "n01"), (2, "n02")], [("ILSVRC2012_ID", object), ("WNID", object)])
-        meta = io.BytesIO()
-        savemat(meta, {"synsets": rows})
-        kit = self.kit(tmp_path, f"1\n2\n{number}\n".encode(), meta.getvalue())
+        kit = self.kit(tmp_path, f"1\n2\n{number}\n".encode(), meta_mat())
         with pytest.raises(DataError, match=r"numbers in meta\.mat of .*, got ") as error:
             validation_labels(kit)
         assert len(str(error.value)) < 400
-        (kit / GROUND_TRUTH).write_text("2\n1\n")
+
+    @pytest.mark.thorough
+    def test_damage_that_ends_scipy_with_a_segmentation_fault(self, tmp_path: Path) -> None:
+        meta = bytearray(meta_mat())
+        kit = self.kit(tmp_path, b"2\n1\n", meta)
         assert validation_labels(kit) == ["n02", "n01"]
+        meta[249:253] = b"\xff\xff\xff\x7f"
+        (kit / META).write_bytes(meta)
+        with pytest.raises(DataError, match=r"--labels: expected ILSVRC2012's meta\.mat"):
+            validation_labels(kit)
+
+
+def meta_mat() -> bytes:
+    """The synsets n01 and n02, numbers 1 and 2."""
+    rows = np.array([(1, "n01"), (2, "n02")], [("ILSVRC2012_ID", object), ("WNID", object)])
+    file = io.BytesIO()
+    savemat(file, {"synsets": rows})
+    return file.getvalue()
