@@ -53,9 +53,11 @@ def main() -> None:
         raise ConfigError("--config needs --weights; --run evaluates the weights of a run")
 
     from irpe_ds.checkpoint import reader
+    from irpe_ds.cluster.waiting import Waiting
     from irpe_ds.training.evaluation import evaluate_weights
 
-    weights = args.weights or reader.weights_of(args.run, best=args.best, ema=args.ema)
+    with Waiting("reading weights"):
+        weights = args.weights or reader.weights_of(args.run, best=args.best, ema=args.ema)
     scores = evaluate_weights(config, weights, args.batch_size)
     if scores is not None:
         print(
