@@ -252,22 +252,9 @@ def load_weights(
         CheckpointError: the checkpoint is damaged.
     """
     expected = model.state_dict()
-    fits = f"a readable checkpoint of this {type(model).__name__}"
-    state, stated = _read(path, where, fits)
+    state, stated = _read(model, path, where)
     state |= {key: expected[key] for key in renewed}
-    embedding = {key: state[key] for key in ("pos_embed",) if key in state and key in expected}
-    check_tensors(embedding, expected, where, path)  # before it is interpolated
-    try:
-        if stated is not None:
-            check_encoding(Positions.of(model), stated)
-        if isinstance(model, VisionTransformer):
-            state = _for_vit(model, expected, state, stated)
-        elif stated is not None:
-            check_grid(model, stated)
-    except UserError as error:
-        raise ConfigError(where, error.expected, f"{path} with {error.got}") from None
-    except Exception as error:  # timm raises any type for a foreign file
-        raise ConfigError(where, fits, f"{path}: {_first_line(error)}") from None
+    state = _fitted(model, state, stated, where, path)
     if not any("lookup_table" in key for key in state):
         tables = {key: value for key, value in expected.items() if "lookup_table" in key}
         if tables:
@@ -294,7 +281,7 @@ def load_weights(
 
 
 def _read(
-    path: Path | SavedWeights, where: str, fits: str
+    model: nn.Module, path: Path | SavedWeights, where: str
 ) -> tuple[dict[str, Any], Positions | None]:
     """The state dict of weights, and what they say of positions."""
     if isinstance(path, Path) and path.is_dir():
@@ -313,7 +300,34 @@ def _read(
         raise ConfigError(f"{where}: {error}") from None
     except Exception as error:  # torch raises any type for a corrupt or foreign file
         reason = error.strerror if isinstance(error, OSError) else None
-        raise ConfigError(where, fits, f"{path}: {reason or _first_line(error)}") from None
+        raise ConfigError(
+            where, _readable(model), f"{path}: {reason or _first_line(error)}"
+        ) from None
+
+
+def _fitted(
+    model: nn.Module, state: dict[str, Any], stated: Positions | None, where: str, path: object
+) -> dict[str, Any]:
+    """The state dict by the model's names and on its grid, if it is of the same encoding."""
+    expected = model.state_dict()
+    embedding = {key: state[key] for key in ("pos_embed",) if key in state and key in expected}
+    check_tensors(embedding, expected, where, path)  # before it is interpolated
+    try:
+        if stated is not None:
+            check_encoding(Positions.of(model), stated)
+        if isinstance(model, VisionTransformer):
+            return _for_vit(model, expected, state, stated)
+        if stated is not None:
+            check_grid(model, stated)
+        return state
+    except UserError as error:
+        raise ConfigError(where, error.expected, f"{path} with {error.got}") from None
+    except Exception as error:  # timm raises any type for a foreign file
+        raise ConfigError(where, _readable(model), f"{path}: {_first_line(error)}") from None
+
+
+def _readable(model: nn.Module) -> str:
+    return f"a readable checkpoint of this {type(model).__name__}"
 
 
 def _for_vit(
