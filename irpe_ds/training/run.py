@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from irpe_ds.checkpoint.manifest import CheckpointManifest
 from irpe_ds.cluster.consistency import check_consistency, software_facts
 from irpe_ds.cluster.heartbeat import Heartbeat
 from irpe_ds.cluster.preemption import PreemptionSync
@@ -112,39 +113,18 @@ def train(
         if start.path is not None and ranks.any_rank(not start.path.exists()):
             expected = "a run folder that all nodes share"
             raise ClusterError(config.folder, expected, f"a node without {start.path}")
-        saved = start.saved
-        if saved.update > length.last_update or (
-            saved.update == length.last_update and saved.scores
-        ):
+        left = length.last_update - start.saved.update
+        if left < 0 or (left == 0 and start.saved.scores):
             if ranks.is_main:
                 print(f"{config.folder}: already trained; name=... starts another run")
             return True
         check_folder(config)
         waiting.next("setting up the engine")
         with FolderLock(config.folder, ranks):
-            trainer = Trainer(
-                config,
-                length,
-                manifest,
-                start,
-                model,
-                prepared.initial,
-                prepared.loss,
-                ds_config,
-                ranks,
-                preemption,
-                waiting,
-            )
-            with RunLog(
-                config.folder,
-                active=ranks.is_main,
-                name=config.name,
-                config=config.model_dump(mode="json"),
-                wandb=config.log.wandb.model_dump(),
-                tensorboard=config.log.tensorboard,
-                resume_update=None if resume == "never" else saved.update,
-                repeated_kinds=() if saved.scores else ("eval",),
-            ) as log:
+            built = model, prepared.initial, prepared.loss
+            watched = ranks, preemption, waiting
+            trainer = Trainer(config, length, manifest, start, *built, ds_config, *watched)
+            with open_log(config, resume, start.saved, ranks) as log:
                 if ranks.is_main:
                     log.note(write_run_metadata(config, ds_config, ranks, op))
                 for text in [*cautions(config, length), *start.notes]:
@@ -153,6 +133,20 @@ def train(
                     finished = work(trainer, log)
                 waiting.next("closing the log")
                 return finished
+
+
+def open_log(config: RunConfig, resume: str, saved: CheckpointManifest, ranks: Ranks) -> RunLog:
+    """The log of a run that starts from this checkpoint."""
+    return RunLog(
+        config.folder,
+        active=ranks.is_main,
+        name=config.name,
+        config=config.model_dump(mode="json"),
+        wandb=config.log.wandb.model_dump(),
+        tensorboard=config.log.tensorboard,
+        resume_update=None if resume == "never" else saved.update,
+        repeated_kinds=() if saved.scores else ("eval",),
+    )
 
 
 def prepare(config: RunConfig, resume: str) -> Prepared:

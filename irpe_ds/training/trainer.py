@@ -84,12 +84,9 @@ class Trainer:
             "rank": ranks.rank,
             "world_size": ranks.world_size,
         }
+        count = config.train.accumulation
         self.train_batches = TrainLoader(
-            config.data,
-            config.augment,
-            seed=config.seed,
-            accumulation=config.train.accumulation,
-            **shared,
+            config.data, config.augment, seed=config.seed, accumulation=count, **shared
         )
         self.val_batches = EvalLoader(config.data, **shared)
         self.setup_engine(start, model, initial, ds_config)

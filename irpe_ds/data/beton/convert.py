@@ -1,5 +1,6 @@
 """Convert a source of images to .beton, with its manifest and the hashes of its samples."""
 
+import hashlib
 import os
 import shutil
 import sqlite3
@@ -41,7 +42,7 @@ from irpe_ds.data.beton.sources import Files, Member, Source
 from irpe_ds.data.beton.writer import BetonWriter, file_size, first_payload
 from irpe_ds.data.parallel import map_in_order, progress
 from irpe_ds.errors import DataError, UserError
-from irpe_ds.files import fsync
+from irpe_ds.files import fsync, open_regular
 
 _COMMIT_SECONDS = 2.0  # between commits: what a kill loses at most
 _CHUNK = 1 << 12  # rows of the tables in memory at a time
@@ -122,12 +123,14 @@ def _convert(
         first_bad = next(journal.skipped(), None)  # of an earlier call with on_bad="skip"
         if first_bad is not None:
             journal.discard(first_bad[-1].position)
-    _, begin, end, largest = journal.written()
+    _, begin, end, _ = journal.written()
     unfinished = beside(out, PARTIAL)
     in_place = unfinished.exists() and unfinished.stat().st_size >= end
     if not in_place or begin != first_payload(room):
         journal.discard()
-        end, largest = 0, 0
+    elif (damaged := _first_damaged(journal, unfinished)) is not None:
+        journal.discard(damaged)
+    _, _, end, largest = journal.written()
     with (
         closing(BetonWriter(unfinished, room=room, end=end, largest=largest)) as writer,
         _Commits(journal, writer) as commits,
@@ -158,6 +161,16 @@ def _convert(
         command=command,
         **counts,  # type: ignore[arg-type]
     )
+
+
+def _first_damaged(journal: Journal, unfinished: Path) -> int | None:
+    """The first image of an earlier call whose bytes are no longer those that it wrote."""
+    with open_regular(unfinished) as file:
+        for *_, done in journal.kept():
+            file.seek(done.start)
+            if hashlib.sha256(file.read(done.size)).digest() != done.sha256:
+                return done.position
+    return None
 
 
 def _store(
