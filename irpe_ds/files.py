@@ -43,7 +43,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def replace_file(path: Path, text: str) -> None:
     """Atomically give a file this content."""
     with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8", newline="")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def open_own(path: Path, mode: Literal["a", "w"] = "a") -> TextIO:
