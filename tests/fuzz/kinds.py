@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from irpe_ds import runlog
 from irpe_ds.benchmark.experiment import load_experiment
-from irpe_ds.benchmark.report import write_report
+from irpe_ds.benchmark.report import to_csv, write_report
 from irpe_ds.benchmark.rows import read_results_file
 from irpe_ds.checkpoint import manifest as saved_manifest
 from irpe_ds.checkpoint import reader
@@ -34,6 +34,7 @@ from irpe_ds.data.beton.reader import read_beton
 from irpe_ds.data.beton.sources import is_image, open_source
 from irpe_ds.data.beton.verify import verify
 from irpe_ds.data.pipelines.timm import open_images
+from irpe_ds.environment import read_environment
 from irpe_ds.errors import UserError
 from irpe_ds.models.build import load_weights
 from irpe_ds.planner.calibrate import read_results
@@ -135,6 +136,11 @@ def webdataset(folder: Path) -> None:
     for number, (name, data) in enumerate(images(6).items()):
         found |= {name: data, f"{Path(name).stem}.cls": str(number % 3).encode()}
     (folder / "source.tar").write_bytes(m.packed(found, random.Random(1)))
+
+
+def with_classes(folder: Path) -> None:
+    webdataset(folder)
+    (folder / "classes.txt").write_text("cat\ndog\nbird\n")
 
 
 def class_tars(folder: Path) -> None:
@@ -317,6 +323,12 @@ KINDS: Mapping[str, Kind] = {
         lambda folder: read_converted(folder, labels=folder / "labels.txt"),
         TEXT,
     ),
+    "classes": Kind(
+        with_classes,
+        ("classes.txt",),
+        lambda folder: read_converted(folder, classes=folder / "classes.txt"),
+        TEXT,
+    ),
     "conversion": Kind(interrupted, ("out.beton.partial*",), read_resumed, exact=True),
     "checkpoint": Kind(checkpoint, ("checkpoints/*/*",), read_checkpoint, exact=True),
     "checkpoint's record": Kind(
@@ -346,6 +358,18 @@ KINDS: Mapping[str, Kind] = {
         read_report,
         JSON,
     ),
+    "results for calibration": Kind(
+        text_file("rows.csv", to_csv([row(1, 100), row(2, 150)])),
+        ("rows.csv",),
+        lambda f: str(read_results(f / "rows.csv", "vit", "bf16", "k")),
+        TEXT,
+    ),
+    "environment": Kind(
+        text_file("environment.json", json.dumps({"ranks": 2, "device": "CPU", "commit": None})),
+        ("environment.json",),
+        lambda f: str(read_environment(f)),
+        JSON,
+    ),
     "DeepSpeed's JSON": Kind(
         text_file("z.json", (ROOT / "ds_configs/zero3.json").read_text()),
         ("z.json",),
@@ -359,20 +383,3 @@ KINDS: Mapping[str, Kind] = {
         TEXT,
     ),
 }
-
-
-def damage(folder: Path, kind: Kind, rng: random.Random) -> str:
-    """Damage one of the victims; which, and how."""
-    victims = sorted({path for pattern in kind.victims for path in folder.glob(pattern)})
-    victim = rng.choice([path for path in victims if path.is_file()])
-    if rng.random() < 0.03:
-        m.replaced(victim, rng)
-        return f"{victim.name}: replaced"
-    mutate = rng.choice(kind.mutations)
-    data = victim.read_bytes()
-    try:
-        new = mutate(data, rng) if data else b"x"
-    except (ValueError, IndexError):  # nothing that this damage could hit
-        mutate, new = m.flipped, m.flipped(data, rng)
-    victim.write_bytes(new)
-    return f"{victim.name}: {mutate.__name__}" + (" (no change)" if new == data else "")

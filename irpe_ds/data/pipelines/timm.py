@@ -11,11 +11,12 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from multiprocessing import active_children
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Event, Thread
 from typing import Protocol
 
 import numpy as np
@@ -186,7 +187,6 @@ class TimmPipeline:
             collate_fn=collate,
             worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available(),
-            timeout=_PATIENCE_SECONDS,
         )
         _check_shared_memory()
         others = set(active_children())
@@ -214,32 +214,48 @@ Loaded = tuple[Tensor, Tensor] | DataError
 def next_batch(iterator: Iterator[Loaded], workers: list[BaseProcess]) -> Loaded | None:
     """The next batch of a DataLoader, however long it takes; None after the last one.
 
-    Every 30 seconds without one, a line on stderr tells the state of the workers.
-
     Raises:
         TrainingError: a worker died.
     """
-    waited = 0
-    while True:
-        try:
+    try:
+        with _told_of(workers):
             return next(iterator, None)
-        except (RuntimeError, OSError, EOFError) as error:
-            if "timed out" not in str(error):
-                with suppress(RuntimeError):
-                    wait([worker.sentinel for worker in workers], timeout=1)
-                dead = ", ".join(str(w.pid) for w in workers if not w.is_alive())
-                reason = str(error).strip() or "connection lost"
-                told = f"process {dead} died: {reason}" if dead else reason
-                raise TrainingError(f"data.workers: {told}") from None
-        waited += _PATIENCE_SECONDS
-        states = {worker.pid: _state(worker.pid) for worker in workers}
-        stopped = " ".join(str(pid) for pid, state in states.items() if state == "T")
-        told = ", ".join(f"pid {pid} in state {state}" for pid, state in states.items())
-        if stopped:
-            told = f"pid {stopped} stopped (kill -CONT {stopped} lets it continue)"
-        rank = os.environ.get("RANK", "0")
-        sys.stderr.write(f"[rank {rank}] no images from data workers for {waited} s: {told}\n")
-        sys.stderr.flush()
+    except (RuntimeError, OSError, EOFError) as error:
+        with suppress(RuntimeError):
+            wait([worker.sentinel for worker in workers], timeout=1)
+        dead = ", ".join(str(worker.pid) for worker in workers if not worker.is_alive())
+        reason = str(error).strip() or "connection lost"
+        told = f"process {dead} died: {reason}" if dead else reason
+        raise TrainingError(f"data.workers: {told}") from None
+
+
+@contextmanager
+def _told_of(workers: list[BaseProcess]) -> Iterator[None]:
+    """While entered, a line on stderr every 30 seconds tells the state of the workers.
+
+    By a thread: a DataLoader's own timeout does not cover the moment when it fetches the memory of
+    a batch from the worker that made it.
+    """
+    done = Event()
+
+    def tell() -> None:
+        waited = 0
+        while not done.wait(_PATIENCE_SECONDS):
+            waited += _PATIENCE_SECONDS
+            states = {worker.pid: _state(worker.pid) for worker in workers}
+            stopped = " ".join(str(pid) for pid, state in states.items() if state == "T")
+            told = ", ".join(f"pid {pid} in state {state}" for pid, state in states.items())
+            if stopped:
+                told = f"pid {stopped} stopped (kill -CONT {stopped} lets it continue)"
+            rank = os.environ.get("RANK", "0")
+            sys.stderr.write(f"[rank {rank}] no images from data workers for {waited} s: {told}\n")
+            sys.stderr.flush()
+
+    Thread(target=tell, name="data workers", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def _state(pid: int | None) -> str:
