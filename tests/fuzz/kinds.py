@@ -359,7 +359,7 @@ KINDS: Mapping[str, Kind] = {
         JSON,
     ),
     "results for calibration": Kind(
-        text_file("rows.csv", to_csv([row(1, 100), row(2, 150)])),
+        text_file("rows.csv", to_csv([row(1, 100, stage=1), row(2, 150, stage=1)])),
         ("rows.csv",),
         lambda f: str(read_results(f / "rows.csv", "vit", "bf16", "k")),
         TEXT,
