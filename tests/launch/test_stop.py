@@ -91,6 +91,7 @@ def test_a_terminal_that_closes_lets_the_ranks_save(common: list[str], output: P
     folder = output / "closed"
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         os.execvpe(command[0], command, os.environ | ENVIRONMENT | {"PATH": path})
     end = time.monotonic() + 600

@@ -170,8 +170,9 @@ class TestWhatWasWritten:
             path = tmp_path / f"exported.{suffix}"
             if suffix == "pth":
                 return write(model.state_dict(), path)
-            source = write(model.state_dict(), tmp_path / "source.safetensors")
-            files = ShardFiles([source])
+            state = model.state_dict()
+            source = write(state, tmp_path / "source.safetensors")
+            files = ShardFiles([source], {key: tensor.shape for key, tensor in state.items()})
             write_whole(path, files, {key: key for key in files.shapes}, {"said": "0" * 64})
             return path
 
