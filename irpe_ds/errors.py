@@ -15,10 +15,19 @@ class ExitCode(IntEnum):
     """Stopped by a signal after saving: rerun the same command. EX_TEMPFAIL of sysexits.h."""
 
 
+_SHOWN = 1000  # characters of a part of a message
+
+
 def printable(text: str) -> str:
     """Control characters and what is not UTF-8 as escapes: names come from files, and would else
     steer the terminal or fail to print."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def _cut(part: object) -> str:
+    """A part of a message as text; what was found in a file may be as long as the file."""
+    text = str(part)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 class UserError(ValueError):
@@ -30,7 +39,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, where: object, expected: str = "", got: object = None) -> None:
-        text = f"{where}: expected {expected}, got {got}" if expected else str(where)
+        template = f"{_cut(where)}: expected {expected}, got {_cut(got)}"
+        text = template if expected else str(where)
         super().__init__(printable(text))
         self.where, self.expected, self.got = where, expected, got
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
-from irpe_ds.cli import run
+from irpe_ds.cli import end_process, run
 from irpe_ds.errors import ExitCode
 
 SCALARS = ("name", "output", "seed")
@@ -54,8 +54,7 @@ def main() -> None:
 
     finished = train(config, args.resume)
     destroy_process_group()
-    if not finished:
-        sys.exit(ExitCode.REQUEUE)
+    end_process(ExitCode.DONE if finished else ExitCode.REQUEUE)
 
 
 if __name__ == "__main__":

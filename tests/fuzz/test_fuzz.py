@@ -60,7 +60,7 @@ def fault_of(kind: Kind, expected: Outcome, found: Outcome, what: str) -> str:
         differs = kind.exact and found.text not in (expected.text, "damage found")
         return f"accepted, and differs: {found.text}" if differs else ""
     if found.how == "error":
-        long = len(found.text) > 2000
+        long = len(found.text) > 3000
         return f"a message of {len(found.text)} characters" if long else ""
     return f"{found.how}: {found.text}"
 
