@@ -7,13 +7,7 @@ import pytest
 
 from irpe_ds.config import load_config
 from irpe_ds.errors import ConfigError
-
-MINIMAL = """
-name: run
-model: {name: deit_tiny_patch16_224}
-data: {train: train.beton, val: val.beton}
-optim: {warmup_epochs: 0}
-"""
+from tests.test_config import MINIMAL
 
 
 @pytest.fixture
