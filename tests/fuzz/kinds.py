@@ -244,9 +244,8 @@ def pth(folder: Path) -> None:
     torch.save({"model": vit().state_dict(), "epoch": 3}, folder / "w.pth")
 
 
-def read_weights(folder: Path) -> str:
+def read_weights(path: Path) -> str:
     model = vit()
-    (path,) = (path for path in folder.iterdir() if path.name.startswith("w."))
     load_weights(model, path, "model.weights")
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
     return "loaded"
@@ -336,9 +335,12 @@ KINDS: Mapping[str, Kind] = {
     ),
     "old checkpoint": Kind(old_checkpoint, ("checkpoints/*/*",), read_checkpoint, exact=True),
     "safetensors": Kind(
-        safetensors, ("w.safetensors",), read_weights, (m.safetensors_header, *BLIND)
+        safetensors,
+        ("w.safetensors",),
+        lambda f: read_weights(f / "w.safetensors"),
+        (m.safetensors_header, *BLIND),
     ),
-    "pth": Kind(pth, ("w.pth",), read_weights),
+    "pth": Kind(pth, ("w.pth",), lambda f: read_weights(f / "w.pth")),
     "metrics": Kind(run_folder, ("run/*",), read_run, (m.json_lines, m.words, *BLIND)),
     "run's YAML": Kind(
         text_file("c.yaml", yaml_text()),
