@@ -6,8 +6,9 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Literal, TextIO
+from typing import Literal, TextIO
 
 
 def fsync(path: Path) -> None:
@@ -68,7 +69,7 @@ def open_own(path: Path, mode: Literal["a", "w"] = "a") -> TextIO:
     return open(path, mode, buffering=1, encoding="utf-8", newline="", opener=opener)
 
 
-def open_regular(path: Path | str) -> BinaryIO:
+def open_regular(path: Path | str) -> BufferedReader:
     """Open a regular file to read; links are followed. Never waits, as opening a FIFO would.
 
     Raises:

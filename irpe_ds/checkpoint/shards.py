@@ -117,6 +117,14 @@ class _Range(NamedTuple):
         return max(start, self.start), min(start + count, self.start + self.length)
 
 
+class Content(NamedTuple):
+    """What reading a whole file tells of it."""
+
+    sha256: str
+    damage: CheckpointError | None
+    """A header that does not fit, or a parameter that is not finite."""
+
+
 class ShardFiles:
     """Reads ranges of the tensors in some files; headers are read when a range needs them.
 
@@ -185,19 +193,35 @@ class ShardFiles:
         for key in keys:
             self._check_cover(key, parts[key], 0, math.prod(self.shapes[key]))
 
-    def check_finite(self, part: int = 0, parts: int = 1) -> None:
-        """Raise CheckpointError for a parameter that is not finite, in every `parts`-th file."""
-        for path in self._paths[part::parts]:
-            for key, found in self._ranges_of(path).items():
-                if key not in self._parameters:
-                    continue
-                piece = torch.empty(min(PIECE, found.length), dtype=found.dtype)
-                for done in range(0, found.length, PIECE):
+    def inspect(self, path: Path) -> Content:
+        """Read one of the files once, to its end.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        ranges: Mapping[str, _Range] = {}
+        damage = None
+        try:
+            ranges = self._ranges_of(path)
+        except CheckpointError as error:
+            damage = error
+        digest = hashlib.sha256()
+        with open_regular(path) as file:
+            for key, found in ranges.items():
+                digest.update(file.read(found.offset - file.tell()))
+                size = PIECE // found.dtype.itemsize
+                piece = torch.empty(min(size, found.length), dtype=found.dtype)
+                for done in range(0, found.length, size):
                     values = piece[: found.length - done]
-                    _read_into(values, found, done)
-                    if not all(map(torch.isfinite, values.aminmax())):
+                    data = values.view(torch.uint8).numpy().data
+                    digest.update(data[: file.readinto(data)])
+                    is_checked = key in self._parameters and damage is None
+                    if is_checked and not all(map(torch.isfinite, values.aminmax())):
                         wrong = float(values[~values.isfinite()][0])
-                        raise CheckpointError(f"{path}: {key}", "finite values", wrong)
+                        damage = CheckpointError(f"{path}: {key}", "finite values", wrong)
+            while rest := file.read(PIECE):
+                digest.update(rest)
+        return Content(digest.hexdigest(), damage)
 
     def _check_cover(self, key: str, parts: Sequence[_Range], start: int, count: int) -> None:
         """Raise CheckpointError unless parts have all of a range, nothing twice, in one dtype."""
