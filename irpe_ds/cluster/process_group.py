@@ -138,7 +138,7 @@ def return_freed_memory() -> None:
 
     By default it raises that bound, first 128 KiB, to the largest block freed so far, up to 32 MiB,
     and keeps what lies between blocks that stay: two ranks with 302 M parameters in fp32 and ZeRO-3
-    then took 6.3 GB each up to the first update, and take 4.9 GB with this.
+    then took 6.3 GB each up to the first update, and take 4.8 GB with this.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
