@@ -6,6 +6,7 @@ IRPE_KILLS=20 kills every stage and precision twenty times; the default is what 
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -66,7 +67,10 @@ def test_killed_again_and_again(
     last = output / f"{name}/checkpoints/update-{UPDATES:08d}"
     moments = random.Random(f"{stage} {precision} {times}")
     kills = saving = 0
-    while kills < times and not last.exists():
+    while kills < times:
+        if last.exists():
+            same_bits(whole, output / name)
+            shutil.rmtree(output / name)
         ranks = Ranks(tmp_path, 2, [(run, "auto")], slow_saves)
         if moments.random() < 0.7:
             wait_for_saves(last.parent, moments.randint(1, 3), ranks)
@@ -76,7 +80,6 @@ def test_killed_again_and_again(
             time.sleep(moments.uniform(0, 4))
         ranks.kill()
         kills += 1
-    assert kills > times // 2
     assert times < 20 or saving >= 10
     Ranks(tmp_path, 2, [(run, "auto")]).succeed()
     same_bits(whole, output / name)
@@ -90,12 +93,7 @@ def test_killed_again_and_again(
     ],
 )
 def test_a_signal_saves_and_ends(
-    number: int,
-    precision: str,
-    common: list[str],
-    output: Path,
-    undisturbed: Any,
-    tmp_path: Path,
+    number: int, precision: str, common: list[str], output: Path, undisturbed: Any, tmp_path: Path
 ) -> None:
     whole = undisturbed(1, precision)
     name = signal.Signals(number).name
