@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.env_report import op_report
-from deepspeed.ops.op_builder.builder import CUDAOpBuilder, OpBuilder
+from deepspeed.ops.op_builder.builder import CUDAOpBuilder
 
 from irpe_ds.ops import __main__ as report
 from irpe_ds.ops.bench import resources
 from irpe_ds.ops.build import folders, library, prebuilt, toolchain
 from irpe_ds.ops.build.builder import IRPEBuilder
+from irpe_ds.ops.build.extension import ExtensionBuilder
 from irpe_ds.ops.build.toolchain import Unavailable
 
 ROOT = Path(__file__).parents[3]
@@ -40,9 +41,9 @@ def script(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache, and no operators in this process as far as DeepSpeed knows."""
+    """An empty cache, and no operators in this process as far as the builders know."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
+    monkeypatch.setattr(ExtensionBuilder, "_loaded", {})
     return tmp_path
 
 
@@ -129,9 +130,10 @@ def test_a_lock_that_a_killed_build_left_is_no_obstacle(tmp_path: Path) -> None:
 
 
 def test_a_gpu_without_nvcc_still_builds_for_the_cpu(tmp_path: Path) -> None:
-    """And two processes, of several threads each, that come at once build it once."""
+    """PyTorch alone builds; two processes, of several threads each, that come at once build once."""
     code = """
-import threading, torch
+import sys, threading, torch
+sys.modules["deepspeed"] = None  # as if it were not installed
 from irpe_ds.ops import irpe_gather
 from irpe_ds.ops.build import library
 from irpe_ds.ops.build import toolchain
