@@ -43,9 +43,10 @@ def implementations() -> Iterator[str]:
             yield _dotted(name, _dotted(*states, STATE_WIDTH))
             continue
         for device in row.devices:
-            reason = missing_build_tool(device)
-            if library.is_loaded():  # built, or tried without success
+            if ready or library.is_loaded():  # built, or tried without success
                 reason = getattr(library.load(), device)
+            else:
+                reason = missing_build_tool(device)
             installed = "[YES]" if ready and reason is None else "[NO]"
             compatible = "[OKAY]" if reason is None else f"[NO] {reason}"
             yield _dotted(f"{name} ({device})", _dotted(installed, compatible, STATE_WIDTH))

@@ -33,7 +33,8 @@ def model(impl: str, method: str = "product") -> VisionTransformer:
 def test_jit_trace(impl: str, method: str) -> None:
     vit = model(impl, method)
     traced = torch.jit.trace(vit, IMAGES)
-    torch.testing.assert_close(traced(IMAGES.flip(2)), vit(IMAGES.flip(2)))
+    for images in BATCHES:
+        torch.testing.assert_close(traced(images), vit(images), rtol=0, atol=1e-5)
     foreign = {node.kind() for node in traced.inlined_graph.nodes() if "irpe" in node.kind()}
     assert bool(foreign) == (impl != "auto")  # auto: it runs where irpe_ds is not installed
 

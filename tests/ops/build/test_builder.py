@@ -324,6 +324,16 @@ class TestReport:
         assert lines["architectures"] == toolchain.architectures()
         assert lines["ready"] == library.load().origin
 
+    def test_what_is_ready_needs_no_compiler(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(library, "is_loaded", lambda: False)
+        monkeypatch.setattr(report, "ready_library", lambda: "irpe_op.so")
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        line = self.lines(monkeypatch, capsys)["cpu (cpu)"]
+        assert line.startswith("[YES]")
+        assert line.endswith("[OKAY]")
+
     def test_says_what_is_missing(
         self,
         fresh: Path,
