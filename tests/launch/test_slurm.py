@@ -54,7 +54,7 @@ def job(tmp_path: Path) -> Job:
 def test_a_run_that_was_asked_to_stop_is_requeued(rank_does: str, job: Job) -> None:
     code, calls = job(rank_does, "--config", "x.yaml", "output=a folder")
     assert code == 75
-    assert calls["python"][2:] == ["--resume", "auto", "--config", "x.yaml", "output=a folder"]
+    assert calls["python"][3:] == ["train", "--resume", "auto", "--config", "x.yaml", "output=a folder"]
     assert calls["scontrol"] == ["requeue", "7"]
 
 
