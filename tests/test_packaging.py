@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from irpe_ds.provenance import source_hash
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 GATHER = """
@@ -65,6 +67,8 @@ def test_an_environment_of_torch_and_timm(
 
     assert "PyTorch alone builds the operators" in call("irpe-ds", "ops").stdout
     assert call("python", "-c", GATHER).stdout.splitlines()[-1].startswith(f"{tmp_path}/extensions")
+    code = "from irpe_ds.provenance import source_hash; print(source_hash())"
+    assert call("python", "-c", code).stdout.strip() == source_hash()
     assert "| `deit_small_patch16_224_ctx_product_50_shared_k` |" in call("irpe-ds", "zoo").stdout
     train = call("irpe-ds", "train", "--config", "launch/configs/quickstart.yaml")
     assert train.stderr == "error: psutil is not installed: pip install 'irpe-ds[train]'\n"
