@@ -56,6 +56,16 @@ def test_it_is_a_deepspeed_op() -> None:
     assert all(Path(source).exists() for source in builder.sources())
 
 
+def test_with_deepspeed_or_without_it_is_the_same_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = ExtensionBuilder()
+    builder = library._with_deepspeed(alone)
+    assert isinstance(builder, IRPEBuilder)
+    assert builder.folder == alone.folder
+    assert builder.cxx_args() == alone.cxx_args()
+    monkeypatch.setitem(sys.modules, IRPEBuilder.__module__, None)  # DeepSpeed cannot be imported
+    assert library._with_deepspeed(alone) is alone
+
+
 def test_cuda_is_built_without_a_gpu() -> None:
     assert library.load().cuda is None
     assert torch._C._dispatch_has_kernel_for_dispatch_key("irpe_ds::bucket_sum", "CUDA")
