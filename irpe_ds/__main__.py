@@ -33,7 +33,7 @@ def summary(script: Path) -> str:
 def main() -> None:
     """Run the script that the command line names, with the arguments that follow."""
     found = scripts()
-    listed = "\n".join(f"  {name:<10}{summary(path)}" for name, path in found.items())
+    listed = "\n".join(f"  {name:<11}{summary(path)}" for name, path in found.items())
     parser = argparse.ArgumentParser(
         prog="irpe-ds",
         usage="irpe-ds COMMAND ...",
