@@ -1,7 +1,7 @@
-"""Package irpe_ds; irpe_ds/ops is a link to the folder ops/.
+"""Package irpe_ds; irpe_ds/ops is a link to the folder ops/, irpe_ds/scripts/ holds further links.
 
-DS_BUILD_IRPE=1 pip install --no-build-isolation .   compiles the operators; PyTorch and DeepSpeed
-                                                     must be installed already
+DS_BUILD_IRPE=1 pip install --no-build-isolation .   compiles the operators; PyTorch must be
+                                                     installed already
 """
 
 import contextlib
@@ -22,11 +22,19 @@ EXTRAS = {
     "train": ["deepspeed>=0.16.4", "psutil", "pydantic>=2.7", "pyyaml", "safetensors", "tqdm"],
     # timm 1.0.31: RandAugment posterizes to 0 bits, an error in Pillow 13. Lift it with a timm that
     # keeps at least 1 bit.
-    "data": ["ffcv>=1.0.2", "numpy", "opencv-python", "pillow<13", "scikit-learn", "scipy", "tqdm"],
+    "data": [
+        *("ffcv>=1.0.2", "numpy", "opencv-python", "pillow<13", "pydantic>=2.7", "scikit-learn"),
+        *("scipy", "tqdm"),
+    ],
     "log": ["matplotlib", "tensorboard", "wandb"],
-    "dev": ["mypy", "pytest>=8", "pytest-xdist", "ruff", "types-PyYAML"],
+    "dev": [
+        *("mypy", "pytest>=8", "pytest-xdist", "ruff", "types-PyYAML"),
+        *("onnx", "onnxruntime", "onnxscript"),
+    ],
     "all": ["irpe-ds[train,data,log,cuda,dev]"],
 }
+
+SCRIPTS = [f"scripts/**/*.{suffix}" for suffix in ("py", "yaml", "json", "sbatch", "example")]
 
 
 def operators() -> tuple[dict[str, Any], contextlib.AbstractContextManager[None]]:
@@ -36,17 +44,17 @@ def operators() -> tuple[dict[str, Any], contextlib.AbstractContextManager[None]
         from torch.utils.cpp_extension import BuildExtension
 
         from irpe_ds.ops.build import prebuilt, toolchain
-        from irpe_ds.ops.build.builder import IRPEBuilder
+        from irpe_ds.ops.build.extension import ExtensionBuilder
     except ImportError as error:
         sys.exit(
-            f"error: DS_BUILD_IRPE=1 needs PyTorch and DeepSpeed ({error}): install them first, "
-            "and use pip install --no-build-isolation"
+            f"error: DS_BUILD_IRPE=1 needs PyTorch ({error}): install it first, and use "
+            "pip install --no-build-isolation"
         )
     try:
         toolchain.architectures()
     except toolchain.Unavailable as error:
         sys.exit(f"error: {error}")
-    builder = IRPEBuilder()
+    builder = ExtensionBuilder()
 
     class Build(BuildExtension):
         """Writes beside the operators what they were built for."""
@@ -78,11 +86,12 @@ with environment:
         python_requires=">=3.10",
         packages=find_packages(include=["irpe_ds", "irpe_ds.*"]),
         package_data={
-            "irpe_ds": ["py.typed"],
+            "irpe_ds": ["py.typed", *SCRIPTS],
             "irpe_ds.ops": ["csrc/**/*", "bench/predict/multiprocessor.*"],
         },
         include_package_data=False,
-        install_requires=["torch>=2.8", "timm>=1.0.24"],
+        install_requires=["torch>=2.8", "timm>=1.0.24", "ninja"],
         extras_require=EXTRAS,
+        entry_points={"console_scripts": ["irpe-ds = irpe_ds.__main__:console"]},
         **arguments,
     )

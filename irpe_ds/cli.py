@@ -9,6 +9,13 @@ from typing import NoReturn
 
 from irpe_ds.errors import ExitCode, TrainingError, UserError
 
+EXTRAS = {
+    "train": ("deepspeed", "psutil", "pydantic"),
+    "data": ("cv2", "ffcv", "numba", "scipy", "sklearn"),
+    "log": ("matplotlib", "tensorboard", "wandb"),
+}
+"""Packages that `import irpe_ds` does without, by the extra of setup.py that installs them."""
+
 
 def end_process(code: ExitCode) -> NoReturn:
     """Exit at once, without Python's shutdown, once everything is written.
@@ -36,9 +43,19 @@ def run(main: Callable[[], None]) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         main()
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, names in EXTRAS.items() if missing in names), None)
+        if extra is None:
+            raise
+        _exit(UserError(f"{missing} is not installed: pip install 'irpe-ds[{extra}]'"))
     except (TrainingError, UserError) as error:
-        distributed = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
-        rank = f"[rank {os.environ['RANK']}] " if distributed else ""
-        sys.stderr.write(f"{rank}error: {error}\n")
-        sys.stderr.flush()
-        sys.exit(ExitCode.MISTAKE if isinstance(error, UserError) else ExitCode.FAILED)
+        _exit(error)
+
+
+def _exit(error: TrainingError | UserError) -> NoReturn:
+    distributed = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+    rank = f"[rank {os.environ['RANK']}] " if distributed else ""
+    sys.stderr.write(f"{rank}error: {error}\n")
+    sys.stderr.flush()
+    sys.exit(ExitCode.MISTAKE if isinstance(error, UserError) else ExitCode.FAILED)

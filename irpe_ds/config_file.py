@@ -1,7 +1,8 @@
 """The values of a configuration, before they are checked: YAML files in layers, and overrides.
 
 A file may build on others: `base: deit.yaml`, or a list of paths relative to the file, of which
-later ones win. The file overrides its bases, and the command line overrides both.
+later ones win. The file overrides its bases, and the command line overrides both. A file that is
+not there is looked for among those of the package: launch/configs/quickstart.yaml.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import yaml
 
 from irpe_ds import yaml12
 from irpe_ds.errors import ConfigError
-from irpe_ds.files import read_regular
+from irpe_ds.files import or_shipped, read_regular
 
 Values = dict[str, Any]
 LARGEST = 1 << 20
@@ -28,7 +29,7 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> Values:
     Raises:
         ConfigError: a file cannot be read, bases form a cycle, or an override is malformed.
     """
-    values = _read(path, above=())
+    values = _read(or_shipped(path), above=())
     for override in overrides:
         _override(values, override)
     return values
@@ -58,7 +59,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> Values:
         raise ConfigError(f"{path}: base", expected, repr(bases))
     below: Values = {}
     for base in bases:
-        below = _merge(below, _read(path.parent / base, (*above, path)))
+        below = _merge(below, _read(or_shipped(Path(base), path.parent), (*above, path)))
     return _merge(below, values)
 
 

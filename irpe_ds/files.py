@@ -10,6 +10,15 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Literal, TextIO
 
+SHIPPED = Path(__file__).parent / "scripts"
+"""The repository's launch/, data_prep/ and ds_configs/, which the package brings along."""
+
+
+def or_shipped(path: Path, folder: Path = Path()) -> Path:
+    """A path relative to a folder; where nothing is there, the file that the package brings."""
+    here, shipped = folder / path, SHIPPED / path
+    return shipped if os.path.exists(shipped) and not os.path.lexists(here) else here
+
 
 def fsync(path: Path) -> None:
     """Wait until a file's contents, or a folder's entries, are on disk."""

@@ -43,9 +43,10 @@ def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def source_hash() -> str:
-    """Hash of the source, the same for a wheel and a working tree."""
+    """Hash of the source but its scripts, the same for a wheel and a working tree."""
     root = Path(__file__).parent
-    paths = {p for r in (root, root / "ops") for p in r.rglob("*.*") if p.suffix in SUFFIXES}
+    found = {p for r in (root, root / "ops") for p in r.rglob("*.*") if p.suffix in SUFFIXES}
+    paths = [path for path in found if root / "scripts" not in path.parents]
     hashes = sorted({hashlib.sha256(path.read_bytes()).digest() for path in paths})
     return hashlib.sha256(b"".join(hashes)).hexdigest()[:12]
 

@@ -43,9 +43,10 @@ def implementations() -> Iterator[str]:
             yield _dotted(name, _dotted(*states, STATE_WIDTH))
             continue
         for device in row.devices:
-            reason = missing_build_tool(device)
-            if library.is_loaded():  # built, or tried without success
+            if ready or library.is_loaded():  # built, or tried without success
                 reason = getattr(library.load(), device)
+            else:
+                reason = missing_build_tool(device)
             installed = "[YES]" if ready and reason is None else "[NO]"
             compatible = "[OKAY]" if reason is None else f"[NO] {reason}"
             yield _dotted(f"{name} ({device})", _dotted(installed, compatible, STATE_WIDTH))
@@ -54,7 +55,7 @@ def implementations() -> Iterator[str]:
 def installation() -> Iterator[str]:
     """Versions, compilers and folders."""
     yield _dotted("torch", f"{torch.__version__}, CUDA {torch.version.cuda}")
-    yield _dotted("deepspeed", _or_reason(lambda: importlib.metadata.version("deepspeed")))
+    yield _dotted("deepspeed", _deepspeed_version())
     yield _dotted("C++ compiler", _or_reason(_cxx_version))
     yield _dotted("CUDA compiler", _or_reason(_cuda_version))
     yield _dotted("architectures", _or_reason(toolchain.architectures))
@@ -84,8 +85,6 @@ def cache() -> Path:
 def missing_build_tool(device: str) -> str | None:
     """What a just-in-time build for a device type lacks; None when it can be attempted."""
     try:
-        if find_spec("deepspeed") is None:
-            raise Unavailable("building needs DeepSpeed: pip install 'irpe-ds[train]'")
         toolchain.cxx()
         toolchain.ninja()
         folders.check(cache() / "irpe", cache().parent)
@@ -94,6 +93,13 @@ def missing_build_tool(device: str) -> str | None:
     except Unavailable as error:
         return str(error)
     return None
+
+
+def _deepspeed_version() -> str:
+    try:
+        return importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed: PyTorch alone builds the operators"
 
 
 def _cxx_version() -> str:
@@ -115,7 +121,7 @@ def _cuda_version() -> str:
 def _or_reason(call: Callable[[], str]) -> str:
     try:
         return call()
-    except (Unavailable, importlib.metadata.PackageNotFoundError) as error:
+    except Unavailable as error:
         return f"[NO] {error}"
 
 

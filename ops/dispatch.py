@@ -149,6 +149,8 @@ def _recordable(impl: str) -> str:
         recorder, recordable = "ONNX export", ["reference"]
     elif torch.jit.is_tracing():
         recorder, recordable = "torch.jit.trace", ["reference", "gather", "low_rank"]
+    elif torch.compiler.is_exporting():
+        recorder, recordable = "torch.export", [*IMPLEMENTATIONS]
     else:
         return impl
     if impl == "auto":

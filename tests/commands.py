@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from irpe_ds.__main__ import scripts
 from irpe_ds.benchmark.experiment import Scaling
 from irpe_ds.config import load_config
 
@@ -93,6 +94,10 @@ def parse(script: str, words: list[str]) -> argparse.Namespace:
 
 def check_script(script: str, words: list[str]) -> None:
     """Whether a script of ours exists, takes these options, and its overrides name real keys."""
+    if script == "irpe_ds":
+        if words != ["--help"]:
+            check_script(str(scripts()[words[0]].relative_to(ROOT)), words[1:])
+        return
     if script.endswith(".py"):
         assert (ROOT / script).is_file(), script
     source = source_of(script)
@@ -151,6 +156,8 @@ def check_command(words: list[str]) -> None:
 
             found = get_args_parser().parse_args(rest)
             check_script(found.training_script, found.training_script_args)
+        case ["irpe-ds", *rest]:
+            check_script("irpe_ds", rest)
         case ["srun", *rest]:
             check_command(rest[rest.index("python") :])
         case ["sbatch", *rest]:

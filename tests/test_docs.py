@@ -116,7 +116,7 @@ class TestNames:
                 assert word in keys() or re.search(r"\.(?:csv|tar|txt|py|yaml|sbatch)$", word), word
 
 
-RUNNABLE = ("python launch/", "python data_prep/", "python -m ", "deepspeed ", "make ")
+RUNNABLE = ("python launch/", "python data_prep/", "python -m ", "deepspeed ", "irpe-ds ", "make ")
 
 
 class TestCommands:
@@ -140,12 +140,16 @@ class TestCommands:
             "deepspeed --nonsense launch/train.py --config x.yaml",
             "deepspeed launch/train.py --config nonsense.yaml",
             "python -m irpe_ds.nonsense",
+            "irpe-ds nonsense",
+            "irpe-ds train",
             "sbatch launch/slurm/nonsense.sbatch --config x.yaml",
             "nonsense",
         ],
     )
     def test_a_mistake_is_found(self, line: str) -> None:
-        with pytest.raises((AssertionError, pytest.fail.Exception, SystemExit, ImportError)):
+        with pytest.raises(
+            (AssertionError, pytest.fail.Exception, SystemExit, LookupError, ImportError)
+        ):
             check_commands(line)
 
     @pytest.mark.parametrize("key", ["train.nonsense=1", "train.epochs=none", "nonsense"])

@@ -18,6 +18,7 @@ FOLDERS = {"irpe_ds": "irpe_ds", "ops": "irpe_ds.ops", "launch": "launch", "data
 FLOORS = {
     "irpe_ds.errors": -1,  # the ground: everything stands on it
     "irpe_ds.files": -1,
+    "irpe_ds.__main__": 9,
     "irpe_ds.cli": 0,
     "irpe_ds.environment": 1,
     "irpe_ds.provenance": 0,
@@ -163,6 +164,7 @@ with torch.device("meta"):
     timm.create_model({name!r}, depth=1)
 for public in ("BucketMap", "RPEConfig", "ConfigError", "equip", "irpe_attention"):
     getattr(irpe_ds, public)
+import irpe_ds.models.flops  # of `irpe-ds zoo`
 loaded = [name for name in sys.modules if name.startswith(("irpe_ds.data", "irpe_ds.config"))]
 assert not loaded, loaded
 try:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from irpe_ds.provenance import source_hash
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 GATHER = """
@@ -32,19 +34,20 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_holds_every_module_and_kernel_and_nothing_else(wheel: Path) -> None:
-    suffixes = {".py", ".cpp", ".cu", ".cuh", ".h", ".typed"}
+    suffixes = {".py", ".cpp", ".cu", ".cuh", ".h", ".typed", ".yaml", ".json", ".sbatch"}
+    links = (ROOT / "irpe_ds/ops", *(ROOT / "irpe_ds/scripts").iterdir())
     tree = {
         str(path.relative_to(ROOT))
-        for folder in (ROOT / "irpe_ds", ROOT / "irpe_ds/ops")  # the second one is a link
+        for folder in (ROOT / "irpe_ds", *links)  # rglob follows no link
         for path in folder.rglob("*")
-        if path.suffix in suffixes
+        if path.suffix in suffixes and "results" not in path.parts
     }
     found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert {name for name in found if Path(name).suffix in suffixes} == tree
     assert not [name for name in found if "test" in name.lower()]
 
 
-def test_it_builds_its_operators_in_an_empty_environment(
+def test_an_environment_of_torch_and_timm(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
@@ -55,13 +58,20 @@ def test_it_builds_its_operators_in_an_empty_environment(
     python = tmp_path / "venv/bin/python"
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     pip = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt"]
-    subprocess.run([*pip, f"irpe-ds[train] @ {wheel.as_uri()}"], check=True)
-    subprocess.run([python, "-m", "irpe_ds.ops"], cwd=tmp_path, check=True)
-    done = subprocess.run(
-        [python, "-c", GATHER], cwd=tmp_path, check=True, capture_output=True, text=True
-    )
-    # DeepSpeed warns on standard output too.
-    assert done.stdout.splitlines()[-1].startswith(str(tmp_path / "extensions"))
+    subprocess.run([*pip, f"irpe-ds @ {wheel.as_uri()}"], check=True)
+
+    def call(*command: str) -> "subprocess.CompletedProcess[str]":
+        program, *words = command
+        path = python.with_name(program)
+        return subprocess.run([path, *words], cwd=tmp_path, capture_output=True, text=True)
+
+    assert "PyTorch alone builds the operators" in call("irpe-ds", "ops").stdout
+    assert call("python", "-c", GATHER).stdout.splitlines()[-1].startswith(f"{tmp_path}/extensions")
+    code = "from irpe_ds.provenance import source_hash; print(source_hash())"
+    assert call("python", "-c", code).stdout.strip() == source_hash()
+    assert "| `deit_small_patch16_224_ctx_product_50_shared_k` |" in call("irpe-ds", "zoo").stdout
+    train = call("irpe-ds", "train", "--config", "launch/configs/quickstart.yaml")
+    assert train.stderr == "error: psutil is not installed: pip install 'irpe-ds[train]'\n"
 
 
 def test_a_build_on_installation_refuses_architectures_that_make_no_sense() -> None:

@@ -17,6 +17,7 @@ from irpe_ds.cluster.hostfile import read_hostfile
 from irpe_ds.config import Count, Positive, RunConfig, Section, validate
 from irpe_ds.config_file import apply, read_values
 from irpe_ds.errors import ClusterError, ConfigError
+from irpe_ds.files import or_shipped
 from irpe_ds.planner.hardware import parse_rate
 from irpe_ds.training.deepspeed_config import read_ds_config
 
@@ -166,7 +167,7 @@ def _cell(config: RunConfig, axes: dict[str, Any], where: str) -> Cell:
     cell_config = validate(RunConfig, values)
     file = cell_config.train.deepspeed
     stage = int(read_ds_config(file)["zero_optimization"]["stage"])
-    zero = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    zero = hashlib.sha256(or_shipped(file).read_bytes()).hexdigest()[:8]
     cell = Cell(axes=axes, config=cell_config, stage=stage, zero=zero)
     if "micro_batch" in axes:
         batch = axes["micro_batch"] * cell.ranks * cell_config.train.accumulation

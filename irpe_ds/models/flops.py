@@ -1,16 +1,17 @@
 """FLOPs that a model needs, and the peak FLOP/s of GPUs."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from irpe_ds.config import ModelConfig
 from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.models.attention import RPEAttention
-from irpe_ds.models.build import meta_model
+
+if TYPE_CHECKING:
+    from irpe_ds.config import ModelConfig
 
 TRAINING = 3
 """FLOPs of a training step over those of its forward pass: each product has two in backward."""
@@ -28,12 +29,14 @@ PEAK_TFLOPS = {
 """Dense half precision with fp32 accumulation, from NVIDIA's data sheets; first match wins."""
 
 
-def forward_flops(config: ModelConfig) -> int:
+def forward_flops(config: "ModelConfig") -> int:
     """Floating point operations of the matrix products of one image, counted without computing.
 
     Raises:
         ConfigError: the model does not run on images of this size.
     """
+    from irpe_ds.models.build import meta_model  # needs pydantic, `params_and_macs` does not
+
     try:
         return _count(meta_model(config), *config.img_size)
     except UserError:

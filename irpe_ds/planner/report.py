@@ -7,6 +7,7 @@ from typing import Any
 
 from irpe_ds.config import RunConfig
 from irpe_ds.errors import ConfigError, UserError
+from irpe_ds.files import or_shipped
 from irpe_ds.planner.assumptions import IMAGENET_IMAGES, MEANINGS, Assumptions
 from irpe_ds.planner.deepspeed import collectives, version_note
 from irpe_ds.planner.hardware import Cluster
@@ -160,7 +161,7 @@ def _calibrated(
 def _read_zero_configs(path: Path) -> dict[str, Zero]:
     """By name: the run's file, and those JSON files beside it that have ZeRO settings."""
     found = {}
-    for file in sorted({path, *path.parent.glob("*.json")}):
+    for file in sorted({path, *or_shipped(path).parent.glob("*.json")}):
         try:
             found[file.stem] = read_zero(file)
         except UserError:

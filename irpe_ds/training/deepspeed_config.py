@@ -9,7 +9,7 @@ import pydantic
 from irpe_ds.config import RunConfig
 from irpe_ds.config_types import Positive
 from irpe_ds.errors import ConfigError
-from irpe_ds.files import read_regular
+from irpe_ds.files import or_shipped, read_regular
 from irpe_ds.schema import Plain, parse_json
 
 OWNED_BY_YAML = {
@@ -156,13 +156,13 @@ def _check_precision(config: RunConfig, stage: int) -> None:
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
-    """A file of `ds_configs/`, which has at least a ZeRO stage.
+    """A file as those of `ds_configs/`, or one of these; it has at least a ZeRO stage.
 
     Raises:
         ConfigError: the file cannot be read, is not JSON, or lacks the stage.
     """
     try:
-        text = read_regular(path, 1 << 20)
+        text = read_regular(or_shipped(path), 1 << 20)
     except OSError as error:
         got = f"{path}: {error.strerror}"
         raise ConfigError("train.deepspeed", "a readable JSON file", got) from None

@@ -1,1 +1,1 @@
-"""Building and loading the compiled operators: DeepSpeed's builder, compilers, caches."""
+"""Building and loading the compiled operators: builders, compilers, caches."""

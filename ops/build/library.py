@@ -2,12 +2,15 @@
 
 import functools
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from irpe_ds.ops.build import operators, prebuilt, toolchain
 from irpe_ds.ops.build.toolchain import Unavailable
+
+if TYPE_CHECKING:
+    from irpe_ds.ops.build.extension import ExtensionBuilder
 
 
 class Library(NamedTuple):
@@ -24,7 +27,7 @@ class Library(NamedTuple):
 
 
 def load() -> Library:
-    """Load the operators, once: prebuilt ones, else those of `IRPEBuilder`, which may compile."""
+    """Load the operators, once: prebuilt ones, else those of `ExtensionBuilder`, or compile."""
     with prebuilt.LOCK:
         return _load()
 
@@ -51,13 +54,23 @@ def _load() -> Library:
 
 
 def _build() -> tuple[ModuleType, str, str]:
-    try:  # DeepSpeed is optional, and imports for seconds
-        from irpe_ds.ops.build.builder import IRPEBuilder
-    except Exception as error:  # DeepSpeed raises many kinds where it finds no CUDA
-        raise Unavailable(f"building the operators needs DeepSpeed ({error})") from error
-    builder = IRPEBuilder()
+    try:  # a slow import
+        from irpe_ds.ops.build.extension import ExtensionBuilder
+    except ImportError as error:
+        raise Unavailable(f"building the operators needs setuptools ({error})") from error
+    builder = ExtensionBuilder()
     architectures = toolchain.architectures() if builder.toolkit else ""
-    return builder.load(), builder.without_cuda, architectures
+    module = builder.cached() or _with_deepspeed(builder).load()
+    return module, builder.without_cuda, architectures
+
+
+def _with_deepspeed(builder: "ExtensionBuilder") -> "ExtensionBuilder":
+    """DeepSpeed's builder where it is installed; only to compile, as it takes seconds to import."""
+    try:
+        from irpe_ds.ops.build.builder import IRPEBuilder
+    except Exception:  # not installed, or no CUDA found, for which DeepSpeed raises many kinds
+        return builder
+    return IRPEBuilder()
 
 
 def unavailable_reason(device_type: str) -> str | None:

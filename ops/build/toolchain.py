@@ -82,7 +82,7 @@ class CUDAToolkit(NamedTuple):
 def sources() -> str:
     """A hash of the sources of this build and its compiler options."""
     key = hashlib.sha256()
-    options = [Path(__file__).with_name("builder.py"), Path(__file__)]
+    options = [Path(__file__).with_name("extension.py"), Path(__file__)]
     folders = (CSRC, CSRC / "cpu", CSRC / "cuda")
     code = sorted(path for folder in folders for path in folder.glob("*.*"))
     for source in [*code, *options]:

@@ -54,7 +54,8 @@ def job(tmp_path: Path) -> Job:
 def test_a_run_that_was_asked_to_stop_is_requeued(rank_does: str, job: Job) -> None:
     code, calls = job(rank_does, "--config", "x.yaml", "output=a folder")
     assert code == 75
-    assert calls["python"][2:] == ["--resume", "auto", "--config", "x.yaml", "output=a folder"]
+    options = ["--resume", "auto", "--config", "x.yaml", "output=a folder"]
+    assert calls["python"] == ["-u", "-m", "irpe_ds", "train", *options]
     assert calls["scontrol"] == ["requeue", "7"]
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.env_report import op_report
-from deepspeed.ops.op_builder.builder import CUDAOpBuilder, OpBuilder
+from deepspeed.ops.op_builder.builder import CUDAOpBuilder
 
 from irpe_ds.ops import __main__ as report
 from irpe_ds.ops.bench import resources
 from irpe_ds.ops.build import folders, library, prebuilt, toolchain
 from irpe_ds.ops.build.builder import IRPEBuilder
+from irpe_ds.ops.build.extension import ExtensionBuilder
 from irpe_ds.ops.build.toolchain import Unavailable
 
 ROOT = Path(__file__).parents[3]
@@ -40,9 +41,9 @@ def script(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache, and no operators in this process as far as DeepSpeed knows."""
+    """An empty cache, and no operators in this process as far as the builders know."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
+    monkeypatch.setattr(ExtensionBuilder, "_loaded", {})
     return tmp_path
 
 
@@ -53,6 +54,16 @@ def test_it_is_a_deepspeed_op() -> None:
     assert library.load().origin
     assert builder.load().__file__ == library.load().origin
     assert all(Path(source).exists() for source in builder.sources())
+
+
+def test_with_deepspeed_or_without_it_is_the_same_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = ExtensionBuilder()
+    builder = library._with_deepspeed(alone)
+    assert isinstance(builder, IRPEBuilder)
+    assert builder.folder == alone.folder
+    assert builder.cxx_args() == alone.cxx_args()
+    monkeypatch.setitem(sys.modules, IRPEBuilder.__module__, None)  # DeepSpeed cannot be imported
+    assert library._with_deepspeed(alone) is alone
 
 
 def test_cuda_is_built_without_a_gpu() -> None:
@@ -129,9 +140,10 @@ def test_a_lock_that_a_killed_build_left_is_no_obstacle(tmp_path: Path) -> None:
 
 
 def test_a_gpu_without_nvcc_still_builds_for_the_cpu(tmp_path: Path) -> None:
-    """And two processes, of several threads each, that come at once build it once."""
+    """PyTorch alone builds; two processes, of several threads each, that come at once build once."""
     code = """
-import threading, torch
+import sys, threading, torch
+sys.modules["deepspeed"] = None  # as if it were not installed
 from irpe_ds.ops import irpe_gather
 from irpe_ds.ops.build import library
 from irpe_ds.ops.build import toolchain
@@ -321,6 +333,16 @@ class TestReport:
             assert lines[name].endswith("[OKAY]")
         assert lines["architectures"] == toolchain.architectures()
         assert lines["ready"] == library.load().origin
+
+    def test_what_is_ready_needs_no_compiler(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(library, "is_loaded", lambda: False)
+        monkeypatch.setattr(report, "ready_library", lambda: "irpe_op.so")
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        line = self.lines(monkeypatch, capsys)["cpu (cpu)"]
+        assert line.startswith("[YES]")
+        assert line.endswith("[OKAY]")
 
     def test_says_what_is_missing(
         self,

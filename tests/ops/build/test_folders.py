@@ -17,7 +17,7 @@ from torch.utils import cpp_extension
 from irpe_ds.errors import ConfigError
 from irpe_ds.ops import __main__ as report
 from irpe_ds.ops.build import builder, folders, library
-from irpe_ds.ops.build.builder import IRPEBuilder
+from irpe_ds.ops.build.extension import ExtensionBuilder
 from irpe_ds.ops.build.toolchain import Unavailable
 
 MODULE = """
@@ -49,22 +49,22 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def root(module: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty TORCH_EXTENSIONS_DIR; a build in it takes no time."""
 
-    def build(self: IRPEBuilder, verbose: bool = False) -> ModuleType:
+    def build(self: ExtensionBuilder, verbose: bool = False) -> ModuleType:
         (self.folder / "irpe.so").write_bytes(module.read_bytes())
         (self.folder / "lock").touch()
         return sys
 
     library.load()  # the real ones, for what `load` registers
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "root"))
-    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
-    monkeypatch.setattr(OpBuilder, "load", build)
+    monkeypatch.setattr(ExtensionBuilder, "_loaded", {})
+    monkeypatch.setattr(ExtensionBuilder, "jit_load", build)
     return tmp_path / "root"
 
 
 def load() -> ModuleType:
     """As a new process does."""
-    OpBuilder._loaded_ops.clear()
-    return IRPEBuilder().load()
+    ExtensionBuilder._loaded.clear()
+    return ExtensionBuilder().load()
 
 
 @contextlib.contextmanager
@@ -105,7 +105,7 @@ class TestDamage:
     ) -> None:
         monkeypatch.setattr(library, "is_loaded", lambda: False)
         load()
-        file = IRPEBuilder().folder / "irpe.so"
+        file = ExtensionBuilder().folder / "irpe.so"
         building = f"Building the iRPE operators, once, in {file.parent}\n"
         assert capsys.readouterr().err == building
         assert report.ready_library() == str(file)
@@ -121,7 +121,7 @@ class TestDamage:
         assert not capsys.readouterr().err
 
     def test_what_an_interrupted_build_left_is_not_used(self, root: Path) -> None:
-        folder = IRPEBuilder().folder
+        folder = ExtensionBuilder().folder
         folder.mkdir(parents=True)
         (folder / "rpe.o").write_text("half of it")
         load()
@@ -142,7 +142,7 @@ class TestOthers:
     def test_code_of_another_user_is_refused(
         self, up: int, built: bool, root: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        folder = IRPEBuilder().folder
+        folder = ExtensionBuilder().folder
         folder.mkdir(parents=True)
         if built:
             load()
@@ -166,7 +166,7 @@ class TestOthers:
         self, up: int, mode: int, refused: bool, root: Path
     ) -> None:
         load()
-        folder = [IRPEBuilder().folder, *IRPEBuilder().folder.parents][up]
+        folder = [ExtensionBuilder().folder, *ExtensionBuilder().folder.parents][up]
         folder.chmod(mode)
         context = pytest.raises(Unavailable, match=f"every user can write to {folder};")
         with context if refused else contextlib.nullcontext():
@@ -176,7 +176,7 @@ class TestOthers:
     @pytest.mark.parametrize("name", ["irpe.so", "finished"])
     def test_a_file_that_all_may_write_to(self, name: str, root: Path) -> None:
         load()
-        (IRPEBuilder().folder / name).chmod(0o666)
+        (ExtensionBuilder().folder / name).chmod(0o666)
         with pytest.raises(Unavailable, match=f"every user can write to .*{name};"):
             load()
 
@@ -194,7 +194,7 @@ class TestOthers:
     ) -> None:
         mine = tmp_path / "mine"
         mine.write_bytes(module.read_bytes())
-        folder = IRPEBuilder().folder
+        folder = ExtensionBuilder().folder
         folder.mkdir(parents=True)
         if name == "irpe.so":
             (folder / "finished").write_text(folders._sha256(mine))
@@ -206,7 +206,7 @@ class TestOthers:
     def test_a_link_in_place_of_the_lock(self, root: Path, tmp_path: Path) -> None:
         mine = tmp_path / "mine"
         mine.write_text("mine")
-        folder = IRPEBuilder().folder
+        folder = ExtensionBuilder().folder
         folder.mkdir(parents=True)
         (folder / "building").symlink_to(mine)
         with pytest.raises(Unavailable, match=r"^cannot build in .*a symbolic link in place of"):
@@ -227,7 +227,7 @@ class TestWaiting:
     def test_it_is_said_who_builds(
         self, name: str, root: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        folder = IRPEBuilder().folder
+        folder = ExtensionBuilder().folder
         folder.mkdir(parents=True)
         with holding(folder / name) as process:
             with pytest.raises(Unavailable, match=f"^waited half an hour for process {process}"):
@@ -239,7 +239,7 @@ class TestWaiting:
         assert load() is sys  # it was killed: nothing is left of its lock
 
     def test_someone_who_cannot_be_seen(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        folder = IRPEBuilder().folder
+        folder = ExtensionBuilder().folder
         folder.mkdir(parents=True)
         monkeypatch.setattr(folders, "processes_with", lambda path: [])
         expected = "^waited half an hour for a process, of another host or user, to build in"
