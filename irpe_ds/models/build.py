@@ -139,8 +139,8 @@ def _check_options(config: ModelConfig) -> None:
         raise
     except Exception as error:  # of any type: the models are timm's
         raise ConfigError("model.options", expected, _first_line(error)) from None
-    if getattr(logits, "shape", None) != (1, config.num_classes):
-        got = f"outputs {tuple(getattr(logits, 'shape', ()))}, not {(1, config.num_classes)}"
+    if getattr(logits, "shape", None) != (1, config.class_count):
+        got = f"outputs {tuple(getattr(logits, 'shape', ()))}, not {(1, config.class_count)}"
         raise ConfigError("model.options", expected, got)
 
 
@@ -203,7 +203,7 @@ def _arguments(config: ModelConfig) -> dict[str, Any]:
     if twice:
         expected = "no argument with a key of its own in `model`"
         raise ConfigError("model.options", expected, ", ".join(sorted(twice)))
-    arguments = {"num_classes": config.num_classes, **config.options}
+    arguments = {"num_classes": config.class_count, **config.options}
     name, _, _ = config.name.partition(".")  # the rest is timm's tag of the weights
     pretrained = timm.models.get_pretrained_cfg(name)
     if pretrained is None or pretrained.fixed_input_size:
