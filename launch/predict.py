@@ -55,6 +55,9 @@ def main() -> None:
 
     import torch
 
+    if not torch.cuda.is_available():  # without it DeepSpeed 0.19 warns that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
     import irpe_ds
     from irpe_ds.cluster.process_group import device_type
     from irpe_ds.prediction import find_images, predict, score

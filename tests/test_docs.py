@@ -31,6 +31,7 @@ THEIRS = set(THEIR_CONFIGS)
 MADE = {
     *("config.yaml", "deepspeed.json", "environment.json", "metrics.jsonl", "skipped.jsonl"),
     *("checkpoint.json", "results.json", "FILE.beton.json", "classes.json", "val_images.json"),
+    "predictions.json",
 }
 """Files that runs and conversions write."""
 

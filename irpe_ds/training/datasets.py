@@ -12,10 +12,11 @@ from irpe_ds.data.beton.reader import DatasetInfo
 from irpe_ds.data.pipelines.pipeline import Part, dataset_info, val_images
 from irpe_ds.errors import ConfigError, DataError
 from irpe_ds.files import read_regular
+from irpe_ds.models.loading import CLASSES
 from irpe_ds.schema import parse_json
 
-CLASSES, VAL_IMAGES = "classes.json", "val_images.json"
-"""Files of the run folder: class names in label order; without data.val, which images it got."""
+VAL_IMAGES = "val_images.json"
+"""File of the run folder: without data.val, the images of data.train that are for validation."""
 
 PARTS: tuple[Part, ...] = ("train", "val")
 _PART_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
