@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from irpe_ds.config import RunConfig, load_config
     from irpe_ds.errors import ConfigError
     from irpe_ds.models import equip
+    from irpe_ds.models.loading import load
     from irpe_ds.ops import irpe_attention, irpe_gather
     from irpe_ds.ops.build.builder import IRPEBuilder
     from irpe_ds.rpe.buckets import BucketMap
@@ -26,6 +27,7 @@ __all__ = [
     "equip",
     "irpe_attention",
     "irpe_gather",
+    "load",
     "load_config",
 ]
 _HOME = {
@@ -38,6 +40,7 @@ _HOME = {
     "equip": "models",
     "irpe_attention": "ops",
     "irpe_gather": "ops",
+    "load": "models.loading",
     "load_config": "config",
 }
 

@@ -20,10 +20,12 @@ from pydantic import (
 
 from irpe_ds.config_file import read_values
 from irpe_ds.config_types import (
+    ClassCount,
     Count,
     Decay,
     Every,
     EveryNth,
+    Fraction,
     Interval,
     Natural,
     NonNegative,
@@ -61,8 +63,8 @@ class ModelConfig(Section):
     impl: str = "auto"
     """Implementation of the attention op: `auto`, or one that runs or fails, without a fallback.
     HF: attn_implementation."""
-    num_classes: Count = 1000
-    """Must equal the class count of the data."""
+    num_classes: ClassCount = 1000
+    """Must equal the class count of the data; `auto` takes it from data.train."""
     img_size: Size = (224, 224)
     """Input height and width, pixels."""
     resolutions: Annotated[
@@ -98,6 +100,17 @@ class ModelConfig(Section):
         options = {key: value for key, value in self.options.items() if key != "pretrained"}
         return self.model_copy(update={"weights": None, "new_head": False, "options": options})
 
+    @property
+    def class_count(self) -> int:
+        """`num_classes`, once it is known.
+
+        Raises:
+            ConfigError: it is still `auto`.
+        """
+        if self.num_classes == "auto":
+            raise ConfigError("model.num_classes", "a number, as no data is read here", "auto")
+        return self.num_classes
+
     def size_at(self, epoch: int) -> tuple[int, int]:
         """Input height and width of a training epoch, pixels."""
         sizes = [(pixels, pixels) for first, pixels in self.resolutions if first <= epoch]
@@ -106,9 +119,14 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     train: Path
-    """Training set: a .beton file; with pipeline `timm` also a folder or .tar of class folders."""
-    val: Path
-    """Validation set, in the same formats."""
+    """Training set: a .beton file or a folder of class folders; with pipeline `timm` also a .tar of
+    them."""
+    val: Path | None = None
+    """Validation set, in the same formats. None: a share of the training set."""
+    val_share: Fraction | None = None
+    """That share, of each class; used without `val`."""
+    val_seed: Natural = 0
+    """Seed of the choice of those images."""
     pipeline: Literal["ffcv", "timm"] = "ffcv"
     """`ffcv`: decoded in threads, resized by area, augmented on the device. `timm`: timm's own
     transforms in worker processes, bicubic; the reference, and slower."""
@@ -121,6 +139,16 @@ class DataConfig(Section):
     """Channel deviations of the normalisation, for pixels in [0, 1]."""
     val_crop: Share = 0.875
     """Share of the shorter side that the centre crop of validation keeps. timm: crop_pct."""
+
+    @pydantic.model_validator(mode="after")
+    def _has_validation(self) -> "DataConfig":
+        if self.val is None and self.val_share is None:
+            raise ConfigError("val", "a path, or data.val_share, a share of data.train", "nothing")
+        return self
+
+    def path(self, part: Literal["train", "val"]) -> Path:
+        """What the images of a part are read from."""
+        return self.train if part == "train" or self.val is None else self.val
 
 
 class AugmentConfig(Section):

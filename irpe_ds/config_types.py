@@ -22,6 +22,18 @@ Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 """number in (0, 1]"""
 Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
 """number in [0, 1)"""
+Fraction = Annotated[float, Field(strict=True, gt=0, lt=1)]
+"""number in (0, 1)"""
+
+
+def _class_count(value: object) -> object:
+    if value == "auto" or (type(value) is int and value > 0):
+        return value
+    raise ConfigError("", "an integer above 0, or auto", repr(value))
+
+
+ClassCount = Annotated[int | Literal["auto"], BeforeValidator(_class_count)]
+"""integer above 0, or `auto`"""
 
 
 def ascending(pair: tuple[float, float]) -> tuple[float, float]:

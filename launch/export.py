@@ -1,11 +1,13 @@
-"""Write the weights of a run to one file, for timm and for the released iRPE code.
+"""Write the weights of a run, for irpe_ds.load, for timm and for the released iRPE code.
 
-python launch/export.py --run runs/deit-small-k --ema --best --out deit_small_k.safetensors
-python launch/export.py --run runs/deit-small-k --out deit_small_k.pth
+python launch/export.py --run runs/mine --ema --best --out exported
+python launch/export.py --run runs/mine --out mine.safetensors
+python launch/export.py --run runs/mine --out mine.pth
 
-A .pth holds {"model": weights} as the released checkpoints do, a .safetensors its SHA-256. Both say
-what their positions mean: grid, prefix tokens and encoding. They have the released keys:
-timm.create_model("deit_small_patch16_224_ctx_product_50_shared_k", checkpoint_path=...) loads them.
+A folder is in timm's layout, config.json and model.safetensors: after `import irpe_ds`,
+timm.create_model("local-dir:exported", pretrained=True) makes the model. A .safetensors holds the
+same in one file, a .pth {"model": weights} as the released checkpoints do. All say what their
+positions mean: grid, prefix tokens and encoding.
 """
 
 import argparse
@@ -16,8 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whate
 
 from irpe_ds.cli import run
 from irpe_ds.errors import ConfigError
-
-SUFFIXES = (".safetensors", ".pth")
 
 
 def main() -> None:
@@ -30,33 +30,19 @@ def main() -> None:
         "--best", action="store_true", help="its best checkpoint instead of its newest"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help=".safetensors or .pth file to write"
+        "--out", type=Path, required=True, help="folder, .safetensors or .pth file to write"
     )
     args = parser.parse_args()
-    if args.out.suffix not in SUFFIXES:
-        raise ConfigError("--out", "a name that ends in .safetensors or .pth", args.out)
-
-    import torch
+    if args.out.suffix in (".bin", ".ckpt", ".pt"):
+        expected = "a folder, or a name that ends in .safetensors or .pth"
+        raise ConfigError("--out", expected, args.out)
 
     from irpe_ds.checkpoint import reader
-    from irpe_ds.checkpoint.shards import write_whole
-    from irpe_ds.files import atomic_write
-    from irpe_ds.models.build import saved_positions
-    from irpe_ds.models.positions import KEY
+    from irpe_ds.models.release import export
 
-    source = reader.weights_of(args.run, best=args.best, ema=args.ema)
-    positions = saved_positions(source)
-    said = {} if positions is None else {KEY: positions.to_json()}
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(args.out) as partial:
-            if args.out.suffix == ".pth":
-                torch.save({"model": dict(source), **said}, partial)
-            else:
-                write_whole(partial, source.files, source.keys_in_files, said)
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write {args.out}: {error}") from None
-    print(f"{args.out}: {len(source)} tensors of {source}")
+    weights = reader.weights_of(args.run, best=args.best, ema=args.ema)
+    export(args.run, weights, args.out)
+    print(f"{args.out}: {len(weights)} tensors of {weights}")
 
 
 if __name__ == "__main__":

@@ -342,6 +342,23 @@ class TestMistakes:
         ):
             load_config(file, ["train.loss=bce", "augment.label_smoothing=0.1"])
 
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("data.val=null", r"^data\.val: expected a path, or data\.val_share"),
+            ("data.val_share=1.0", r"^data\.val_share: expected less than 1, got 1\.0"),
+            (
+                "model.num_classes=many",
+                r"^model\.num_classes: expected an integer above 0, or auto",
+            ),
+            ("model.num_classes=0", r"or auto, got 0$"),
+            ("model.num_classes=true", r"or auto, got True$"),
+        ],
+    )
+    def test_data_and_classes(self, override: str, message: str, file: Path) -> None:
+        with pytest.raises(ConfigError, match=message):
+            load_config(file, [override])
+
     @pytest.mark.parametrize("section", ["name", "model", "data"])
     def test_what_is_required(self, section: str, file: Path) -> None:
         file.write_text("\n".join(x for x in MINIMAL.splitlines() if not x.startswith(section)))

@@ -39,6 +39,7 @@ FLOORS = {
     "irpe_ds.models": 4,
     "irpe_ds": 5,  # __init__.py alone, which hands on the public names of the floors below
     "irpe_ds.ops.bench": 5,
+    "irpe_ds.prediction": 5,
     "irpe_ds.training": 5,
     "irpe_ds.data.bench": 6,
     "irpe_ds.planner": 6,

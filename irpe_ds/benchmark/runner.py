@@ -22,8 +22,8 @@ from irpe_ds.files import open_own, read_regular, replace_file
 from irpe_ds.planner.zero import read_zero
 from irpe_ds.runlog import METRICS, read_rows
 from irpe_ds.schema import parse_json
+from irpe_ds.training.datasets import check_data, resolve
 from irpe_ds.training.deepspeed_config import micro_batch
-from irpe_ds.training.evaluation import check_data
 from irpe_ds.training.start import check_folder, lock
 
 END_SECONDS = 40
@@ -45,7 +45,7 @@ def run_experiment(
     folder = experiment.config.folder
     for cell in experiment.cells:
         read_zero(cell.config.train.deepspeed)
-    check_data(experiment.config)
+    check_data(resolve(experiment.config).config)
     check_folder(experiment.config)
     with lock(folder) as held:
         results = Results(experiment)

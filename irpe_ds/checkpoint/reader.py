@@ -241,7 +241,7 @@ class SavedWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path, *, ema: bool = False) -> None:
-        self.path, self.files = path, open_files(path)
+        self.path, self.files, self.ema = path, open_files(path), ema
         averages = {name for kind, _, name in self._keys() if kind == EMA}
         if ema and not averages:
             raise CheckpointError(

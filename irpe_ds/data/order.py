@@ -36,6 +36,20 @@ def train_order(
     return np.stack([permutation[mine // repeats], mine % repeats])
 
 
+def split(labels: NDArray[np.int64], share: float, seed: int) -> tuple[Samples, Samples]:
+    """Samples for training and for validation, each in ascending order.
+
+    Validation gets this share of every class, rounded, and both parts get an image of every class
+    that has two; a function of labels, share and seed.
+    """
+    chosen = np.zeros(len(labels), np.bool_)
+    rng = np.random.default_rng(seed)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        chosen[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
 def eval_order(
     num_samples: int, *, batch_size: int, rank: int, world_size: int
 ) -> tuple[Samples, NDArray[np.bool_]]:

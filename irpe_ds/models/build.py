@@ -61,13 +61,10 @@ def build_deferred(config: ModelConfig, seed: int) -> tuple[nn.Module, Initial]:
     Raises:
         ConfigError: as `build_model`.
     """
-    if not timm.is_model(config.name):
-        close = difflib.get_close_matches(config.name, timm.list_models(), n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ConfigError("model.name", "a timm model name", f"{config.name!r}{hint}")
+    _check_name(config.name)
     if config.options.get("pretrained") and "pretrained_cfg_overlay" not in config.options:
         _check_network(config.name)
-    create = partial(_create, config, _arguments(config))
+    create = partial(_create, config, arguments(config))
     model, initial = _explained(config, partial(defer, create, seed))
     if config.options:
         _check_options(config)
@@ -84,13 +81,21 @@ def meta_model(config: ModelConfig) -> nn.Module:
     Raises:
         ConfigError: as `build_model`.
     """
+    _check_name(config.name)
     plain = config.without_weights().model_copy(update={"impl": "auto"})
     with torch.device("meta"):
-        model = _explained(plain, partial(_create, plain, _arguments(plain)))
+        model = _explained(plain, partial(_create, plain, arguments(plain)))
     for module in model.modules():
         if isinstance(module, RPEAttention):
             module.impl = "reference"
     return model.eval()
+
+
+def _check_name(name: str) -> None:
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ConfigError("model.name", "a timm model name", f"{name!r}{hint}")
 
 
 def _explained(config: ModelConfig, make: Callable[[], Made]) -> Made:
@@ -102,7 +107,7 @@ def _explained(config: ModelConfig, make: Callable[[], Made]) -> Made:
     except Exception as error:
         if config.options.get("pretrained") and isinstance(error, OSError):
             raise _no_download(config.name, error) from None
-        got = f"{_arguments(config)}: {_first_line(error)}"
+        got = f"{arguments(config)}: {_first_line(error)}"
         raise ConfigError("model", f"arguments that {config.name} accepts", got) from None
 
 
@@ -139,8 +144,8 @@ def _check_options(config: ModelConfig) -> None:
         raise
     except Exception as error:  # of any type: the models are timm's
         raise ConfigError("model.options", expected, _first_line(error)) from None
-    if getattr(logits, "shape", None) != (1, config.num_classes):
-        got = f"outputs {tuple(getattr(logits, 'shape', ()))}, not {(1, config.num_classes)}"
+    if getattr(logits, "shape", None) != (1, config.class_count):
+        got = f"outputs {tuple(getattr(logits, 'shape', ()))}, not {(1, config.class_count)}"
         raise ConfigError("model.options", expected, got)
 
 
@@ -197,13 +202,13 @@ def recompute_blocks(model: Any, every: int) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def _arguments(config: ModelConfig) -> dict[str, Any]:
+def arguments(config: ModelConfig) -> dict[str, Any]:
     """Keyword arguments of timm.create_model."""
     twice = OWN_FIELDS & config.options.keys()
     if twice:
         expected = "no argument with a key of its own in `model`"
         raise ConfigError("model.options", expected, ", ".join(sorted(twice)))
-    arguments = {"num_classes": config.num_classes, **config.options}
+    arguments = {"num_classes": config.class_count, **config.options}
     name, _, _ = config.name.partition(".")  # the rest is timm's tag of the weights
     pretrained = timm.models.get_pretrained_cfg(name)
     if pretrained is None or pretrained.fixed_input_size:

@@ -3,9 +3,11 @@
 import json
 import math
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -67,6 +69,14 @@ def check_encoding(here: Positions, there: Positions) -> None:
     differ = [key for key in ours if ours[key] != theirs[key]]
     expected, got = (_text({key: side[key] for key in differ}) for side in (ours, theirs))
     raise ConfigError(KEY, f"the encoding of model.rpe, {expected}", got)
+
+
+def check_file(model: nn.Module, path: Path) -> None:
+    """Raise ConfigError if a .safetensors file says that its weights are of another encoding."""
+    with safe_open(path, "pt") as file:
+        stated = (file.metadata() or {}).get(KEY)
+    if stated is not None:
+        check_encoding(Positions.of(getattr(model, "model", model)), Positions.parse(stated, path))
 
 
 def _values(encoding: RPEConfig | None) -> dict[str, Any]:

@@ -1,19 +1,32 @@
-"""The zoo: one row per released model, registered with timm under the released name."""
+"""The zoo: one row per released model, registered with timm under the released name; and `irpe`."""
 
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    load_pretrained,
+    register_model,
+)
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from irpe_ds.models.vision_transformer import equip
 from irpe_ds.rpe.config import RPEConfig
 
+EQUIPPED = "irpe"
+"""timm's name for any of its models with relative position."""
+HUBS = ("hf-hub", "local-dir")
+"""How names begin that timm takes for an export."""
+WEIGHTS = "model.safetensors"
+"""Its file of weights, by timm's name."""
 RELEASES = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0"
 
 
@@ -92,7 +105,7 @@ def _entrypoint(row: Variant) -> Callable[..., VisionTransformer]:
             "num_heads": row.heads,
         }
         with torch.serialization.safe_globals([Namespace]):  # the released files hold one
-            return build_model_with_cfg(
+            model = build_model_with_cfg(
                 build,
                 row.name,
                 pretrained,
@@ -100,6 +113,9 @@ def _entrypoint(row: Variant) -> Callable[..., VisionTransformer]:
                 feature_cfg={"out_indices": 3, "feature_cls": "getter"},
                 **(size | kwargs),
             )
+        if pretrained:
+            _check_encoding(model, kwargs.get("cache_dir"))
+        return model
 
     create.__name__ = row.name
     create.__doc__ = f"DeiT with {row.rpe}."
@@ -109,3 +125,56 @@ def _entrypoint(row: Variant) -> Callable[..., VisionTransformer]:
 default_cfgs = generate_default_cfgs({name: _released(row) for name, row in ZOO.items()})
 for _row_of_zoo in ZOO.values():
     register_model(_entrypoint(_row_of_zoo))
+
+
+def _check_encoding(model: Any, cache_dir: Path | str | None) -> None:
+    """Raise ConfigError if the file that timm has just read says another encoding.
+
+    timm compares shapes, which many encodings share.
+    """
+    source: dict[str, Any] = model.pretrained_cfg
+    path: Any = Path(source.get("file") or "", WEIGHTS)
+    if source.get("source") == "hf-hub":
+        from huggingface_hub import try_to_load_from_cache
+
+        name, _, revision = source["hf_hub_id"].partition("@")
+        path = try_to_load_from_cache(name, WEIGHTS, cache_dir, revision or None)
+    if source.get("source") in HUBS and isinstance(path, str | Path) and Path(path).is_file():
+        from irpe_ds.models import positions  # it needs pydantic
+
+        positions.check_file(model, Path(path))
+
+
+def _equipped(
+    pretrained: bool = False,
+    *,
+    base: str,
+    rpe: dict[str, Any],
+    impl: str = "auto",
+    **kwargs: Any,
+) -> VisionTransformer:
+    """The model that timm calls `base`, with relative position.
+
+    Args:
+        pretrained: with timm's weights of `base`; from a `local-dir:` or `hf-hub:`, with those.
+        rpe: the fields of an RPEConfig.
+    """
+    source = kwargs.get("pretrained_cfg") or {}
+    own = isinstance(source, dict) and source.get("source") in HUBS
+    plain = timm.create_model(base, pretrained=pretrained and not own, **kwargs)
+    model: Any = equip(plain, RPEConfig(**rpe), impl)
+    model.pretrained_cfg["architecture"] = EQUIPPED  # with it timm's own exports name this
+    if pretrained and own:
+        load_pretrained(
+            model,
+            num_classes=model.num_classes,
+            in_chans=kwargs.get("in_chans", 3),
+            filter_fn=checkpoint_filter_fn,
+            cache_dir=kwargs.get("cache_dir"),
+        )
+        _check_encoding(model, kwargs.get("cache_dir"))
+    return cast(VisionTransformer, model)
+
+
+_equipped.__name__ = EQUIPPED
+register_model(_equipped)

@@ -23,7 +23,7 @@ from irpe_ds.models.build import build_model, load_weights
 from irpe_ds.models.offset_maps import offset_maps, targets
 from irpe_ds.plots.style import FAINT, INK, plain
 from irpe_ds.training.batch import Normalize
-from irpe_ds.training.evaluation import open_checked
+from irpe_ds.training.datasets import open_checked, with_class_count
 
 SIDE = 1.5
 """Height of a map, inches."""
@@ -53,6 +53,7 @@ def read_maps(
         ConfigError: the model has no such tables or layers, or the weights are another model's.
         DataError: the validation set cannot be read.
     """
+    config = with_class_count(config, "val")
     model: Any = build_model(config.model.without_weights()).eval()
     if not targets(model):
         raise ConfigError("model", "one with relative position tables", config.model.name)

@@ -9,6 +9,8 @@ from irpe_ds.errors import ConfigError
 from irpe_ds.rpe.config import check_ratio
 
 BUCKET_METHODS = ("euclidean", "quantization", "product", "cross_rows", "cross_cols")
+TOKENS = 1 << 14
+"""Most tokens of a map: it has a bucket for every pair of them, 1 GiB."""
 
 
 def piecewise_index(offset: Tensor, *, alpha: float, beta: float, gamma: float) -> Tensor:
@@ -100,6 +102,8 @@ class BucketMap(nn.Module):
         if height < 1 or width < 1 or skip < 0:
             got = f"height={height}, width={width}, skip={skip}"
             raise ConfigError("grid", "height and width >= 1 and skip >= 0", got)
+        if skip + height * width > TOKENS:
+            raise ConfigError("grid", f"at most {TOKENS} tokens", skip + height * width)
         check_ratio(ratio)
         return cls(method, height, width, skip, ratio)
 

@@ -47,7 +47,7 @@ def build_mixup(config: RunConfig) -> Mixup | None:
         prob=augment.mix_prob,
         switch_prob=augment.mix_switch_prob,
         label_smoothing=augment.label_smoothing,
-        num_classes=config.model.num_classes,
+        num_classes=config.model.class_count,
     )
 
 

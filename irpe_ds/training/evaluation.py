@@ -18,13 +18,11 @@ from irpe_ds.cluster.process_group import (
 )
 from irpe_ds.cluster.waiting import Waiting
 from irpe_ds.config import RunConfig
-from irpe_ds.data.beton.reader import DatasetInfo
 from irpe_ds.data.loaders import EvalLoader
-from irpe_ds.data.pipelines.pipeline import Part, dataset_info
-from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_deferred, load_weights, saved_positions
 from irpe_ds.models.positions import Positions
 from irpe_ds.training.batch import Normalize
+from irpe_ds.training.datasets import open_checked, with_class_count
 from irpe_ds.training.deepspeed_config import read_ds_config
 from irpe_ds.training.engine import FirstValues, build_evaluation_model
 from irpe_ds.training.engine_state import load_tensors
@@ -98,6 +96,7 @@ def evaluate_weights(
         UserError: the data or the weights do not match the configuration.
     """
     set_environment()
+    config = with_class_count(config, "val")
     open_checked(config, "val")
     model, initial = build_deferred(config.model.without_weights(), config.seed)
     is_its_own = (
@@ -127,48 +126,3 @@ def evaluate_weights(
         scores = evaluate(placed, batches, normalize, ranks)
     destroy_process_group()
     return scores if ranks.is_main else None
-
-
-def check_data(config: RunConfig) -> dict[str, DatasetInfo]:
-    """What data.train and data.val hold, after checking that both are complete and fit the model.
-
-    Raises:
-        UserError: one does not; the message names the configuration key.
-    """
-    train, val = dataset_info(config.data, "train"), dataset_info(config.data, "val")
-    if train.classes and val.classes and train.classes != val.classes:
-        missing, more = set(train.classes) - set(val.classes), set(val.classes) - set(train.classes)
-        got = ", ".join(
-            f"{word} {_few(names)}"
-            for word, names in (("without", missing), ("with", more))
-            if names
-        )
-        got = f"others: {got}" if got else "another order"
-        raise ConfigError("data.val", f"the classes of {train.path}", got)
-    _check_classes(config, "train", train)
-    _check_classes(config, "val", val)
-    return {"train": train, "val": val}
-
-
-def _few(names: set[str]) -> str:
-    shown = [repr(name) for name in sorted(names)[:3]]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def open_checked(config: RunConfig, part: Part) -> DatasetInfo:
-    """What data.train or data.val holds, after checking that it is complete and fits the model."""
-    info = dataset_info(config.data, part)
-    _check_classes(config, part, info)
-    return info
-
-
-def _check_classes(config: RunConfig, part: Part, info: DatasetInfo) -> None:
-    path, num_classes = getattr(config.data, part), config.model.num_classes
-    if info.num_classes not in (None, num_classes):
-        expected = f"{info.num_classes}, the classes of {path}"
-        raise ConfigError("model.num_classes", expected, num_classes)
-    if info.num_classes is None and info.largest_label is not None:  # no manifest
-        largest, sample = info.largest_label
-        if largest >= num_classes:
-            expected = f"more than {largest}, the label of sample {sample} of {path}"
-            raise ConfigError("model.num_classes", expected, num_classes)

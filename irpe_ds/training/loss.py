@@ -128,7 +128,7 @@ def _build_teacher(config: RunConfig) -> nn.Module:
     assert distill.weights is not None  # DistillConfig ensures it
     model = ModelConfig(
         name=distill.teacher,
-        num_classes=student.num_classes,
+        num_classes=student.class_count,
         img_size=student.img_size,
         resolutions=student.resolutions,
     )

@@ -39,8 +39,8 @@ from irpe_ds.models.deferred import Initial
 from irpe_ds.ops.dispatch import FallbackWarning, ResolvedImpl, resolve_impl
 from irpe_ds.provenance import commit, package_versions
 from irpe_ds.runlog import RunLog, writing
+from irpe_ds.training.datasets import check_data, check_names, names_of, resolve, unconverted
 from irpe_ds.training.deepspeed_config import deepspeed_config, sums_in_fp32
-from irpe_ds.training.evaluation import check_data
 from irpe_ds.training.loss import Loss, build_loss
 from irpe_ds.training.precision import PRODUCTS
 from irpe_ds.training.start import (
@@ -104,6 +104,7 @@ def train(
         PreemptionSync(ranks, signals, heartbeat) as preemption,
         Waiting("preparing data, model and attention op", ranks.is_main) as waiting,
     ):
+        config, notes = ranks.on_rank0(partial(resolve, config))
         prepared = ranks.run_checked(partial(prepare, config, resume))
         length, model, op = prepared.length, prepared.model, prepared.op
         check_consistency(ranks, prepared.facts())
@@ -113,6 +114,9 @@ def train(
         if start.path is not None and ranks.any_rank(not start.path.exists()):
             expected = "a run folder that all nodes share"
             raise ClusterError(config.folder, expected, f"a node without {start.path}")
+        if start.path is not None:
+            kept = start.path.parents[1]
+            ranks.on_rank0(partial(check_names, config, prepared.data["train"], kept))
         left = length.last_update - start.saved.update
         if left < 0 or (left == 0 and start.saved.scores):
             if ranks.is_main:
@@ -126,8 +130,9 @@ def train(
             trainer = Trainer(config, length, manifest, start, *built, ds_config, *watched)
             with open_log(config, resume, start.saved, ranks) as log:
                 if ranks.is_main:
-                    log.note(write_run_metadata(config, ds_config, ranks, op))
-                for text in [*cautions(config, length), *start.notes]:
+                    names = names_of(config, prepared.data["train"])
+                    log.note(write_run_metadata(config, ds_config, ranks, op, names))
+                for text in [*notes, *cautions(config, length), *start.notes]:
                     log.note(text)
                 with trainer.trace:
                     finished = work(trainer, log)
@@ -167,7 +172,7 @@ def prepare(config: RunConfig, resume: str) -> Prepared:
 
 def input_facts(config: RunConfig) -> dict[str, str]:
     """What `prepare` finds on this host that has to be the same on all hosts."""
-    return prepare(config, "never").facts()
+    return prepare(unconverted(config), "never").facts()
 
 
 def choose_op(config: RunConfig, model: nn.Module, device_type: str) -> ResolvedImpl:
@@ -188,9 +193,13 @@ def choose_op(config: RunConfig, model: nn.Module, device_type: str) -> Resolved
 
 
 def write_run_metadata(
-    config: RunConfig, ds_config: dict[str, Any], ranks: Ranks, op: ResolvedImpl
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    ranks: Ranks,
+    op: ResolvedImpl,
+    names: dict[str, list[str]],
 ) -> str:
-    """Write config.yaml (resolved), deepspeed.json and environment.json to the run folder.
+    """Write config.yaml (resolved), deepspeed.json, environment.json and `names_of` the data.
 
     Returns:
         One line for the log: what runs where.
@@ -203,6 +212,7 @@ def write_run_metadata(
         ("config.yaml", config.dump()),
         ("deepspeed.json", json.dumps(ds_config, indent=2) + "\n"),
         ("environment.json", json.dumps(found, indent=2) + "\n"),
+        *((name, json.dumps(values, indent=0) + "\n") for name, values in names.items()),
     ):
         with writing(config.folder / name):
             replace_file(config.folder / name, text)

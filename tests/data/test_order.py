@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from irpe_ds.data.order import eval_order, train_order
+from irpe_ds.data.order import eval_order, split, train_order
 
 LAYOUTS = [(1, 1, 8), (2, 1, 4), (4, 1, 2), (1, 2, 4), (2, 2, 2), (4, 2, 1)]
 
@@ -100,3 +100,23 @@ def test_repetitions_of_an_image_are_told_apart() -> None:
     pairs = np.concatenate(ranks, axis=1)
     assert pairs.shape == (2, 100)
     assert len(np.unique(pairs, axis=1).T) == 100
+
+
+class TestSplit:
+    LABELS = np.repeat([0, 1, 2, 3], [10, 3, 2, 1])
+
+    @pytest.mark.parametrize(("share", "taken"), [(0.2, [2, 1, 1, 0]), (0.9, [9, 2, 1, 0])])
+    def test_both_parts_have_each_class_with_two_images(
+        self, share: float, taken: list[int]
+    ) -> None:
+        train, val = split(self.LABELS, share, 0)
+        assert np.array_equal(np.sort([*train, *val]), np.arange(16))
+        assert np.bincount(self.LABELS[val], minlength=4).tolist() == taken
+        assert [*train] == sorted(train)
+        assert [*val] == sorted(val)
+
+    def test_it_is_a_function_of_the_seed(self) -> None:
+        labels = np.zeros(100, np.int64)
+        one, same, other = (split(labels, 0.2, seed)[1] for seed in (1, 1, 2))
+        assert np.array_equal(one, same)
+        assert not np.array_equal(one, other)

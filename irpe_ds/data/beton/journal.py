@@ -9,11 +9,12 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from irpe_ds.data.beton.manifest import beside
-from irpe_ds.data.beton.sources import Member, Source, is_image
+from irpe_ds.data.beton.sources import Member, Source, is_image, open_source
 from irpe_ds.errors import ConfigError, DataError, UserError
 from irpe_ds.files import open_regular
 
@@ -300,6 +301,26 @@ class Journal:
     def _row(self, text: str) -> tuple[int, ...]:
         (row,) = self._query(text)
         return tuple(map(int, row))
+
+
+def list_images(path: Path, where: str) -> tuple[Source, tuple[str, ...], list[tuple[int, Member]]]:
+    """A folder or archive with its classes, and label and file of every image in a .beton's order.
+
+    Args:
+        where: the configuration key that names it, for errors.
+
+    Raises:
+        DataError: it does not exist, or has no images in classes.
+    """
+    try:
+        source = open_source([path])
+        with closing(Journal(None, {})) as journal:
+            classes, _ = journal.list_source(source)
+            return source, classes, list(journal.members())
+    except UserError as error:
+        if error.where == "--source":
+            raise DataError(where, error.expected, error.got) from None
+        raise DataError(f"{where}: {error}") from None
 
 
 def _member(row: list[Any]) -> Member:

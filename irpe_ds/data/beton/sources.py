@@ -20,7 +20,7 @@ EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 )  # torchvision's ImageFolder
 
-_IMAGE_BYTES = 1 << 28  # of one file at most; ImageNet's largest has 15 MB
+IMAGE_BYTES = 1 << 28  # of one file at most; ImageNet's largest has 15 MB
 _LABEL_BYTES = 1 << 10
 
 
@@ -297,8 +297,8 @@ class Files:
         Raises:
             ValueError: they cannot be read, or their number changed since the listing.
         """
-        if member.size > _IMAGE_BYTES:
-            raise ValueError(f"{member.size} bytes, over {_IMAGE_BYTES}")
+        if member.size > IMAGE_BYTES:
+            raise ValueError(f"{member.size} bytes, over {IMAGE_BYTES}")
         try:
             if member.file in self._open:
                 data = os.pread(self._open[member.file], member.size, member.offset)

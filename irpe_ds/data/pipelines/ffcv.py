@@ -45,6 +45,7 @@ class FFCVPipeline:
     def __init__(self, path: Path, where: str, augment: AugmentConfig, workers: int | None) -> None:
         self._beton, self._augment = read_beton(path, where), augment
         self.num_samples = len(self._beton.entries)
+        self.labels = self._beton.entries["label"]
         self.workers = _num_threads(workers)
 
     def train(

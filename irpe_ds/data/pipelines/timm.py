@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import active_children
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 from irpe_ds.config import AugmentConfig
 from irpe_ds.data.beton.format import JPG
 from irpe_ds.data.beton.images import DAMAGE, open_image
-from irpe_ds.data.beton.journal import Journal
+from irpe_ds.data.beton.journal import list_images
 from irpe_ds.data.beton.reader import DatasetInfo, read_beton
-from irpe_ds.data.beton.sources import Files, Member, open_source
+from irpe_ds.data.beton.sources import Files, Member
 from irpe_ds.data.order import Samples
 from irpe_ds.data.parallel import local_share
 from irpe_ds.data.pipelines.pipeline import BETON, Batches
@@ -90,15 +90,7 @@ class SourceImages:
     """
 
     def __init__(self, path: Path, where: str) -> None:
-        try:
-            source = open_source([path])
-            with closing(Journal(None, {})) as journal:
-                classes, _ = journal.list_source(source)
-                images = list(journal.members())
-        except UserError as error:
-            if error.where == "--source":
-                raise DataError(where, error.expected, error.got) from None
-            raise DataError(f"{where}: {error}") from None
+        source, classes, images = list_images(path, where)
         self.info = DatasetInfo(path=path, num_samples=len(images), classes=classes)
         self.labels = np.array([label for label, _ in images], np.int64)
         self._extents = np.array([(m.offset, m.size) for _, m in images], np.int64)
@@ -145,6 +137,7 @@ class TimmPipeline:
         self._images = open_images(path, where)
         self._augment, self._mean = augment, mean
         self.num_samples = self._images.info.num_samples
+        self.labels = self._images.labels
         self.workers = workers or local_share(len(os.sched_getaffinity(0)))
 
     def train(
