@@ -166,6 +166,11 @@ def check_hub(repository: str | None, revision: str | None = None) -> None:
         isinstance(try_to_load_from_cache(repository, f, revision=revision), str) for f in files
     ):
         return
+    check_network()
+
+
+def check_network() -> None:
+    """Raise OSError if Hugging Face cannot be reached."""
     try:
         urlopen(Request(ENDPOINT, method="HEAD"), timeout=10).close()
     except HTTPError:
