@@ -29,7 +29,7 @@ from irpe_ds.errors import CheckpointError, ConfigError, UserError
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.models.deferred import Initial, defer, materialize
 from irpe_ds.models.positions import Positions, check_encoding, check_grid, on_grid
-from irpe_ds.models.vision_transformer import equip, set_resolution
+from irpe_ds.models.vision_transformer import check_resolution, equip
 from irpe_ds.models.weights_file import check_tensors, read_weights
 from irpe_ds.models.zoo import ZOO
 
@@ -145,7 +145,7 @@ def _check_options(config: ModelConfig) -> None:
 
 
 def _create(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
-    """timm's model, with relative position, at the last of its resolutions."""
+    """timm's model, with relative position."""
     model: Any
     try:
         model = timm.create_model(config.name, **arguments)
@@ -159,10 +159,9 @@ def _create(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
             raise ConfigError(where, error.expected, error.got) from None
     elif config.impl != "auto" and config.name not in ZOO:
         raise ConfigError("model.impl", "auto for a model without relative position", config.impl)
-    progressive = [(pixels, pixels) for _, pixels in config.resolutions]
-    for size in (*progressive, config.img_size):  # the last one stays
+    for size in (*((pixels, pixels) for _, pixels in config.resolutions), config.img_size):
         try:
-            set_resolution(model, size)
+            check_resolution(model, size)
         except UserError as error:
             raise ConfigError("model.resolutions", error.expected, error.got) from None
     if config.grad_checkpointing:
