@@ -72,7 +72,10 @@ class RPEAttention(nn.Module):
         if isinstance(x, torch.fx.Proxy):
             expected = "a tensor: torch.export or timm's create_feature_extractor can trace it"
             raise ConfigError("x", expected, "one of torch.fx.symbolic_trace")
-        ignored = _ignored_keys(x, attn_mask, is_causal)
+        return self.attend(x, rope, _ignored_keys(x, attn_mask, is_causal))
+
+    def attend(self, x: Tensor, rope: Tensor | None, key_padding_mask: Tensor | None) -> Tensor:
+        """As `forward`, with the op's mask: (B, L) bool, True for keys that are to be ignored."""
         q, k, v = self.project(x, rope)
         rpe_q, rpe_k, rpe_v = self._terms()
         out = irpe_attention(
@@ -84,7 +87,7 @@ class RPEAttention(nn.Module):
             rpe_v=rpe_v,
             scale=self.scale,
             dropout_p=self.attn_drop.p if self.training else 0.0,
-            key_padding_mask=ignored,
+            key_padding_mask=key_padding_mask,
             impl=self.impl,
         )
         return self.merge(out, x)

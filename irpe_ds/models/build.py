@@ -13,7 +13,7 @@ import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -314,7 +314,7 @@ def _fitted(
     try:
         if stated is not None:
             check_encoding(Positions.of(model), stated)
-        if isinstance(model, VisionTransformer):
+        if isinstance(model, vision_transformer.VisionTransformer | eva.Eva):
             return _for_vit(model, expected, state, stated)
         if stated is not None:
             check_grid(model, stated)
@@ -330,21 +330,22 @@ def _readable(model: nn.Module) -> str:
 
 
 def _for_vit(
-    model: VisionTransformer,
+    model: vision_transformer.VisionTransformer | eva.Eva,
     expected: dict[str, Tensor],
     state: dict[str, Any],
     stated: Positions | None,
 ) -> dict[str, Any]:
     """The state dict by timm's names, its position embedding on the model's grid."""
     ours, theirs = ({k for k in names if "lookup_table" not in k} for names in (expected, state))
+    source = eva if isinstance(model, eva.Eva) else vision_transformer
     if ours != theirs:
-        return checkpoint_filter_fn(state, model)  # perhaps another program's names
+        return source.checkpoint_filter_fn(state, model)  # perhaps another program's names
     own = {}
     if model.pos_embed is not None:
         grid = None if stated is None else stated.grid
         own["pos_embed"] = on_grid(model, state.pop("pos_embed"), grid)
     if _first_difference(expected, state | own):
-        state = checkpoint_filter_fn(state, model)  # patch embeddings of another size
+        state = source.checkpoint_filter_fn(state, model)  # patch embeddings of another size
     return state | own
 
 

@@ -124,8 +124,8 @@ def _trunk(model: nn.Module) -> Any:
 def _checked(model: nn.Module) -> Any:
     """The trunk of a model that `equip` supports."""
     vit, name = _trunk(model), type(model).__name__
-    known = ", ".join(sorted({f"{each.__module__}.{each.__name__}" for each in ADAPTERS}))
-    expected = f"a timm ViT on one grid of patches, every block with one of {known}"
+    known = "timm's Attention, AttentionRope or EvaAttention, or BEiT's, in every block"
+    expected = f"a timm ViT on one grid of patches with {known}"
     missing = {"patch_embed", "num_prefix_tokens", "blocks"} - {*dir(vit)}
     if missing or not hasattr(vit.patch_embed, "grid_size"):
         raise ConfigError("equip", expected, name)
