@@ -29,7 +29,7 @@ from irpe_ds.errors import CheckpointError, ConfigError, UserError
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.models.deferred import Initial, defer, materialize
 from irpe_ds.models.positions import Positions, check_encoding, check_grid, on_grid
-from irpe_ds.models.vision_transformer import check_resolution, equip
+from irpe_ds.models.vision_transformer import check_resolution, equip, fit_encoder
 from irpe_ds.models.weights_file import check_tensors, read_weights
 from irpe_ds.models.zoo import ZOO
 
@@ -151,6 +151,7 @@ def _create(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
         model = timm.create_model(config.name, **arguments)
     except UserError as error:
         raise ConfigError(f"model.{error.where}", error.expected, error.got) from None
+    fit_encoder(model, config.img_size)
     if config.rpe is not None:
         try:
             model = equip(model, config.rpe, config.impl)

@@ -4,7 +4,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from timm.layers import Attention, AttentionRope, PatchDropout, PatchDropoutWithIndices
+from timm.layers import (
+    Attention,
+    AttentionRope,
+    PatchDropout,
+    PatchDropoutWithIndices,
+    PatchEmbed,
+)
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
@@ -114,6 +120,13 @@ def check_resolution(model: nn.Module, img_size: Grid) -> None:
     patch = patch_embed.patch_size
     if img_size[0] % patch[0] or img_size[1] % patch[1]:
         raise ConfigError("img_size", f"multiples of the patch size {patch}", img_size)
+
+
+def fit_encoder(model: nn.Module, img_size: Grid) -> None:
+    """Make the usual grid of an encoder in a classifier, which takes any, that of this size."""
+    patch_embed = getattr(getattr(model, "encoder", None), "patch_embed", None)
+    if isinstance(patch_embed, PatchEmbed):
+        patch_embed.set_input_size(img_size)
 
 
 def _trunk(model: nn.Module) -> Any:
