@@ -8,7 +8,7 @@ from irpe_ds import timm_hook
 if TYPE_CHECKING:
     from irpe_ds.config import RunConfig, load_config
     from irpe_ds.errors import ConfigError
-    from irpe_ds.models import equip
+    from irpe_ds.models import RPEMultiheadAttention, equip
     from irpe_ds.models.loading import load
     from irpe_ds.ops import irpe_attention, irpe_gather
     from irpe_ds.ops.build.builder import IRPEBuilder
@@ -22,6 +22,7 @@ __all__ = [
     "ConfigError",
     "IRPEBuilder",
     "RPEConfig",
+    "RPEMultiheadAttention",
     "RunConfig",
     "RunLog",
     "equip",
@@ -35,6 +36,7 @@ _HOME = {
     "ConfigError": "errors",
     "IRPEBuilder": "ops.build.builder",
     "RPEConfig": "rpe.config",
+    "RPEMultiheadAttention": "models",
     "RunConfig": "config",
     "RunLog": "runlog",
     "equip": "models",

@@ -13,6 +13,7 @@ from irpe_ds.ops import fused_kernels, fused_op
 from irpe_ds.ops.build import nvrtc
 from irpe_ds.ops.fused_plan import Shape, no_plan_reason
 from irpe_ds.ops.inputs import DispatchKey, Inputs
+from irpe_ds.rpe.buckets import BUCKET_METHODS
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
@@ -24,6 +25,8 @@ def unsupported_reason(key: DispatchKey) -> str | None:
         return f"dtype must be float16 or bfloat16, got {key.dtype}".replace("torch.", "")
     if key.head_dim % 8 or not 8 <= key.head_dim <= MAX_HEAD_DIM:
         return f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {key.head_dim}"
+    if any(term.method not in BUCKET_METHODS for term in key.terms):
+        return "it supports the methods of iRPE, not BEiT's own biases"
     scored = {term.is_bias for term in key.terms if term.target != "v"}
     if len(scored) > 1:
         return "terms on queries and keys must all be contextual or all biases"

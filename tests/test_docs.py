@@ -193,6 +193,14 @@ class TestReadme:
         torch.testing.assert_close(names["out"], out[0, 0])
 
 
+class TestOperators:
+    def test_the_encoder_of_one_s_own_runs(self) -> None:
+        (lines,) = (b for p, b in blocks("python") if "RPEMultiheadAttention(" in b)
+        names: dict[str, torch.Tensor] = {}
+        exec(lines, names)
+        assert names["tokens"].shape == (2, 65, 64)
+
+
 def tree() -> list[str]:
     """The files that architecture.md's tree names, as paths."""
     text = PAGES["docs/architecture.md"].split("## The tree")[1]

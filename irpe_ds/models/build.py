@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,7 +26,7 @@ from irpe_ds.models.attention import RPEAttention
 from irpe_ds.models.deferred import Initial, defer, materialize
 from irpe_ds.models.positions import Positions, check_encoding, check_grid, on_grid
 from irpe_ds.models.pretrained import check_hub, local_file, released
-from irpe_ds.models.vision_transformer import equip, set_resolution
+from irpe_ds.models.vision_transformer import check_resolution, equip, fit_encoder
 from irpe_ds.models.weights_file import check_tensors, read_weights
 from irpe_ds.models.zoo import RELEASED_CLASSES, ZOO
 
@@ -145,12 +145,13 @@ def _check_options(config: ModelConfig) -> None:
 
 
 def _create(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
-    """timm's model, with relative position, at the last of its resolutions."""
+    """timm's model, with relative position."""
     model: Any
     try:
         model = timm.create_model(config.name, **arguments)
     except UserError as error:
         raise ConfigError(f"model.{error.where}", error.expected, error.got) from None
+    fit_encoder(model, config.img_size)
     if config.rpe is not None:
         try:
             model = equip(model, config.rpe, config.impl)
@@ -159,10 +160,9 @@ def _create(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
             raise ConfigError(where, error.expected, error.got) from None
     elif config.impl != "auto" and config.name not in ZOO:
         raise ConfigError("model.impl", "auto for a model without relative position", config.impl)
-    progressive = [(pixels, pixels) for _, pixels in config.resolutions]
-    for size in (*progressive, config.img_size):  # the last one stays
+    for size in (*((pixels, pixels) for _, pixels in config.resolutions), config.img_size):
         try:
-            set_resolution(model, size)
+            check_resolution(model, size)
         except UserError as error:
             raise ConfigError("model.resolutions", error.expected, error.got) from None
     if config.grad_checkpointing:
@@ -317,7 +317,7 @@ def _fitted(
     try:
         if stated is not None:
             check_encoding(Positions.of(model), stated)
-        if isinstance(model, VisionTransformer):
+        if isinstance(model, vision_transformer.VisionTransformer | eva.Eva):
             return _for_vit(model, expected, state, stated)
         if stated is not None:
             check_grid(model, stated)
@@ -333,21 +333,22 @@ def _readable(model: nn.Module) -> str:
 
 
 def _for_vit(
-    model: VisionTransformer,
+    model: vision_transformer.VisionTransformer | eva.Eva,
     expected: dict[str, Tensor],
     state: dict[str, Any],
     stated: Positions | None,
 ) -> dict[str, Any]:
     """The state dict by timm's names, its position embedding on the model's grid."""
     ours, theirs = ({k for k in names if "lookup_table" not in k} for names in (expected, state))
+    source = eva if isinstance(model, eva.Eva) else vision_transformer
     if ours != theirs:
-        return checkpoint_filter_fn(state, model)  # perhaps another program's names
+        return source.checkpoint_filter_fn(state, model)  # perhaps another program's names
     own = {}
     if model.pos_embed is not None:
         grid = None if stated is None else stated.grid
         own["pos_embed"] = on_grid(model, state.pop("pos_embed"), grid)
     if _first_difference(expected, state | own):
-        state = checkpoint_filter_fn(state, model)  # patch embeddings of another size
+        state = source.checkpoint_filter_fn(state, model)  # patch embeddings of another size
     return state | own
 
 

@@ -109,7 +109,9 @@ def _scores(manifest: CheckpointManifest, average: bool) -> str:
 
 
 def _data(config: RunConfig, manifest: CheckpointManifest, classes: tuple[str, ...] | None) -> str:
-    parts = f"`{config.data.train.name}` to train, `{config.data.val.name}` to validate"
+    val = config.data.val
+    held_out = f"{config.data.val_share:.0%} of it" if val is None else f"`{val.name}`"
+    parts = f"`{config.data.train.name}` to train, {held_out} to validate"
     text = f"{manifest.num_samples:,} images of {parts}."
     if classes is None:
         return text

@@ -6,6 +6,7 @@ rows and in columns, 2 height - 1 and 2 width - 1 of them.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from irpe_ds.errors import ConfigError
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.rpe.buckets import BucketMap
 
-MULTIPLIED = {"k": "q_norm", "q": "k_norm"}
-"""The module whose output a table on keys, or on queries, is multiplied with."""
+MULTIPLIED = {"k": 0, "q": 1}
+"""Which of queries and keys a table on keys, or on queries, is multiplied with."""
 
 
 def targets(model: nn.Module) -> str:
@@ -80,17 +81,19 @@ def _mean_vectors(
     """(H, D) per layer: mean query, or key, over images and patches, scaled as in a logit."""
     means: dict[int, Tensor] = {}
 
-    def keep(number: int, module: nn.Module, args: object, out_BHLD: Tensor) -> None:
-        num_prefix_tokens = getattr(layers[number], f"rpe_{target}").terms()[0][1].skip
-        means[number] = out_BHLD[:, :, num_prefix_tokens:].mean((0, 2)) * layers[number].scale
+    def project(number: int, *args: Any) -> tuple[Tensor, ...]:
+        layer = layers[number]
+        projected = type(layer).project(layer, *args)
+        num_prefix_tokens = getattr(layer, f"rpe_{target}").terms()[0][1].skip
+        patches_BHLD = projected[MULTIPLIED[target]][:, :, num_prefix_tokens:]
+        means[number] = patches_BHLD.mean((0, 2)) * layer.scale
+        return projected
 
-    hooks = [
-        getattr(layer, MULTIPLIED[target]).register_forward_hook(partial(keep, number))
-        for number, layer in enumerate(layers)
-    ]
+    for number, layer in enumerate(layers):
+        vars(layer)["project"] = partial(project, number)
     try:
         model(images)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer in layers:
+            del vars(layer)["project"]
     return [means[number] for number in range(len(layers))]

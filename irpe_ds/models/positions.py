@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from irpe_ds.config_types import Count, Natural
@@ -38,9 +37,10 @@ class Positions:
     @classmethod
     def of(cls, model: Any) -> "Positions":
         """Those of a model, on any device."""
+        trunk = getattr(model, "encoder", model)
         layer = next((m for m in model.modules() if isinstance(m, RPEAttention)), None)
         return cls(
-            grid=getattr(getattr(model, "patch_embed", None), "grid_size", None),
+            grid=getattr(getattr(trunk, "patch_embed", None), "grid_size", None),
             prefix_tokens=getattr(model, "num_prefix_tokens", 0),
             encoding=None if layer is None else layer.rpe,
         )
@@ -100,7 +100,7 @@ def check_grid(model: nn.Module, there: Positions) -> None:
         raise ConfigError(KEY, f"a grid of {_size(here)} patches", _size(there.grid))
 
 
-def on_grid(model: VisionTransformer, embedding: Tensor, stated: Grid | None) -> Tensor:
+def on_grid(model: Any, embedding: Tensor, stated: Grid | None) -> Tensor:
     """A position embedding (1, L, C) of a file, on the model's grid.
 
     Args:

@@ -323,13 +323,9 @@ class _FusedAttention(nn.Module):
         super().__init__()
         self.attention, self.sums = attention, sums
 
-    def forward(self, x: Tensor, **_: Any) -> Tensor:
-        own = self.attention
-        batch, length = x.shape[:2]
-        qkv = own.qkv(x).reshape(batch, length, 3, own.num_heads, own.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        out = _Fused.apply(own.q_norm(q).to(v.dtype), own.k_norm(k).to(v.dtype), v, self.sums)
-        return own.proj_drop(own.proj(own.norm(out.transpose(1, 2).reshape(batch, length, -1))))
+    def forward(self, x: Tensor, rope: Tensor | None = None, **_: Any) -> Tensor:
+        out = _Fused.apply(*self.attention.project(x, rope), self.sums)
+        return self.attention.merge(out, x)
 
 
 class _Fused(torch.autograd.Function):

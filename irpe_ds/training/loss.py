@@ -10,7 +10,6 @@ from irpe_ds.config import DistillConfig, ModelConfig, RunConfig
 from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.models.build import build_model, load_weights
 from irpe_ds.models.pretrained import local_file
-from irpe_ds.models.vision_transformer import set_resolution
 from irpe_ds.training.precision import PRODUCTS
 
 
@@ -101,8 +100,6 @@ class DistillationLoss(Loss):
     @torch.no_grad()
     def _teacher_logits(self, images: Tensor) -> Tensor:
         """The teacher's logits, (B, C) in float32."""
-        height, width = images.shape[-2:]
-        set_resolution(self.teacher, (height, width))
         mixed = self.dtype != torch.float32
         with torch.autocast(images.device.type, self.dtype, enabled=mixed):
             return self.teacher(images.float()).float()

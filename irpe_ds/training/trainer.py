@@ -24,7 +24,6 @@ from irpe_ds.data.order import train_order
 from irpe_ds.errors import CheckpointError, TrainingError
 from irpe_ds.models import flops
 from irpe_ds.models.deferred import Initial
-from irpe_ds.models.vision_transformer import set_resolution
 from irpe_ds.runlog import RunLog
 from irpe_ds.training import precision
 from irpe_ds.training.batch import Normalize, build_augment, build_mixup, seed_step
@@ -192,7 +191,6 @@ class Trainer:
         epoch, done = divmod(self.update, self.length.updates_per_epoch)
         end = min(self.length.last_update, (epoch + 1) * self.length.updates_per_epoch)
         size = self.config.model.size_at(epoch)
-        set_resolution(self.engine.module, size)
         first_pass = done * train.accumulation
         batches = self.train_batches.epoch(epoch, first_pass, img_size=size)
         with closing(batches), self.progress_bar(epoch, done) as bar:
@@ -330,7 +328,6 @@ class Trainer:
     def validate(self, log: RunLog) -> dict[str, float]:
         """Scores of the current weights, and of their average, on the whole validation set."""
         self.waiting.next("evaluation")
-        set_resolution(self.engine.module, self.config.model.img_size)
         average_statistics(self.engine.module, self.ranks)
         scores = self.evaluate(self.engine)
         ema_text = ""

@@ -95,6 +95,27 @@ def test_contextual_is_the_mean_of_what_the_logits_get(method: str, qk_norm: boo
             torch.testing.assert_close(got, logits_BHL[:, :, 1:].mean((0, 2)))
 
 
+@pytest.mark.parametrize("on", ["k", "q"])
+def test_contextual_is_of_what_is_rotated(on: str) -> None:
+    """Grouped queries too: the maps are those of queries and keys that the op gets."""
+    size = {"img_size": (4 * HEIGHT, 4 * WIDTH), "patch_size": 4, "embed_dim": HEADS * DIM}
+    grouped = {"num_heads": HEADS, "num_kv_heads": 1, "depth": 1}
+    model = timm.create_model("vit_base_patch16_sapiens2", **size, **grouped).eval()
+    equip(model, RPEConfig(on=on, shared_heads=False), "reference")
+    fill(model)
+    attention, batch, inputs = model.blocks[0].attn, images(), []
+    attention.register_forward_pre_hook(
+        lambda _, args, kwargs: inputs.append((*args, kwargs["rope"])), with_kwargs=True
+    )
+    (found,) = offset_maps(model, on, lambda: batch)
+    q, k, _ = attention.project(*inputs[0])
+    patches = (q if on == "k" else k)[:, :, model.num_prefix_tokens :]
+    table, buckets = getattr(attention, f"rpe_{on}").terms()[0]
+    vectors = patches.mean((0, 2)) * DIM**-0.5  # (H, D)
+    expected = torch.einsum("hd,hdn->hn", vectors, table)[:, offset_ids(buckets)]
+    torch.testing.assert_close(found, expected.flip(1, 2) if on == "q" else expected)
+
+
 def offset_id(buckets: BucketMap, row: int, col: int) -> int:
     """The bucket of a key so many rows below and columns right of the query, by search."""
     for query in range(HEIGHT * WIDTH):

@@ -16,6 +16,7 @@ from irpe_ds.models.positions import KEY, Positions
 from irpe_ds.rpe.config import RPEConfig
 
 DEIT, DISTILLED = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
+ROTARY = "vit_small_patch16_rope_ape_224"
 NARROW = {"depth": 1, "embed_dim": 8, "num_heads": 2}
 Grid = tuple[int, int]
 
@@ -61,13 +62,16 @@ PAIRS = [
 class TestGrid:
     @pytest.mark.parametrize(
         ("name", "old", "new"),
-        [*((DEIT, *pair) for pair in PAIRS), (DISTILLED, *PAIRS[0]), (DISTILLED, *PAIRS[1])],
+        [
+            *((DEIT, *pair) for pair in PAIRS),
+            *((name, *pair) for name in (DISTILLED, ROTARY) for pair in PAIRS[:2]),
+        ],
     )
     def test_every_patch_still_knows_its_place(
         self, name: str, old: Grid, new: Grid, save: Save
     ) -> None:
         source = build_model(config(old, name))
-        prefix = source.num_prefix_tokens
+        prefix = 0 if source.no_embed_class else source.num_prefix_tokens
         source.pos_embed.data[0, prefix:, :2] = ramps(old)
         model = build_model(config(new, name, weights=save(source)))
         assert torch.equal(model.pos_embed[:, :prefix], source.pos_embed[:, :prefix])

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
@@ -11,17 +12,12 @@ import pytest
 import timm
 import torch
 from timm.layers import Attention
-from timm.models.vision_transformer import (
-    ParallelScalingBlock,
-    VisionTransformer,
-    checkpoint_filter_fn,
-)
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import Tensor
 
 from irpe_ds import equip
 from irpe_ds.errors import ConfigError
 from irpe_ds.models import RPEAttention
-from irpe_ds.models.vision_transformer import set_resolution
 from irpe_ds.rpe.buckets import BucketMap
 from irpe_ds.rpe.config import RPEConfig
 
@@ -247,7 +243,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"attn_layer": "diff"},
         "DiffAttention in blocks.0",
     ),
-    "patches dropped": ("deit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "patch_drop_rate"),
+    "patches dropped": ("deit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "patch_drop_rate=0.5"),
+    "patches dropped by EVA": ("eva02_tiny_patch14_224", {"patch_drop_rate": 0.5}, "=0.5"),
+    "biases shared by all blocks": (
+        "beit_base_patch16_224",
+        {"use_shared_rel_pos_bias": True},
+        "use_shared_rel_pos_bias",
+    ),
     "encoded already": (
         "deit_tiny_patch16_224_ctx_product_50_shared_k",
         {},
@@ -256,45 +258,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-class TestResolution:
-    @pytest.mark.parametrize("method", ["product", "cross"])
-    def test_is_that_of_a_model_made_for_the_size(self, method: Any) -> None:
-        def create(img_size: int, **options: Any) -> VisionTransformer:
-            model = timm.create_model(
-                "deit_tiny_patch16_224", img_size=img_size, depth=2, num_classes=7, **options
-            )
-            return equip(model, RPEConfig(method=method, on="qkv"))
-
-        dynamic = create(64, dynamic_img_size=True).eval()
-        for parameter in dynamic.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-        parameters = dict(dynamic.named_parameters())
-        for img_size in (96, 64):
-            fixed = create(img_size).eval()
-            state = checkpoint_filter_fn(dynamic.state_dict(), fixed)
-            fixed.load_state_dict(state)
-            set_resolution(dynamic, img_size)
-            images = torch.randn(2, 3, img_size, img_size)
-            with torch.no_grad():
-                torch.testing.assert_close(dynamic(images), fixed(images))
-        assert all(one is parameters[name] for name, one in dynamic.named_parameters())
-        with pytest.raises(ConfigError, match=r"multiples of the patch size \(16, 16\)"):
-            set_resolution(dynamic, 100)
-
-    def test_input_of_another_size_is_refused(self) -> None:
-        model = timm.create_model("deit_tiny_patch16_224", img_size=64, dynamic_img_size=True)
-        equip(model, RPEConfig())
-        with pytest.raises(ConfigError, match=r"expected 17 tokens"):
-            model(torch.randn(1, 3, 96, 96))
-
-
 class TestRefused:
     @pytest.mark.parametrize(("name", "options", "got"), REFUSED.values(), ids=REFUSED)
     def test_says_why(self, name: str, options: dict[str, Any], got: str) -> None:
         with torch.device("meta"):
             model = timm.create_model(name, **options)
         keys = list(model.state_dict())
-        with pytest.raises(ConfigError, match=r"^equip: expected a .*, got ") as caught:
+        with pytest.raises(ConfigError, match=r"^equip: expected .*, got ") as caught:
             equip(model, RPEConfig())
         assert got in str(caught.value.got)
         assert list(model.state_dict()) == keys
@@ -335,13 +305,30 @@ class TestAttention:
             ours = RPEAttention(attention, RPEConfig(on="qkv"), maps, "reference")
             assert torch.equal(ours(x), expected)
 
+    def test_a_mask_of_keys(self, attention: Attention, maps: tuple[BucketMap, ...]) -> None:
+        x, mask = torch.randn(2, 7, 48), torch.rand(2, 1, 1, 7) < 0.5
+        mask[..., 0] = True
+        with torch.no_grad():
+            expected = attention(x, attn_mask=mask)
+            ours = RPEAttention(attention, RPEConfig(on="qkv"), maps)
+            torch.testing.assert_close(ours(x, attn_mask=mask), expected)
+
     @pytest.mark.parametrize(
-        "mask", [{"attn_mask": torch.zeros(7, 7)}, {"is_causal": True}], ids=["mask", "causal"]
+        ("mask", "got"),
+        [
+            ({"attn_mask": torch.zeros(2, 1, 1, 7)}, "float32 (2, 1, 1, 7)"),
+            ({"attn_mask": torch.ones(7, 7, dtype=torch.bool)}, "bool (7, 7)"),
+            ({"is_causal": True}, "is_causal=True"),
+        ],
+        ids=["floating", "pairs", "causal"],
     )
-    def test_refuses_a_mask(
-        self, mask: dict[str, Any], attention: Attention, maps: tuple[BucketMap, ...]
+    def test_refuses_another_mask(
+        self, mask: dict[str, Any], got: str, attention: Attention, maps: tuple[BucketMap, ...]
     ) -> None:
-        with pytest.raises(ConfigError, match=r"^attn_mask: expected None.*, got a mask"):
+        expected = "attn_mask: expected a bool mask of keys (2, 1, 1, 7), True for those that take"
+        with pytest.raises(
+            ConfigError, match=f"^{re.escape(expected)} part, got {re.escape(got)}$"
+        ):
             RPEAttention(attention, RPEConfig(), maps)(torch.randn(2, 7, 48), **mask)
 
     @pytest.mark.parametrize("name", ["attn_drop", "proj_drop"])

@@ -49,6 +49,23 @@ def test_fused_attention_saves_no_scores(monkeypatch: pytest.MonkeyPatch) -> Non
     assert profile(tiny).saved - fused.saved > 0.9 * scores
 
 
+@pytest.mark.parametrize(
+    ("name", "impl"),
+    [
+        ("eva02_tiny_patch14_224", "fused"),
+        ("vit_small_patch16_dinov3", "fused"),
+        ("qwen3_vit_88m", "fused"),
+        ("beit_base_patch16_224", "gather"),
+    ],
+)
+def test_relative_position_in_many_families(name: str, impl: str) -> None:
+    plain = profile(config(name, 224, SHALLOW))
+    found = profile(config(name, 224, SHALLOW, "model.rpe={on: k}"))
+    assert found.impl == impl
+    assert found.numel - plain.numel == 64 * (49 + (name != "qwen3_vit_88m"))
+    assert found.flops > plain.flops
+
+
 def test_what_cannot_run_is_one_line() -> None:
     def fails(*_: Any) -> None:
         raise RuntimeError("reads a number\nand more")
