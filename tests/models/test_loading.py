@@ -1,10 +1,12 @@
 """A trained model goes elsewhere: `irpe_ds.load`, timm's `local-dir:`."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -26,6 +28,7 @@ from irpe_ds.files import replace_file
 from irpe_ds.models import release
 from irpe_ds.models.build import build_deferred
 from irpe_ds.models.deferred import materialize
+from irpe_ds.models.exported import Images
 from irpe_ds.models.release import export
 from irpe_ds.training.start import initial_manifest, run_length
 from tests import checkpoint_ranks
@@ -41,12 +44,9 @@ def run_config(folder: Path, *overrides: str) -> RunConfig:
     return load_config("launch/configs/quickstart.yaml", [*own, "data.val_crop=0.9", *overrides])
 
 
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """A run folder with checkpoints of random values, the first the better; and the values."""
-
+def make_in(folder: Path) -> Make:
     def make(*overrides: str, kinds: tuple[str, ...] = ("weights", "ema")) -> Any:
-        config = run_config(tmp_path, *overrides)
+        config = run_config(folder, *overrides)
         model, _ = build_deferred(config.model.without_weights(), seed=0)
         manifest = initial_manifest(
             config,
@@ -72,6 +72,12 @@ def make(tmp_path: Path) -> Make:
         return config.folder, states[0]
 
     return make
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A run folder with checkpoints of random values, the first the better; and the values."""
+    return make_in(tmp_path)
 
 
 def expected(config: RunConfig, state: dict[str, Tensor]) -> Tensor:
@@ -131,17 +137,23 @@ def test_an_export(overrides: tuple[str, ...], make: Make, tmp_path: Path) -> No
         model, transform, classes = irpe_ds.load(out)
         torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-5)
         assert classes == tuple(NAMES)
-        assert transform.images == irpe_ds.load(run).transform.images
+        assert transform.images == Images.of(run_config(tmp_path, *overrides))
     model = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-5)
     assert tuple(model.pretrained_cfg["label_names"]) == tuple(NAMES)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    run, _ = make_in(folder)(kinds=("weights",))
+    export(run, weights_of(run), folder / "exported")
+    return folder / "exported"
+
+
 @pytest.fixture
-def exported(make: Make, tmp_path: Path) -> Path:
-    run, _ = make(kinds=("weights",))
-    export(run, weights_of(run), tmp_path / "exported")
-    return tmp_path / "exported"
+def exported(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "exported"))
 
 
 def change(exported: Path, keys: str, value: Any) -> None:
@@ -156,10 +168,26 @@ def change(exported: Path, keys: str, value: Any) -> None:
     path.write_text(json.dumps(said))
 
 
-def test_another_encoding_is_not_loaded(exported: Path) -> None:
-    """Its tables have the same shapes."""
+def test_another_encoding_is_not_loaded(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tables have the same shapes. A cache of the hub is where timm finds a repository."""
+    cache = tmp_path / "models--me--mine"
+    exported = cache / "snapshots" / "1234"
+    shutil.copytree(made, exported)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("1234")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def from_hub(_: Path) -> nn.Module:
+        return timm.create_model("hf-hub:me/mine", pretrained=True, cache_dir=tmp_path)
+
+    def from_folder(path: Path) -> nn.Module:
+        return timm.create_model(f"local-dir:{path}", pretrained=True)
+
+    torch.testing.assert_close(logits(from_hub(made).eval()), logits(irpe_ds.load(made).model))
     change(exported, "model_args.rpe.ratio", 1.95)
-    for read in (irpe_ds.load, lambda p: timm.create_model(f"local-dir:{p}", pretrained=True)):
+    for read in (irpe_ds.load, from_folder, from_hub):
         with pytest.raises(UserError, match=r"the encoding of model\.rpe, ratio 1.95, got .* 1.9"):
             read(exported)
 
