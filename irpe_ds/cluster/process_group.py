@@ -6,6 +6,7 @@ import resource
 import socket
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -92,6 +93,17 @@ class Ranks:
         if isinstance(box[0], UserError):
             raise box[0]
         return box[0]
+
+    def on_rank0_at_length(self, function: Callable[[], Result]) -> Result:
+        """The same for what may take longer than COLLECTIVE_TIMEOUT: the others ask every minute.
+
+        The function runs in a thread.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(function) if self.is_main else None
+            while self.any_rank(future is not None and bool(wait([future], 60).not_done)):
+                pass
+            return self.on_rank0(lambda: cast(Future[Result], future).result())
 
 
 def is_broken_connection(error: BaseException) -> bool:

@@ -1,7 +1,7 @@
 """The data sets of a run: made readable, counted, and checked against the model."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ def resolve(config: RunConfig) -> Resolved:
     Raises:
         UserError: a folder has no images in classes, or cannot be converted.
     """
-    data, notes = config.data, []
+    data, notes = config.data, list[str]()
     for part in PARTS:
         folder = getattr(data, part)
         if folder is None or not folder.is_dir():
@@ -49,12 +49,25 @@ def resolve(config: RunConfig) -> Resolved:
             cores = len(os.sched_getaffinity(0))
             beton = converted(folder, f"data.{part}", workers=data.workers or cores)
             data = data.model_copy(update={part: beton})
-            manifest = read_manifest(beton)
-            if manifest is not None and manifest.skipped:
-                total = manifest.num_samples + manifest.skipped
-                left_out = f"{manifest.skipped} of {total} images in {folder} cannot be read"
-                notes.append(f"caution: {left_out}: {beside(beton, SKIPPED)} lists them")
-    return Resolved(with_class_count(config.model_copy(update={"data": data}), "train"), notes)
+            notes += _notes(f"data.{part}", folder, beton)
+    config = with_class_count(config.model_copy(update={"data": data}), "train")
+    if data.val is None:
+        train, val = (dataset_info(data, part).num_samples for part in PARTS)
+        notes.append(f"data.val: {val} of the {train + val} images; {VAL_IMAGES} lists them")
+    return Resolved(config, notes)
+
+
+def _notes(where: str, folder: Path, beton: Path) -> Iterator[str]:
+    """What is to be said of a folder that was converted."""
+    manifest = read_manifest(beton)
+    assert manifest is not None  # of what was not converted by us
+    images = f"{manifest.num_samples} images of {len(manifest.classes)} classes"
+    others = f", and {manifest.left_out} other files left out" if manifest.left_out else ""
+    yield f"{where}: {images} in {folder}{others}; read from {beton}"
+    if manifest.skipped:
+        total = manifest.num_samples + manifest.skipped
+        bad = f"{manifest.skipped} of {total} images in {folder} cannot be read"
+        yield f"caution: {bad}: {beside(beton, SKIPPED)} lists them"
 
 
 def unconverted(config: RunConfig) -> RunConfig:

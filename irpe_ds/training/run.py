@@ -102,9 +102,10 @@ def train(
         StopSignals() as signals,
         Heartbeat(ranks) as heartbeat,
         PreemptionSync(ranks, signals, heartbeat) as preemption,
-        Waiting("preparing data, model and attention op", ranks.is_main) as waiting,
+        Waiting("converting folders of images", ranks.is_main) as waiting,
     ):
-        config, notes = ranks.on_rank0(partial(resolve, config))
+        config, notes = ranks.on_rank0_at_length(partial(resolve, config))
+        waiting.next("preparing data, model and attention op")
         prepared = ranks.run_checked(partial(prepare, config, resume))
         length, model, op = prepared.length, prepared.model, prepared.op
         check_consistency(ranks, prepared.facts())

@@ -54,6 +54,31 @@ def test_without_errors_it_is_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     assert rank(0, monkeypatch, [None, None]).run_checked(lambda: 5) == 5
 
 
+@pytest.mark.parametrize("error", [None, ERRORS[1]])
+def test_the_others_ask_until_what_takes_long_is_done(
+    error: UserError | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def work() -> int:
+        if error is not None:
+            raise error
+        return 5
+
+    def any_rank(_: Ranks, busy: bool) -> bool:
+        asked.append(busy)
+        return len(asked) < 3  # as if another minute had passed
+
+    monkeypatch.setattr(Ranks, "any_rank", any_rank)
+    main = rank(0, monkeypatch, [None])
+    if error is None:
+        assert main.on_rank0_at_length(work) == 5
+    else:
+        with pytest.raises(DataError, match="3 bytes too few"):
+            main.on_rank0_at_length(work)
+    assert asked == [False] * 3
+
+
 def test_rank_0_may_have_connections_of_4096_ranks() -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:

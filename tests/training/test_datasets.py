@@ -83,7 +83,10 @@ class TestFolders:
     ) -> None:
         found, notes = datasets.resolve(config(photos, pipeline=pipeline))
         assert found.model.num_classes == 2
-        assert notes == []
+        *folder, split = notes
+        images = f"data.train: 8 images of 2 classes in {photos}; read from {photos}.beton"
+        assert folder == ([] if pipeline == "timm" else [images])
+        assert split == "data.val: 3 of the 8 images; val_images.json lists them"
         assert found.data.train == (
             photos if pipeline == "timm" else photos.parent / "photos.beton"
         )
@@ -116,8 +119,9 @@ class TestFolders:
 
     def test_images_that_cannot_be_read_are_told(self, photos: Path) -> None:
         (photos / "bee" / "7.png").write_bytes(b"no image")
-        found, notes = datasets.resolve(config(photos))
-        (note,) = notes
+        (photos / "bee" / "8.heic").write_bytes(b"of a kind that is not read")
+        found, (images, note, _) = datasets.resolve(config(photos))
+        assert f"in {photos}, and 1 other files left out; read" in images
         assert "1 of 9 images in " in note
         assert str(found.data.train) + ".skipped lists them" in note
 
