@@ -9,7 +9,12 @@ from irpe_ds.errors import ConfigError
 from irpe_ds.ops import DispatchKey, irpe_attention
 from irpe_ds.rpe.buckets import BucketMap
 from irpe_ds.rpe.config import RPEConfig
-from irpe_ds.rpe.tables import CrossRPETable, RPETable, Term, build_table
+from irpe_ds.rpe.tables import CrossRPETable, RPETable, Term, build_table, count_buckets
+
+
+def first_layer(model: nn.Module) -> "RPEAttention | None":
+    """The first attention with relative position; None in a model without."""
+    return next((m for m in model.modules() if isinstance(m, RPEAttention)), None)
 
 
 @register_notrace_module  # one node of timm's feature extractors: they cannot look into the op
@@ -84,6 +89,12 @@ class RPEAttention(nn.Module):
         rpe_q, rpe_k, rpe_v = self._terms()
         has_dropout = self.attn_drop.p > 0
         return DispatchKey.of(device_type, dtype, self.head_dim, rpe_q, rpe_k, rpe_v, has_dropout)
+
+    def describe(self) -> str:
+        """The encoding in words, with the buckets in use on the current grid."""
+        maps = next(tuple(m for _, m in terms) for terms in self._terms() if terms)
+        rpe, used = self.rpe, count_buckets(maps)
+        return f"{rpe.mode} {rpe.method} RPE on {rpe.on} ({used} buckets in use)"
 
     def _terms(self) -> tuple[tuple[Term, ...], ...]:
         tables = (self.rpe_q, self.rpe_k, self.rpe_v)

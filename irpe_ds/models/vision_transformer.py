@@ -16,7 +16,7 @@ from irpe_ds.rpe.tables import RPETable, build_maps
 
 
 def equip(model: nn.Module, rpe: RPEConfig, impl: str = "auto") -> VisionTransformer:
-    """Add zero-initialised relative position tables to every block, in place.
+    """Add zero-initialised relative position tables to the blocks, in place.
 
     Works on any timm VisionTransformer whose blocks use timm's `Attention`: DeiT, DINOv2 with
     registers, CLIP, SigLIP, with or without class token. Logits are unchanged until training
@@ -35,10 +35,31 @@ def equip(model: nn.Module, rpe: RPEConfig, impl: str = "auto") -> VisionTransfo
     vit = _checked(model)
     check_name(impl)
     maps = _maps(vit, rpe)
-    for block in vit.blocks:
+    blocks = vit.blocks if rpe.last_block else vit.blocks[:-1]
+    if not blocks:
+        raise ConfigError("equip", "two blocks or more without last_block", len(vit.blocks))
+    for block in blocks:
         block.attn = RPEAttention(cast(Attention, block.attn), rpe, maps, impl)
     vit.set_input_size = partial(_set_input_size, vit, rpe)  # type: ignore[method-assign]
     return vit
+
+
+def last_block_is_inert(model: nn.Module) -> bool:
+    """Whether tables in the last block are (nearly) without effect: the classifier reads class
+    tokens alone.
+
+    It needs row i of class tokens only, in which every key j has the one bucket b of the prefix
+    tokens. What a table T adds there:
+
+    - on k, q_i . T[b], or in bias mode on q and k, T[b]: the same to every logit of the row, which
+      softmax ignores. No effect, and a gradient of zero.
+    - on q, k_j . T[b]; on v, sum_j a_ij T[b] = T[b]: gradients of one bucket.
+    """
+    if not isinstance(model, VisionTransformer) or not isinstance(
+        getattr(model.blocks[-1], "attn", None), RPEAttention
+    ):
+        return False
+    return model.global_pool == "token" and model.attn_pool is None
 
 
 def set_resolution(model: nn.Module, img_size: int | tuple[int, int]) -> None:

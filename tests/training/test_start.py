@@ -25,6 +25,8 @@ from irpe_ds.training.start import (
 from tests import checkpoint_ranks
 from tests.checkpoint_ranks import SOLO
 
+NARROW = {"depth": 1, "embed_dim": 8, "num_heads": 2}
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
@@ -326,6 +328,11 @@ def test_weights_that_are_not_finite_are_not_resumed_from(
     ("there", "here", "message"),
     [
         ({"rpe": {"ratio": 1.9}}, {"rpe": {"ratio": 1.6}}, "ratio 1.6, got ratio 1.9"),
+        (
+            {"options": NARROW | {"depth": 2}},
+            {"options": NARROW | {"depth": 2}, "rpe": {"last_block": False}},
+            "last_block False, got last_block True",
+        ),
         ({"img_size": [64, 144]}, {"img_size": 96}, "a grid of 6x6 patches, got 4x9"),
         ({"img_size": [96, 192]}, {"img_size": [192, 96]}, "a grid of 12x6 patches, got 6x12"),
         ({}, {"drop_path": 0.1, "impl": "reference", "rpe": {"ratio": 1.9}}, None),
@@ -334,8 +341,7 @@ def test_weights_that_are_not_finite_are_not_resumed_from(
 def test_other_positions_of_the_same_shapes_are_another_model(
     there: dict[str, Any], here: dict[str, Any], message: str | None, present: CheckpointManifest
 ) -> None:
-    narrow = {"depth": 1, "embed_dim": 8, "num_heads": 2}
-    common = {"name": "deit_tiny_patch16_224", "rpe": {}, "options": narrow}
+    common = {"name": "deit_tiny_patch16_224", "rpe": {}, "options": NARROW}
     models = [ModelConfig.model_validate(common | values) for values in (there, here)]
     saved = replace(present, config={"model": models[0].model_dump(mode="json")})
     if message is None:
