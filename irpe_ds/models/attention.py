@@ -92,7 +92,7 @@ class RPEAttention(nn.Module):
 
     def describe(self) -> str:
         """The encoding in words, with the buckets in use on the current grid."""
-        maps = next(tuple(m for _, m in terms) for terms in self._terms() if terms)
+        maps = tuple(m for m in self.modules() if isinstance(m, BucketMap))  # shared by q, k, v
         rpe, used = self.rpe, count_buckets(maps)
         return f"{rpe.mode} {rpe.method} RPE on {rpe.on} ({used} buckets in use)"
 

@@ -28,6 +28,7 @@ from irpe_ds.config import ModelConfig, validate
 from irpe_ds.errors import CheckpointError, ConfigError, UserError
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.models.deferred import Initial, defer, materialize
+from irpe_ds.models.freezing import freeze
 from irpe_ds.models.positions import Positions, check_encoding, check_grid, on_grid
 from irpe_ds.models.vision_transformer import equip, set_resolution
 from irpe_ds.models.weights_file import check_tensors, read_weights
@@ -159,6 +160,7 @@ def _create(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
             raise ConfigError(where, error.expected, error.got) from None
     elif config.impl != "auto" and config.name not in ZOO:
         raise ConfigError("model.impl", "auto for a model without relative position", config.impl)
+    freeze(model, config.freeze)
     progressive = [(pixels, pixels) for _, pixels in config.resolutions]
     for size in (*progressive, config.img_size):  # the last one stays
         try:

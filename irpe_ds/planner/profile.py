@@ -124,7 +124,7 @@ def profile(config: RunConfig) -> Profile:
 
 
 def _profile(config: RunConfig) -> Profile:
-    plain = config.model.without_weights().model_copy(update={"impl": "auto"})
+    plain = config.model.without_weights().model_copy(update={"impl": "auto", "freeze": 0})
     if config.model.impl not in IMPLEMENTATIONS:
         expected = f"one of {', '.join(IMPLEMENTATIONS)}, whose memory the planner knows"
         raise ConfigError("model.impl", expected, config.model.impl)

@@ -124,6 +124,7 @@ def initial_manifest(
         global_batch=config.train.global_batch,
         num_samples=length.num_samples,
         seed=config.seed,
+        optimizer=config.optim.name,
         shapes={name: list(p.shape) for name, p in model.named_parameters()},
         world_size=world_size,
         zero_stage=ds_config["zero_optimization"]["stage"],

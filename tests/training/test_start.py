@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from irpe_ds.checkpoint import reader, shards, writer
+from irpe_ds.checkpoint import manifest, reader, shards, writer
 from irpe_ds.checkpoint.reader import CheckpointManifest
 from irpe_ds.config import ModelConfig, RunConfig
 from irpe_ds.errors import CheckpointError, ConfigError
@@ -141,6 +141,25 @@ class TestStart:
         other = reader.replace(present, **{field: 5}, updates_per_epoch=1)
         with pytest.raises(CheckpointError, match=message):
             find_start(config, "auto", other)
+
+    def test_with_another_optimizer(self, config: RunConfig, present: CheckpointManifest) -> None:
+        save(config.folder, present, 9)
+        other = reader.replace(present, optimizer="lion")
+        with pytest.raises(
+            CheckpointError, match=r"^optim\.name: expected adamw, as in .*, got lion"
+        ):
+            find_start(config, "auto", other)
+
+    def test_manifests_that_name_no_optimizer_are_of_adamw(
+        self, config: RunConfig, present: CheckpointManifest
+    ) -> None:
+        path = save(config.folder, present, 9)
+        file = path / "checkpoint.json"
+        body, _, _ = file.read_text().rpartition(',\n "sha256"')
+        body = body.replace(' "optimizer": "adamw",\n', "")
+        file.write_text(body + manifest._last_line(body))
+        assert "optimizer" not in file.read_text()
+        assert find_start(config, "auto", present).path == path
 
 
 FILES = ("checkpoint.json", "rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors")
