@@ -22,6 +22,7 @@ from irpe_ds.config_file import read_values
 from irpe_ds.config_types import (
     Count,
     Decay,
+    EraseMode,
     Every,
     EveryNth,
     Freeze,
@@ -144,6 +145,12 @@ class AugmentConfig(Section):
     RandAugment."""
     erase: Probability = 0.0
     """Probability of random erasing: a random box of the image becomes noise. timm: reprob."""
+    erase_mode: EraseMode = "pixel"
+    """What becomes of the box: noise (`pixel`), one random colour (`rand`) or the mean colour
+    (`const`). timm: remode."""
+    erase_count: Count = 1
+    """Most boxes in an image; it gets a random number of them, which share the area. timm:
+    recount."""
     repeats: Count = 1
     """Repeated augmentation: augmented copies of an image per epoch, which then has fewer different
     images. timm: aug-repeats; DeiT: 3 with repeated-aug."""

@@ -77,6 +77,8 @@ def _freeze(value: object) -> object:
 Freeze = Annotated[int | tuple[str, ...], BeforeValidator(_freeze)]
 """number of blocks, or list of names"""
 
+EraseMode = Literal["pixel", "rand", "const"]
+"""`pixel` or `rand` or `const`"""
 OptimizerName = Literal["adamw", "nadamw", "lion", "sgd"]
 """`adamw` or `nadamw` or `lion` or `sgd`"""
 
