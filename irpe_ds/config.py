@@ -131,6 +131,9 @@ class DataConfig(Section):
 
 
 class AugmentConfig(Section):
+    crop: Literal["random_resized", "simple"] = "random_resized"
+    """`simple`: DeiT III's for large sets; the image is scaled to cover the model's size, and the
+    crop may pass its border by up to 4 pixels, mirrored there. DeiT: src."""
     scale: Annotated[tuple[Share, Share], AfterValidator(ascending)] = (0.08, 1.0)
     """Area of the random resized crop, as a share of the image; smallest and largest."""
     ratio: Annotated[tuple[Positive, Positive], AfterValidator(ascending)] = (3 / 4, 4 / 3)
