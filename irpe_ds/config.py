@@ -23,12 +23,15 @@ from irpe_ds.config_types import (
     ClassCount,
     Count,
     Decay,
+    EraseMode,
     Every,
     EveryNth,
     Fraction,
+    Freeze,
     Interval,
     Natural,
     NonNegative,
+    OptimizerName,
     Positive,
     Probability,
     Share,
@@ -86,6 +89,10 @@ class ModelConfig(Section):
     new_head: StrictBool = False
     """Ignore the classifier in `weights` and initialise a new one, for other classes. timm:
     reset_classifier."""
+    freeze: Freeze = 0
+    """What is not trained: that many first blocks, and what is before them; or parameters and
+    modules by name, with wildcards and exceptions: `[patch_embed, "blocks.[0-5]"]`, or all but head
+    and tables, `["*", "!head", "!*.rpe_?"]`. 0: nothing."""
     grad_checkpointing: EveryNth = 0
     """Recompute activations in the backward pass instead of storing them: of every block (true), or
     of every n-th, which is faster and takes more memory. timm: grad-checkpointing; HF:
@@ -160,6 +167,9 @@ class DataConfig(Section):
 
 
 class AugmentConfig(Section):
+    crop: Literal["random_resized", "simple"] = "random_resized"
+    """`simple`: DeiT III's for large sets; the image is scaled to cover the model's size, and the
+    crop may pass its border by up to 4 pixels, mirrored there. DeiT: src."""
     scale: Annotated[tuple[Share, Share], AfterValidator(ascending)] = (0.08, 1.0)
     """Area of the random resized crop, as a share of the image; smallest and largest."""
     ratio: Annotated[tuple[Positive, Positive], AfterValidator(ascending)] = (3 / 4, 4 / 3)
@@ -174,6 +184,12 @@ class AugmentConfig(Section):
     RandAugment."""
     erase: Probability = 0.0
     """Probability of random erasing: a random box of the image becomes noise. timm: reprob."""
+    erase_mode: EraseMode = "pixel"
+    """What becomes of the box: noise (`pixel`), one random colour (`rand`) or the mean colour
+    (`const`). timm: remode."""
+    erase_count: Count = 1
+    """Most boxes in an image; it gets a random number of them, which share the area. timm:
+    recount."""
     repeats: Count = 1
     """Repeated augmentation: augmented copies of an image per epoch, which then has fewer different
     images. timm: aug-repeats; DeiT: 3 with repeated-aug."""
@@ -190,6 +206,10 @@ class AugmentConfig(Section):
 
 
 class OptimConfig(Section):
+    name: OptimizerName = "adamw"
+    """timm's optimizers that treat every number by itself, as ZeRO needs: it cuts tensors into
+    pieces. `lion` wants a smaller lr and more weight_decay than AdamW; `sgd` has Nesterov momentum
+    and a weight decay that is not decoupled. timm: opt."""
     lr: Positive = 5e-4
     """Peak learning rate for `lr_batch` images; scaled linearly with train.global_batch. timm:
     lr-base."""
@@ -207,13 +227,21 @@ class OptimConfig(Section):
     layer_decay: Share = 1.0
     """Layer-wise learning rate decay: a block's rate as a share of the next block's. 1: none. timm:
     layer-decay."""
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Decay rates of AdamW's moments. timm: opt-betas; HF: adam_beta1, adam_beta2."""
+    betas: tuple[Decay, Decay] | None = None
+    """Decay rates of the moments; the first is sgd's momentum. None: 0.9 and 0.999, of lion 0.9 and
+    0.99. timm: opt-betas, momentum; HF: adam_beta1, adam_beta2."""
     eps: Positive = 1e-8
-    """Added to the denominator of AdamW's step. timm: opt-eps; HF: adam_epsilon."""
+    """Added to the denominator of AdamW's and NAdamW's step. timm: opt-eps; HF: adam_epsilon."""
     clip_grad: Positive | None = None
     """Largest global gradient norm. None: no clipping. HF: max_grad_norm; DeepSpeed:
     gradient_clipping."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _usual_betas(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("betas") is None:
+            return values | {"betas": (0.9, 0.99 if values.get("name") == "lion" else 0.999)}
+        return values
 
 
 class TrainConfig(Section):

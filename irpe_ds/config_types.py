@@ -78,6 +78,23 @@ def _written_nth(number: int) -> int | bool:
 EveryNth = Annotated[int, BeforeValidator(_every_nth), PlainSerializer(_written_nth)]
 """true, false or a number n"""
 
+
+def _freeze(value: object) -> object:
+    names = value if isinstance(value, list | tuple) else [""]
+    is_number = type(value) is int and value >= 0
+    if not is_number and not all(isinstance(name, str) and name for name in names):
+        raise ConfigError("", "a number of blocks, or a list of names", repr(value))
+    return value
+
+
+Freeze = Annotated[int | tuple[str, ...], BeforeValidator(_freeze)]
+"""number of blocks, or list of names"""
+
+EraseMode = Literal["pixel", "rand", "const"]
+"""`pixel` or `rand` or `const`"""
+OptimizerName = Literal["adamw", "nadamw", "lion", "sgd"]
+"""`adamw` or `nadamw` or `lion` or `sgd`"""
+
 Size = Annotated[tuple[int, int], BeforeValidator(_height_width), PlainSerializer(_written_size)]
 """pixels, or [height, width]"""
 

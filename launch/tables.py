@@ -49,8 +49,8 @@ def main() -> None:
     from irpe_ds.plots.tables import draw_tables, read_maps
 
     weights = args.weights or reader.weights_of(args.run)
-    on, maps = read_maps(config, weights, args.on, args.layers, args.images)
-    figure = draw_tables(maps, on, config.name)
+    on, maps, inert = read_maps(config, weights, args.on, args.layers, args.images)
+    figure = draw_tables(maps, on, config.name, inert)
     print(save_figure(figure, args.out))
 
 

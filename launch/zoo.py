@@ -1,4 +1,4 @@
-"""Print the zoo: parameters and MACs counted from the models, accuracies as published."""
+"""Print the zoo: buckets, parameters and MACs of the models, accuracies as published."""
 
 import argparse
 import sys
@@ -13,7 +13,8 @@ NOTE = """
 Parameters and MACs are counted from the models here, MACs in matrix products of one 224 x 224
 image; (paper) is what the authors published. Where RPE is on values (qkv) the paper's count is
 higher: it multiplies every key's weight with an expanded (L, L, D) table, here the weights are
-summed per bucket first, which saves layers * L * (L - buckets) * width multiplications."""
+summed per bucket first, which saves layers * L * (L - buckets) * width multiplications. Buckets are
+those that occur on the grid of 14 x 14 patches, of those that a table has; with cross, of both."""
 
 
 def main() -> None:
@@ -21,15 +22,18 @@ def main() -> None:
 
     from irpe_ds.models.flops import params_and_macs
     from irpe_ds.models.zoo import ZOO
+    from irpe_ds.rpe.tables import build_maps, count_buckets
 
-    print("| model | params (M) | (paper) | MACs (M) | (paper) | top-1 (paper) | top-5 (paper) |")
-    print("|---|---|---|---|---|---|---|")
+    head = "params (M) | (paper) | MACs (M) | (paper) | top-1 (paper) | top-5 (paper)"
+    print(f"| model | buckets in use | {head} |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in (*PLAIN, *ZOO):
         params, macs = params_and_macs(name)
         row = ZOO.get(name)
         paper = (row.params_m, row.macs_m, row.top1, row.top5) if row else (None,) * 4
         cells = ["" if figure is None else str(figure) for figure in paper]
-        counted = (f"{params / 1e6:.2f}", cells[0], f"{macs / 1e6:.0f}", *cells[1:])
+        buckets = count_buckets(build_maps(row.rpe, 14, 14, skip=1)) if row else ""
+        counted = (buckets, f"{params / 1e6:.2f}", cells[0], f"{macs / 1e6:.0f}", *cells[1:])
         print(f"| `{name}` | {' | '.join(counted)} |")
     print(NOTE)
 

@@ -61,6 +61,8 @@ class TestReading:
                 "model.weights=some/weights.pth",
                 "optim.lr=1e-3",
                 "optim.clip_grad=5",
+                "optim.name=lion",
+                "model.freeze=[pos_embed, 'blocks.[0-5]']",
                 "log.wandb.tags=[a, 'on']",
                 "data.workers=3",
             ],
@@ -289,6 +291,12 @@ MISTAKES = {
         "model.grad_checkpointing=-1",
         "model.grad_checkpointing",
         "true, false or a number of blocks",
+        "-1",
+    ),
+    "freezing less than nothing": (
+        "model.freeze=-1",
+        "model.freeze",
+        "a number of blocks, or a list of names",
         "-1",
     ),
     "distillation without a teacher": (

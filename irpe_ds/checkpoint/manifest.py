@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import Field
 
-from irpe_ds.config_types import Count, Natural, Positive
+from irpe_ds.config_types import Count, Natural, OptimizerName, Positive
 from irpe_ds.errors import CheckpointError
 from irpe_ds.files import read_regular, replace_file
 from irpe_ds.schema import Number, Plain, Spelled, parse_json, spell
@@ -20,8 +20,13 @@ FORMAT = 3
 OLDEST = 2
 """The oldest format that can be read."""
 WEIGHTS, EMA = "weights", "ema"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's: with the above, the kinds of tensors."""
+MOMENTS: dict[OptimizerName, tuple[str, ...]] = {
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "nadamw": ("exp_avg", "exp_avg_sq"),
+    "lion": ("exp_avg",),
+    "sgd": ("momentum_buffer",),
+}
+"""What an optimizer keeps of each weight: with the above, the kinds of tensors."""
 MANIFEST = "checkpoint.json"
 LIMIT = 16 << 20
 """Largest manifest that is read, bytes."""
@@ -77,6 +82,8 @@ class CheckpointManifest:
     """Shape of every parameter of the model, by name."""
     constants: dict[str, Shape] = field(default_factory=dict)
     """Shapes of what is not trained, and saved with the weights: buffers, frozen parameters."""
+    optimizer: OptimizerName = "adamw"
+    """Whose moments it has."""
     ema: Annotated[bool, Field(strict=True)] = False
     """Whether it has a moving average of the weights."""
     world_size: Count
@@ -88,7 +95,7 @@ class CheckpointManifest:
     config: dict[str, Plain]
     """Configuration of the run."""
     steps: Natural = 0
-    """Updates that AdamW has applied: those done, less those skipped."""
+    """Updates that the optimizer has applied: those done, less those skipped."""
     loss_scaler: LossScaler | None = None
     """State of the dynamic loss scale; None unless in fp16."""
     meter: dict[str, Number] = field(default_factory=dict)

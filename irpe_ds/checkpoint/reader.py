@@ -3,7 +3,8 @@
 run/checkpoints/update-00000720/
     checkpoint.json                     the manifest, with the size and hash of each file
     rank-00000-of-00002.safetensors     what rank 0 held: ranges of the flattened tensors
-    rank-00001-of-00002.safetensors         weights.NAME, exp_avg.NAME, exp_avg_sq.NAME, ema.NAME
+    rank-00001-of-00002.safetensors         weights.NAME, exp_avg.NAME, exp_avg_sq.NAME, ema.NAME;
+                                            other optimizers have other moments
 
 All trained tensors are in fp32. A checkpoint appears all at once: it is written under a hidden name
 and renamed once it is on disk. It contains no pickles: reading one cannot run code. Checkpoints of
@@ -13,6 +14,7 @@ format 2, which had whole tensors in weights, ema and optimizer.safetensors, are
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,13 +35,16 @@ from irpe_ds.cluster.process_group import Ranks
 from irpe_ds.errors import CheckpointError, UserError
 
 FOLDER = "checkpoints"
+ALL_KINDS = {WEIGHTS, EMA, *chain(*MOMENTS.values())}
 
-ORDER = {
+UNCHANGED = {
     "num_samples": ("data.train", " images"),
     "global_batch": ("train.global_batch", ""),
     "seed": ("seed", ""),
+    "optimizer": ("optim.name", ""),
 }
-"""What the order of the data depends on: fields of the manifest, and their keys in the YAML."""
+"""What must stay the same, as order of the data and moments depend on it: fields of the manifest,
+and their keys in the YAML."""
 
 
 def path_of(folder: Path, update: int) -> Path:
@@ -77,7 +82,7 @@ def add_scores(folder: Path, manifest: CheckpointManifest) -> CheckpointManifest
 
 
 def find_damage(
-    path: Path, part: int = 0, parts: int = 1, kinds: Collection[str] = (WEIGHTS, EMA, *MOMENTS)
+    path: Path, part: int = 0, parts: int = 1, kinds: Collection[str] = ALL_KINDS
 ) -> str | None:
     """What is damaged in a checkpoint, if anything; reads every `parts`-th file once.
 
@@ -159,7 +164,7 @@ def check_compatible(path: Path, present: CheckpointManifest) -> CheckpointManif
         raise CheckpointError(
             f"{path}: checkpoint of another model: {name} of shape {there}, here {here}"
         )
-    for field, (key, unit) in ORDER.items():
+    for field, (key, unit) in UNCHANGED.items():
         there, here = getattr(saved, field), getattr(present, field)
         if here != there:
             raise CheckpointError(key, f"{there}{unit}, as in {path}", here)
@@ -202,7 +207,7 @@ def open_files(path: Path, nearest: float = 0) -> ShardFiles:
     if manifest.format < FORMAT:
         return _open_whole(path, files, manifest)
     trained = {n: s for n, s in manifest.shapes.items() if n not in manifest.constants}
-    kinds = (WEIGHTS, *MOMENTS, *([EMA] if manifest.ema else []))
+    kinds = (WEIGHTS, *MOMENTS[manifest.optimizer], *([EMA] if manifest.ema else []))
     shapes = {f"{kind}.{name}": shape for kind in kinds for name, shape in trained.items()}
     parameters = {*shapes, *(f"{WEIGHTS}.{name}" for name in manifest.shapes)}
     shapes |= {f"{WEIGHTS}.{name}": shape for name, shape in manifest.constants.items()}
@@ -214,11 +219,11 @@ def _open_whole(path: Path, files: Sequence[Path], manifest: CheckpointManifest)
     prefixes = {f"{kind}.safetensors": f"{kind}." for kind in (WEIGHTS, EMA)}
     shapes = whole_shapes(files, prefixes)
     manifest = replace(manifest, ema=f"{EMA}.safetensors" in manifest.files)
-    parameters = set()
+    parameters, moments = set(), MOMENTS["adamw"]
     for name, shape in manifest.shapes.items():
         kinds = [WEIGHTS, *([EMA] if manifest.ema else [])]
-        is_trained = any(f"{kind}.{name}" in shapes for kind in MOMENTS)
-        for key in (f"{kind}.{name}" for kind in [*kinds, *(MOMENTS if is_trained else ())]):
+        is_trained = any(f"{kind}.{name}" in shapes for kind in moments)
+        for key in (f"{kind}.{name}" for kind in [*kinds, *(moments if is_trained else ())]):
             if shapes.get(key) != shape:
                 got = shapes.get(key, "no such tensor")
                 raise CheckpointError(f"{path}: {key}", f"shape {shape}", got)

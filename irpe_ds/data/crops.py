@@ -13,13 +13,17 @@ CROP = np.dtype(
         ("height", "<i4"),
         ("width", "<i4"),
         ("flip", "<i4"),
+        ("shift_down", "<i4"),
+        ("shift_right", "<i4"),
     ],
     align=True,
 )
-"""One image to decode: its index, its crop box in pixels, and 1 if it is to be flipped."""
+"""One image to decode: its index, its crop box in pixels, 1 if it is to be flipped, and how far the
+resized box is to be shifted over the image's border, which is mirrored."""
 
 Crops = NDArray[np.void]
 
+PADDING = 4  # of the simple crop, as in DeiT III
 CROP_ATTEMPTS = 10  # as torchvision and timm, which then fall back to a centre crop
 
 
@@ -62,6 +66,37 @@ def random_resized_crops(
         pending = pending[~fits]
     aspect = np.clip(widths[pending] / heights[pending], *ratio)
     _centre(crops, pending, heights, widths, aspect, share=1.0)
+    return crops
+
+
+def simple_crops(
+    samples: NDArray[np.int64],
+    heights: NDArray[np.integer],
+    widths: NDArray[np.integer],
+    keys: Keys,
+    *,
+    size: tuple[int, int],
+    hflip: float,
+) -> Crops:
+    """DeiT III's simple random crop and horizontal flip of each sample; all arrays are (N,).
+
+    The image is scaled to cover `size`, and a box of that size is at a place uniform in it and 4
+    mirrored pixels around it. What is mirrored is left to a shift of the resized box.
+    """
+    rng = PerSampleRNG(keys, "simple crop")
+    crops = np.zeros(len(samples), CROP)
+    crops["sample"] = samples
+    crops["flip"] = rng.uniform(0) < hflip
+    shrink = np.minimum(heights / size[0], widths / size[1])  # source pixels of one of the result
+    names = ("height", "top", "shift_down"), ("width", "left", "shift_right")
+    for axis, (side, first, shift) in enumerate(names):
+        sides = (heights, widths)[axis]
+        free = np.rint(sides / shrink).astype(np.int64) - size[axis]
+        place = (rng.uniform(1 + axis) * (free + 2 * PADDING + 1)).astype(np.int64) - PADDING
+        inside = np.clip(place, 0, free)
+        crops[shift] = place - inside
+        crops[side] = np.clip(np.rint(size[axis] * shrink), 1, sides)
+        crops[first] = np.minimum(np.rint(inside * shrink), sides - crops[side])
     return crops
 
 

@@ -9,7 +9,12 @@ from irpe_ds.errors import ConfigError
 from irpe_ds.ops import DispatchKey, irpe_attention
 from irpe_ds.rpe.buckets import BucketMap
 from irpe_ds.rpe.config import RPEConfig
-from irpe_ds.rpe.tables import CrossRPETable, RPETable, Term, build_table
+from irpe_ds.rpe.tables import CrossRPETable, RPETable, Term, build_table, count_buckets
+
+
+def first_layer(model: nn.Module) -> "RPEAttention | None":
+    """The first attention with relative position; None in a model without."""
+    return next((m for m in model.modules() if isinstance(m, RPEAttention)), None)
 
 
 @register_notrace_module  # one node of timm's feature extractors: they cannot look into the op
@@ -139,6 +144,12 @@ class RPEAttention(nn.Module):
         prefix, patches = x.tensor_split([self.num_prefix_tokens], dim=2)
         half = getattr(self, "rotate_half", False)
         return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=half)], dim=2)
+
+    def describe(self) -> str:
+        """The encoding in words, with the buckets in use on the current grid."""
+        maps = tuple(m for m in self.modules() if isinstance(m, BucketMap))  # shared by q, k, v
+        rpe, used = self.rpe, count_buckets(maps)
+        return f"{rpe.mode} {rpe.method} RPE on {rpe.on} ({used} buckets in use)"
 
     def _terms(self) -> tuple[tuple[Term, ...], ...]:
         tables = (self.rpe_q, self.rpe_k, self.rpe_v)

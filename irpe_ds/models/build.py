@@ -24,6 +24,7 @@ from irpe_ds.config import ModelConfig, validate
 from irpe_ds.errors import CheckpointError, ConfigError, UserError
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.models.deferred import Initial, defer, materialize
+from irpe_ds.models.freezing import freeze
 from irpe_ds.models.positions import Positions, check_encoding, check_grid, on_grid
 from irpe_ds.models.pretrained import check_hub, local_file, released
 from irpe_ds.models.vision_transformer import check_resolution, equip, fit_encoder
@@ -160,6 +161,7 @@ def _create(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
             raise ConfigError(where, error.expected, error.got) from None
     elif config.impl != "auto" and config.name not in ZOO:
         raise ConfigError("model.impl", "auto for a model without relative position", config.impl)
+    freeze(model, config.freeze)
     for size in (*((pixels, pixels) for _, pixels in config.resolutions), config.img_size):
         try:
             check_resolution(model, size)

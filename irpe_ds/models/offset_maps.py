@@ -21,7 +21,7 @@ MULTIPLIED = {"k": 0, "q": 1}
 
 def targets(model: nn.Module) -> str:
     """The targets k, q and v that have tables, in this order; empty for a model without any."""
-    layers = _layers(model)
+    layers = attention_layers(model)
     return "".join(t for t in "kqv" if layers and getattr(layers[0], f"rpe_{t}") is not None)
 
 
@@ -43,7 +43,7 @@ def offset_maps(model: nn.Module, target: str, images: Callable[[], Tensor]) -> 
     if target not in [*targets(model)]:
         expected = f"one of {', '.join(targets(model))}" if targets(model) else "a model with RPE"
         raise ConfigError("target", expected, repr(target))
-    layers = _layers(model)
+    layers = attention_layers(model)
     terms = [getattr(layer, f"rpe_{target}").terms() for layer in layers]
     vectors_HD: list[Tensor | None] = [None] * len(layers)
     if target != "v" and terms[0][0][0].dim() == 3:  # (H, D, N); a bias has no D
@@ -66,7 +66,8 @@ def offset_ids(buckets: BucketMap) -> Tensor:
     return buckets.ids[query + buckets.skip, key + buckets.skip].long()
 
 
-def _layers(model: nn.Module) -> list[RPEAttention]:
+def attention_layers(model: nn.Module) -> list[RPEAttention]:
+    """Those with tables, in their order; the last block may have none."""
     return [module for module in model.modules() if isinstance(module, RPEAttention)]
 
 

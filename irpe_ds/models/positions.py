@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from irpe_ds.config_types import Count, Natural
 from irpe_ds.errors import ConfigError
-from irpe_ds.models.attention import RPEAttention
+from irpe_ds.models.attention import first_layer
 from irpe_ds.rpe.config import RPEConfig
 from irpe_ds.schema import parse_json
 
@@ -37,8 +37,7 @@ class Positions:
     @classmethod
     def of(cls, model: Any) -> "Positions":
         """Those of a model, on any device."""
-        trunk = getattr(model, "encoder", model)
-        layer = next((m for m in model.modules() if isinstance(m, RPEAttention)), None)
+        trunk, layer = getattr(model, "encoder", model), first_layer(model)
         return cls(
             grid=getattr(getattr(trunk, "patch_embed", None), "grid_size", None),
             prefix_tokens=getattr(model, "num_prefix_tokens", 0),

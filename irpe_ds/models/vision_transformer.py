@@ -37,7 +37,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def equip(model: Model, rpe: RPEConfig, impl: str = "auto") -> Model:
-    """Add zero-initialised relative position tables to every block, in place.
+    """Add zero-initialised relative position tables to the blocks, in place.
 
     Works on the models of timm that are blocks of self-attention on one grid of patches: DeiT,
     DINOv2, CLIP, SigLIP, EVA-02, DINOv3, BEiT and others, with or without class token, registers
@@ -58,13 +58,34 @@ def equip(model: Model, rpe: RPEConfig, impl: str = "auto") -> Model:
     check_name(impl)
     maps = _Maps(vit, rpe)
     shared = maps.current()
-    for block in vit.blocks:
+    blocks = vit.blocks if rpe.last_block else vit.blocks[:-1]
+    if not blocks:
+        raise ConfigError("equip", "two blocks or more without last_block", len(vit.blocks))
+    for block in blocks:
         block.attn = ADAPTERS[type(block.attn)](block.attn, rpe, shared, impl)
     if hasattr(vit, "set_input_size"):
         vit.set_input_size = partial(_set_input_size, vit, maps)
     if not vit.patch_embed.flatten:  # (B, H, W, C), because of dynamic_img_size
         vit.patch_embed.register_forward_hook(maps.follow)
     return model
+
+
+def last_block_is_inert(model: Any) -> bool:
+    """Whether tables in the last block are (nearly) without effect: the classifier reads class
+    tokens alone.
+
+    It needs row i of class tokens only, in which every key j has the one bucket b of the prefix
+    tokens. What a table T adds there:
+
+    - on k, q_i . T[b], or in bias mode on q and k, T[b]: the same to every logit of the row, which
+      softmax ignores. No effect, and a gradient of zero.
+    - on q, k_j . T[b]; on v, sum_j a_ij T[b] = T[b]: gradients of one bucket.
+    """
+    blocks = getattr(model, "blocks", None)
+    if not blocks or not isinstance(getattr(blocks[-1], "attn", None), RPEAttention):
+        return False
+    pools = getattr(model, "global_pool", None), getattr(model, "attn_pool", None)
+    return pools == ("token", None)
 
 
 class _Maps:

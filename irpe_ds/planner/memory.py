@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+from irpe_ds.checkpoint.manifest import MOMENTS
 from irpe_ds.config import RunConfig
 from irpe_ds.planner.deepspeed import (
     FP32,
@@ -16,8 +17,8 @@ from irpe_ds.planner.hardware import Cluster
 from irpe_ds.planner.profile import Profile
 from irpe_ds.planner.zero import Zero
 
-MASTER, MOMENTS, AVERAGE = FP32, 2 * FP32, FP32
-"""Bytes per weight of its fp32 master, of AdamW's two moments, of the moving average."""
+MASTER, AVERAGE = FP32, FP32
+"""Bytes per weight of its fp32 master, of the moving average."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Memory:
     gradients: int
     """With fp32 sums of several micro-steps."""
     optimizer: int
-    """fp32 masters and AdamW's moments."""
+    """fp32 masters and the optimizer's moments."""
     ema: int
     """The moving average."""
     activations: int
@@ -73,7 +74,8 @@ def memory(
     half = config.train.precision in ("bf16", "fp16")
     # Stage 0 updates fp32 parameters in place; every other case has separate masters.
     masters = 0 if zero.stage == 0 and not half else MASTER
-    states, average = (masters + MOMENTS) * shard, AVERAGE * shard if has_ema else 0
+    moments = FP32 * len(MOMENTS[config.optim.name])
+    states, average = (masters + moments) * shard, AVERAGE * shard if has_ema else 0
     weights, host = weight_memory(profile, zero, ranks)
     gradients = gradient_memory(profile, zero, ranks)
     sums = 0

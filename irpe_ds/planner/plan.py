@@ -39,6 +39,8 @@ class Scenario:
         if self.config.model.resolutions:
             pixels = self.config.model.img_size
             found.append(f"model.resolutions: every epoch is planned at {pixels} pixels")
+        if self.config.model.freeze:
+            found.append("model.freeze: all parameters are planned as trained")
         return found
 
     @property

@@ -14,14 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from irpe_ds.config import RunConfig
-from irpe_ds.data.augment.policies import Erase
 from irpe_ds.data.rng import image_keys
 from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.models.build import build_model, recompute_blocks
 from irpe_ds.models.flops import forward_flops
 from irpe_ds.ops.fused import kernel_shape, unsupported_reason
-from irpe_ds.training.batch import Normalize, build_augment, build_mixup
+from irpe_ds.training.batch import Normalize, build_augment, build_erase, build_mixup
 from irpe_ds.training.optim import parameter_groups
 from irpe_ds.training.precision import MODEL, PRODUCTS
 
@@ -124,7 +123,7 @@ def profile(config: RunConfig) -> Profile:
 
 
 def _profile(config: RunConfig) -> Profile:
-    plain = config.model.without_weights().model_copy(update={"impl": "auto"})
+    plain = config.model.without_weights().model_copy(update={"impl": "auto", "freeze": 0})
     if config.model.impl not in IMPLEMENTATIONS:
         expected = f"one of {', '.join(IMPLEMENTATIONS)}, whose memory the planner knows"
         raise ConfigError("model.impl", expected, config.model.impl)
@@ -193,7 +192,7 @@ def _input_kernels(config: RunConfig) -> int:
     images = torch.empty(len(keys), 3, 32, 32, dtype=torch.uint8, device=device)
     with _Traffic() as counted:
         shown = normalize(build_augment(config)(images, keys))
-        shown = Erase(config.augment.erase)(shown, keys)
+        shown = build_erase(config.augment)(shown, keys)
         if mixup is not None:
             mixup(shown, torch.empty(len(keys), dtype=torch.int64, device=device))
     return counted.kernels

@@ -20,13 +20,15 @@ from irpe_ds.config import RunConfig
 from irpe_ds.data.pipelines.pipeline import open_pipeline
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_model, load_weights
-from irpe_ds.models.offset_maps import offset_maps, targets
+from irpe_ds.models.offset_maps import attention_layers, offset_maps, targets
+from irpe_ds.models.vision_transformer import last_block_is_inert
 from irpe_ds.plots.style import FAINT, INK, plain
 from irpe_ds.training.batch import Normalize
 from irpe_ds.training.datasets import open_checked, with_class_count
 
 SIDE = 1.5
 """Height of a map, inches."""
+INERT = "\ninert: only the class\ntoken is read here"
 SHOWN = {
     "k": "mean logit of relative position on keys",
     "q": "mean logit of relative position on queries",
@@ -40,8 +42,8 @@ def read_maps(
     on: str | None,
     layers: str | None,
     images: int,
-) -> tuple[str, dict[int, np.ndarray]]:
-    """What is drawn, k, q or v, and its maps by layer.
+) -> tuple[str, dict[int, np.ndarray], int | None]:
+    """What is drawn, k, q or v, its maps by layer, and which layer is inert, if one is.
 
     Args:
         weights: of the model: .pth, .safetensors or a checkpoint.
@@ -60,10 +62,12 @@ def read_maps(
     on = on or targets(model)[0]
     if on not in targets(model):
         raise ConfigError("--on", f"one of {', '.join(targets(model))}, which have tables", on)
-    numbers = chosen_layers(layers, len(model.blocks))
+    count = len(attention_layers(model))
+    numbers = chosen_layers(layers, count)
     load_weights(model, weights, where="--weights")
     maps = offset_maps(model, on, lambda: validation_images(config, images))
-    return on, {n: maps[n].numpy() for n in numbers}
+    inert = count - 1 if last_block_is_inert(model) else None
+    return on, {n: maps[n].numpy() for n in numbers}, inert
 
 
 def chosen_layers(text: str | None, count: int) -> list[int]:
@@ -89,11 +93,14 @@ def validation_images(config: RunConfig, count: int) -> Tensor:
     return Normalize(data, device("cpu"))(images)
 
 
-def draw_tables(maps: Mapping[int, np.ndarray], on: str, name: str) -> Figure:
+def draw_tables(
+    maps: Mapping[int, np.ndarray], on: str, name: str, inert: int | None = None
+) -> Figure:
     """A row per layer, a column per head; every layer has its own colour range.
 
     Args:
         maps: by layer, (heads, 2 height - 1, 2 width - 1) as `offset_maps` gives them.
+        inert: the layer whose tables are said to be without effect.
     """
     heads, rows, columns = next(iter(maps.values())).shape
     width = SIDE * heads * columns / rows + 1.5
@@ -106,7 +113,8 @@ def draw_tables(maps: Mapping[int, np.ndarray], on: str, name: str) -> Figure:
         colours = ScalarMappable(scale, "Blues" if on == "v" else "RdBu_r")
         for axes, map_ in zip(axes_of_layer, maps_of_layer, strict=True):
             _draw_map(axes, map_, scale, colours)
-        axes_of_layer[0].set_ylabel(f"layer {layer}", color=INK, fontsize=10)
+        label = f"layer {layer}{INERT if layer == inert else ''}"
+        axes_of_layer[0].set_ylabel(label, color=INK, fontsize=10)
         bar = figure.colorbar(colours, ax=[*axes_of_layer], aspect=14, pad=0.02)
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0, colors=INK, labelsize=8)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.rpe.config import check_ratio
+from irpe_ds.rpe.config import RATIOS, check_ratio
 
 BUCKET_METHODS = ("euclidean", "quantization", "product", "cross_rows", "cross_cols")
 TOKENS = 1 << 14
@@ -80,7 +80,7 @@ class BucketMap(nn.Module):
 
     @classmethod
     def build(
-        cls, method: str, height: int, width: int, skip: int = 0, ratio: float = 1.9
+        cls, method: str, height: int, width: int, skip: int = 0, ratio: float | None = None
     ) -> "BucketMap":
         """Bucket a grid of height x width patches after `skip` prefix tokens.
 
@@ -94,6 +94,8 @@ class BucketMap(nn.Module):
         - cross_rows, cross_cols: the offset in rows, in columns
         - product: both offsets, one bucket per pair of levels
 
+        Without a ratio it is that of the released models.
+
         Raises:
             ConfigError: an unknown method, or an invalid size or ratio.
         """
@@ -104,12 +106,15 @@ class BucketMap(nn.Module):
             raise ConfigError("grid", "height and width >= 1 and skip >= 0", got)
         if skip + height * width > TOKENS:
             raise ConfigError("grid", f"at most {TOKENS} tokens", skip + height * width)
+        if ratio is None:
+            ratio = RATIOS[method.partition("_")[0]]
         check_ratio(ratio)
         return cls(method, height, width, skip, ratio)
 
     def extra_repr(self) -> str:
         height, width = self.grid
-        return f"{self.method}, {height}x{width}, skip={self.skip}, buckets={self.num_buckets}"
+        used = f"buckets={self.num_buckets}, in use={len(self.used_ids)}"
+        return f"{self.method}, {height}x{width}, skip={self.skip}, {used}"
 
 
 def num_buckets(method: str, skip: int, ratio: float) -> int:

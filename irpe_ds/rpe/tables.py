@@ -69,6 +69,12 @@ def build_maps(rpe: RPEConfig, height: int, width: int, skip: int) -> tuple[Buck
     return tuple(BucketMap.build(method, height, width, skip, rpe.ratio) for method in methods)
 
 
+def count_buckets(maps: tuple[BucketMap, ...]) -> str:
+    """How many buckets of a target's tables occur on the grid, as in "20 of 82"."""
+    used, all_ = sum(len(each.used_ids) for each in maps), sum(each.num_buckets for each in maps)
+    return f"{used} of {all_}"
+
+
 def build_table(
     rpe: RPEConfig,
     target: str,

@@ -5,8 +5,8 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
-from irpe_ds.config import DataConfig, RunConfig
-from irpe_ds.data.augment.policies import Augment
+from irpe_ds.config import AugmentConfig, DataConfig, RunConfig
+from irpe_ds.data.augment.policies import Augment, Erase
 
 
 class Normalize:
@@ -34,6 +34,11 @@ def build_augment(config: RunConfig) -> Augment:
         done = config.augment.model_copy(update={"auto": None, "color_jitter": 0.0})
         augment = Augment(done, config.data.mean)
     return augment
+
+
+def build_erase(augment: AugmentConfig) -> Erase:
+    """Random erasing, of either pipeline."""
+    return Erase(augment.erase, augment.erase_mode, augment.erase_count)
 
 
 def build_mixup(config: RunConfig) -> Mixup | None:

@@ -236,6 +236,9 @@ def _check_zero(config: RunConfig, zero: dict[str, Any], world_size: int) -> Non
         if offload.get("device") != "cpu" or not offload.keys() <= OFFLOAD:
             expected = "device cpu, beside it at most pin_memory"
             raise ConfigError(where, f"{expected} ({OFFLOAD_REASON})", json.dumps(offload))
+    if zero.get("offload_optimizer") and config.optim.name != "adamw":
+        where = f"{path}: zero_optimization.offload_optimizer"
+        raise ConfigError(where, "null without AdamW", f"optim.name {config.optim.name}")
     quantized = [key for key in zero if key.startswith("zero_quantized") and zero[key]]
     device = get_accelerator().device_name()
     if quantized and device != "cuda":

@@ -1,8 +1,8 @@
 """The training state of a DeepSpeed engine: what this rank holds of each parameter.
 
-DeepSpeed keeps master weights and AdamW's moments in fp32, as flat shards laid out by stage,
-precision and number of ranks. Here they are ranges of the flattened parameters, by name, which
-depend on none of these: a run on other ranks or with another stage can continue from them.
+DeepSpeed keeps master weights and the optimizer's moments in fp32, as flat shards laid out by
+stage, precision and number of ranks. Here they are ranges of the flattened parameters, by name,
+which depend on none of these: a run on other ranks or with another stage can continue from them.
 
 Written for DeepSpeed 0.19.8, whose own checkpoints resume on another number of ranks or another
 stage only in part. It uses attributes that are not in DeepSpeed's documented API:
@@ -44,7 +44,7 @@ class EngineState:
 
     def __init__(self, engine: Any, *, ema: bool) -> None:
         self._engine, self._optimizer = engine, engine.basic_optimizer
-        self.kinds = (WEIGHTS, *MOMENTS, *([EMA] if ema else []))
+        self.kinds = (WEIGHTS, *MOMENTS[self._optimizer.name], *([EMA] if ema else []))
         self._stage: int = engine.zero_optimization_stage()
         self._masters = _masters(engine) if self._stage == 0 else {}
         scaler = self._scaler()
@@ -64,16 +64,12 @@ class EngineState:
         buffers that it does not have stay as they are.
 
         Args:
-            step: number of updates behind the moments, for AdamW's bias correction.
+            step: number of updates behind the moments, for a bias correction.
         """
         for tensor in self._optimized():
-            # PyTorch's fused AdamW keeps it in a tensor on the device, DeepSpeed's for the host in
-            # an integer.
-            fused = "fused" in self._optimizer.defaults
-            count = torch.tensor(float(step), device=tensor.device) if fused else step
             state = self._optimizer.state[tensor]
             state.clear()
-            state["step"] = count
+            state["step"] = self._optimizer.as_step(step, tensor.device)
             for kind in self.kinds[1:]:
                 state[kind] = torch.zeros_like(tensor, requires_grad=False)
         if self._stage in (1, 2):
@@ -83,8 +79,8 @@ class EngineState:
         held += [(kind, *named) for kind in self.kinds for named in self.shards(kind)]
         for kind, name, (start, values) in held:
             _fill(values, source, f"{kind}.{name}", start)
-        if EMA in self.kinds and not any(f"{EMA}.{name}" in source for name, _ in self._trained()):
-            for weights, average in self._pairs():
+        for name, weights, average in self._pairs():
+            if f"{EMA}.{name}" not in source:
                 average.copy_(weights)
         self._refresh()
 
@@ -189,14 +185,16 @@ class EngineState:
         )
         return found.detach()
 
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's weights and their averages."""
-        for (_, weights), (_, average) in zip(self.shards(WEIGHTS), self.shards(EMA), strict=True):
-            yield weights.values, average.values
+    def _pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """This rank's weights and their averages, by name; none without a moving average."""
+        if EMA in self.kinds:
+            pairs = zip(self.shards(WEIGHTS), self.shards(EMA), strict=True)
+            for (name, weights), (_, average) in pairs:
+                yield name, weights.values, average.values
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for weights, average in self._pairs():
+        for _, weights, average in self._pairs():
             kept = weights.clone()
             weights.copy_(average)
             average.copy_(kept)

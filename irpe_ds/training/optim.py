@@ -1,19 +1,21 @@
-"""AdamW with a moving average of the weights, its parameter groups and the cosine schedule."""
+"""Optimizers with a moving average of the weights, parameter groups and the cosine schedule."""
 
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+import timm.optim
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from irpe_ds.checkpoint.reader import EMA
-from irpe_ds.config import RunConfig, TrainConfig
+from irpe_ds.config import OptimConfig, RunConfig, TrainConfig
+from irpe_ds.config_types import OptimizerName
 
 
 class _WithEMA:
-    """What `AdamW` and `cpu_adamw` add to their base classes.
+    """What the optimizers here add to their base classes.
 
     The average is part of the optimizer's state, like the moments: however ZeRO partitions or
     offloads a parameter, its average is partitioned, offloaded, gathered and saved with it.
@@ -25,6 +27,7 @@ class _WithEMA:
             DeepSpeed does this itself.
     """
 
+    name: OptimizerName = "adamw"
     overflow = False
     """Whether the last update was skipped; DeepSpeed's engine reads it under this name."""
 
@@ -33,6 +36,10 @@ class _WithEMA:
     ) -> None:
         super().__init__(groups, **own)  # type: ignore[call-arg]
         self.ema_decay, self.skip_nonfinite = ema_decay, skip_nonfinite
+
+    def as_step(self, count: int, _: torch.device) -> int | Tensor:
+        """A number of updates as the base class keeps it, for the state of a tensor there."""
+        return count
 
     @torch.no_grad()
     def step(self: Any, closure: Callable[[], float] | None = None) -> Any:
@@ -52,8 +59,50 @@ class _WithEMA:
         return result
 
 
+class _Counting(_WithEMA):
+    """Counts updates where the base class does not."""
+
+    def step(self: Any, closure: Callable[[], float] | None = None) -> Any:
+        """Update every tensor that has a gradient."""
+        result = super().step(closure)
+        for group in self.param_groups if not self.overflow else ():
+            for state in (self.state[p] for p in group["params"] if p.grad is not None):
+                state["step"] = state.get("step", 0) + 1
+        return result
+
+
 class AdamW(_WithEMA, torch.optim.AdamW):
     """PyTorch's fused AdamW, with a moving average."""
+
+    def __init__(self, groups: Iterable[Any], **own: Any) -> None:
+        super().__init__(groups, fused=True, **own)
+
+    def as_step(self, count: int, device: torch.device) -> Tensor:
+        return torch.tensor(float(count), device=device)
+
+
+class NAdamW(_WithEMA, timm.optim.NAdamW):
+    """timm's NAdamW, with a moving average."""
+
+    name = "nadamw"
+
+    def as_step(self, count: int, _: torch.device) -> Tensor:
+        return torch.tensor(float(count), device="cpu")
+
+
+class Lion(_Counting, timm.optim.Lion):
+    """timm's Lion, with a moving average."""
+
+    name = "lion"
+
+
+class SGD(_Counting, torch.optim.SGD):
+    """PyTorch's SGD, with a moving average."""
+
+    name = "sgd"
+
+
+OPTIMIZERS: dict[OptimizerName, Any] = {x.name: x for x in (AdamW, NAdamW, Lion, SGD)}
 
 
 def cpu_adamw() -> type[torch.optim.Optimizer]:
@@ -66,7 +115,7 @@ def cpu_adamw() -> type[torch.optim.Optimizer]:
 def build_optimizer(
     groups: list[dict[str, Any]], config: RunConfig, ds_config: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """AdamW with the run's moving average; on the host if `ds_config` offloads the optimizer.
+    """The run's, with its moving average; on the host if `ds_config` offloads the optimizer.
 
     Args:
         groups: of `parameter_groups`.
@@ -76,20 +125,25 @@ def build_optimizer(
     optim, zero = config.optim, ds_config["zero_optimization"]
     arguments: dict[str, Any] = {
         "lr": peak_lr(config),
-        "betas": optim.betas,
-        "eps": optim.eps,
         "ema_decay": config.train.ema_decay,
         # ZeRO and half precision check all gradients before they call the optimizer.
         "skip_nonfinite": zero["stage"] == 0 and config.train.precision in ("fp32", "autocast"),
     }
-    if zero.get("offload_optimizer"):
-        optimizer = cpu_adamw()(groups, **arguments)
-    else:
-        optimizer = AdamW(groups, fused=True, **arguments)
+    make = cpu_adamw() if zero.get("offload_optimizer") else OPTIMIZERS[optim.name]
+    optimizer = make(groups, **own_arguments(optim), **arguments)
     # DeepSpeed 0.19.8 refuses subclasses of its supported optimizers with ZeRO, unless
     # zero_allow_untested_optimizer is set, and then warns. The comparison is by exact type.
     ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))
     return optimizer
+
+
+def own_arguments(optim: OptimConfig) -> dict[str, Any]:
+    """The arguments that not all optimizers have."""
+    assert optim.betas is not None
+    if optim.name == "sgd":
+        return {"momentum": optim.betas[0], "nesterov": optim.betas[0] > 0}
+    eps = {} if optim.name == "lion" else {"eps": optim.eps}
+    return {"betas": optim.betas, **eps}
 
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
@@ -102,7 +156,8 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
     exempt: Collection[str] = getattr(model, "no_weight_decay", tuple)()
     optim = config.optim
     if optim.layer_decay == 1:
-        return param_groups_weight_decay(model, optim.weight_decay, no_weight_decay_list=exempt)
+        groups = param_groups_weight_decay(model, optim.weight_decay, no_weight_decay_list=exempt)
+        return [group for group in groups if group["params"]]
     return param_groups_layer_decay(
         model, optim.weight_decay, no_weight_decay_list=exempt, layer_decay=optim.layer_decay
     )

@@ -33,7 +33,7 @@ from irpe_ds.config import RunConfig
 from irpe_ds.data.beton.reader import DatasetInfo
 from irpe_ds.errors import ClusterError, ConfigError, UserError
 from irpe_ds.files import replace_file
-from irpe_ds.models.attention import RPEAttention
+from irpe_ds.models.attention import first_layer
 from irpe_ds.models.build import build_deferred
 from irpe_ds.models.deferred import Initial
 from irpe_ds.ops.dispatch import FallbackWarning, ResolvedImpl, resolve_impl
@@ -49,6 +49,7 @@ from irpe_ds.training.start import (
     cautions,
     check_folder,
     find_start,
+    inert_tables,
     initial_manifest,
     model_to_build,
     run_length,
@@ -132,8 +133,9 @@ def train(
             with open_log(config, resume, start.saved, ranks) as log:
                 if ranks.is_main:
                     names = names_of(config, prepared.data["train"])
-                    log.note(write_run_metadata(config, ds_config, ranks, op, names))
-                for text in [*notes, *cautions(config, length), *start.notes]:
+                    log.note(write_run_metadata(config, ds_config, ranks, model, op, names))
+                notes += [*cautions(config, length), *inert_tables(config.model, model)]
+                for text in [*notes, *start.notes]:
                     log.note(text)
                 with trainer.trace:
                     finished = work(trainer, log)
@@ -182,7 +184,7 @@ def choose_op(config: RunConfig, model: nn.Module, device_type: str) -> Resolved
     Raises:
         ConfigError: `model.impl` names one that does not run here.
     """
-    layer = next((m for m in model.modules() if isinstance(m, RPEAttention)), None)
+    layer = first_layer(model)
     if layer is None:
         return ResolvedImpl("timm's own", "the model has no relative position encoding")
     warnings.simplefilter("ignore", FallbackWarning)  # the run's log says it, once
@@ -197,6 +199,7 @@ def write_run_metadata(
     config: RunConfig,
     ds_config: dict[str, Any],
     ranks: Ranks,
+    model: nn.Module,
     op: ResolvedImpl,
     names: dict[str, list[str]],
 ) -> str:
@@ -219,8 +222,8 @@ def write_run_metadata(
             replace_file(config.folder / name, text)
     nodes = len(found["hosts"])
     network = f", {nodes} nodes over {found['interface']}" if nodes > 1 else ""
-    rpe = config.model.rpe
-    relative = f" with {rpe.mode} {rpe.method} RPE on {rpe.on}" if rpe else ""
+    layer = first_layer(model)
+    relative = f" with {layer.describe()}" if layer else ""
     in_fp32 = sums_in_fp32(config) or ds_config.get("communication_data_type") == "fp32"
     sums = ", gradients summed in fp32" if in_fp32 else ""
     return (

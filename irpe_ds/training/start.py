@@ -18,6 +18,7 @@ from irpe_ds.config import ModelConfig, RunConfig
 from irpe_ds.errors import CheckpointError, ConfigError
 from irpe_ds.files import lock_file
 from irpe_ds.models.build import check_positions
+from irpe_ds.models.vision_transformer import last_block_is_inert
 from irpe_ds.runlog import METRICS
 from irpe_ds.training.optim import peak_lr
 
@@ -81,6 +82,15 @@ def cautions(config: RunConfig, length: RunLength) -> list[str]:
     return [f"caution: {text}" for text in found]
 
 
+def inert_tables(config: ModelConfig, model: nn.Module) -> list[str]:
+    """A line for the log where the tables of the last block learn next to nothing."""
+    if not last_block_is_inert(model):
+        return []
+    text = "the last block's tables are inert: only the class token is read there, and for it all "
+    text += "patches are in one bucket"
+    return [f"{text} (model.rpe.last_block=false leaves them out)" if config.rpe else text]
+
+
 def _other_normalization(config: RunConfig) -> list[str]:
     """Cautions where loaded weights are of a model that timm knows with other pixel values."""
     model, distill, data = config.model, config.distill, config.data
@@ -114,6 +124,7 @@ def initial_manifest(
         global_batch=config.train.global_batch,
         num_samples=length.num_samples,
         seed=config.seed,
+        optimizer=config.optim.name,
         shapes={name: list(p.shape) for name, p in model.named_parameters()},
         world_size=world_size,
         zero_stage=ds_config["zero_optimization"]["stage"],

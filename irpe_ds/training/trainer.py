@@ -18,7 +18,6 @@ from irpe_ds.cluster.preemption import PreemptionSync
 from irpe_ds.cluster.process_group import Ranks
 from irpe_ds.cluster.waiting import Waiting
 from irpe_ds.config import RunConfig
-from irpe_ds.data.augment.policies import Erase
 from irpe_ds.data.loaders import Batch, EvalLoader, TrainLoader
 from irpe_ds.data.order import train_order
 from irpe_ds.errors import CheckpointError, TrainingError
@@ -26,7 +25,7 @@ from irpe_ds.models import flops
 from irpe_ds.models.deferred import Initial
 from irpe_ds.runlog import RunLog
 from irpe_ds.training import precision
-from irpe_ds.training.batch import Normalize, build_augment, build_mixup, seed_step
+from irpe_ds.training.batch import Normalize, build_augment, build_erase, build_mixup, seed_step
 from irpe_ds.training.compilation import compile_engine
 from irpe_ds.training.engine import FirstValues, build_engine
 from irpe_ds.training.engine_state import EngineState
@@ -92,7 +91,7 @@ class Trainer:
         self.schedule = build_schedule(self.engine.optimizer, config, length.updates_per_epoch)
         self.augment = build_augment(config)
         self.normalize = Normalize(config.data, ranks.device)
-        self.erase = Erase(config.augment.erase)
+        self.erase = build_erase(config.augment)
         self.mixup = build_mixup(config)
         self.lock = self.find_lock()
         own = start.path is not None and start.path.resolve().parent == self.folder.resolve()

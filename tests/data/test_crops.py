@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from irpe_ds.data.crops import Crops, center_crops, random_resized_crops
+from irpe_ds.data.crops import PADDING, Crops, center_crops, random_resized_crops, simple_crops
 from irpe_ds.data.rng import image_keys
 
 
@@ -113,3 +113,30 @@ def test_centre(
     )
     assert tuple(crop[name] for name in ("top", "left", "height", "width")) == box
     assert (crop["sample"], crop["flip"]) == (7, 0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (48, 32), (300, 300), (20, 15), (5, 400)])
+def test_simple_crops_are_distributed_as_deits(height: int, width: int) -> None:
+    """Of the image scaled to cover 16 x 16, the box of that size in it and 4 pixels around."""
+    count = 20000
+    samples = np.arange(count)
+    sides = np.full(count, height), np.full(count, width)
+    keys = image_keys(samples, seed=0, epoch=0)
+    crops = simple_crops(samples, *sides, keys, size=(16, 16), hflip=0.25)
+    shrink = min(height, width) / 16
+    for side, first, shift, length in (
+        ("height", "top", "shift_down", height),
+        ("width", "left", "shift_right", width),
+    ):
+        assert crops[first].min() == 0
+        assert (crops[first] + crops[side]).max() == length
+        assert crops[side] == pytest.approx(16 * shrink, abs=0.5)
+        free = round(length / shrink) - 16
+        place = np.rint(crops[first] / shrink) + crops[shift]
+        counted = np.bincount((place + PADDING).astype(int), minlength=free + 2 * PADDING + 1)
+        if shrink >= 1:  # else places share a pixel of the source
+            mean = count / (free + 2 * PADDING + 1)
+            assert len(counted) == free + 2 * PADDING + 1
+            assert counted == pytest.approx(mean, abs=6 * np.sqrt(mean))
+        assert not crops[shift][(crops[first] > 0) & (crops[first] + crops[side] < length)].any()
+    assert crops["flip"].mean() == pytest.approx(0.25, abs=0.02)

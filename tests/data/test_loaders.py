@@ -23,6 +23,7 @@ from irpe_ds.data.beton.manifest import MANIFEST, beside
 from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.beton.reader import read_beton
 from irpe_ds.data.beton.sources import open_source
+from irpe_ds.data.crops import simple_crops
 from irpe_ds.data.loaders import EvalLoader, TrainLoader
 from irpe_ds.data.pipelines import ffcv
 from irpe_ds.errors import ConfigError, DataError
@@ -207,6 +208,31 @@ def test_evaluation_counts_every_image_once(beton: Path, world_size: int) -> Non
         lengths.add(len(loader))
     assert sorted(counted) == list(range(37))
     assert len(lengths) == 1
+
+
+def test_a_simple_crop_is_a_window_of_the_padded_image(folder: Path, tmp_path: Path) -> None:
+    """Of images whose shorter side is as long as the model's: 24 x 52 and 52 x 24 pixels."""
+    augment, shifts = AugmentConfig(crop="simple"), []
+    convert(open_source([folder]), tmp_path / "x.beton", StorageOptions(mode="raw"), workers=1)
+    loader = train_loader(tmp_path / "x.beton", augment)
+    for epoch in range(4):
+        for images, labels, keys in loader.epoch(epoch):
+            for image, label, key in zip(images, labels.tolist(), keys, strict=True):
+                if label not in (4, 32):
+                    continue
+                whole = np.asarray(Image.open(folder / f"{label:03d}/image.jpg").convert("RGB"))
+                sides = [np.array([side]) for side in whole.shape[:2]]
+                (crop,) = simple_crops(
+                    np.array([label]), *sides, np.array([key]), size=(24, 24), hflip=augment.hflip
+                )
+                padded = np.pad(whole, ((4, 4), (4, 4), (0, 0)), "reflect")
+                top = 4 + crop["top"] + crop["shift_down"]
+                left = 4 + crop["left"] + crop["shift_right"]
+                window = padded[top : top + 24, left : left + 24]
+                shown = image.permute(1, 2, 0).numpy()
+                assert np.array_equal(shown[:, ::-1] if crop["flip"] else shown, window)
+                shifts += [crop["shift_down"], crop["shift_right"]]
+    assert min(shifts) < 0 < max(shifts)
 
 
 def test_evaluation_is_the_same_each_time(beton: Path) -> None:

@@ -70,11 +70,12 @@ def test_says_what_it_leaves_out(call: Call, tmp_path: Path) -> None:
     shutil.copy("ds_configs/zero1.json", tmp_path)
     (tmp_path / "package.json").write_text("{}")  # of something else
     deepspeed = f"train.deepspeed={tmp_path}/zero1.json"
-    resolutions = "model.resolutions=[[0, 160], [150, 224]]"
-    code, stdout, stderr = call(*distill, "--gpu", "H100", "--gpus", "8", deepspeed, resolutions)
+    model = "model.resolutions=[[0, 160], [150, 224]]", "model.freeze=6"
+    code, stdout, stderr = call(*distill, "--gpu", "H100", "--gpus", "8", deepspeed, *model)
     assert code == 0, stderr
     assert "- not counted: the teacher" in stdout
     assert "- not counted: model.resolutions" in stdout
+    assert "- not counted: model.freeze" in stdout
 
 
 def test_without_deepspeed() -> None:

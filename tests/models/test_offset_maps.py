@@ -126,7 +126,7 @@ def offset_id(buckets: BucketMap, row: int, col: int) -> int:
 
 
 def test_table_of_columns_gives_a_map_of_columns() -> None:
-    model = vit(RPEConfig(method="cross", mode="bias", on="k"))
+    model = vit(RPEConfig(method="cross", mode="bias", on="k", ratio=1.9))
     cols = model.blocks[0].attn.rpe_k.rp_cols
     with torch.no_grad():
         cols.lookup_table_bias[0, :7] = -torch.arange(-3.0, 4.0)  # buckets of query - key

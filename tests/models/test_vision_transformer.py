@@ -18,6 +18,8 @@ from torch import Tensor
 from irpe_ds import equip
 from irpe_ds.errors import ConfigError
 from irpe_ds.models import RPEAttention
+from irpe_ds.models.positions import Positions
+from irpe_ds.models.vision_transformer import last_block_is_inert
 from irpe_ds.rpe.buckets import BucketMap
 from irpe_ds.rpe.config import RPEConfig
 
@@ -160,6 +162,55 @@ class TestFamilies:
         model.blocks[1].train()
         equip(model, RPEConfig())
         assert [block.attn.training for block in model.blocks] == [False, True]
+
+
+class TestLastBlock:
+    @pytest.mark.parametrize("mode", ["contextual", "bias"])
+    @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+    def test_what_a_class_token_leaves_of_its_tables(
+        self, name: str, mode: str, create: Create
+    ) -> None:
+        """On keys nothing, on queries and values the bucket of the prefix tokens."""
+        on = "qkv" if mode == "contextual" else "qk"
+        model = equip(create(name, img_size=48).double(), RPEConfig(mode=mode, on=on), "reference")
+        assert last_block_is_inert(model)
+        move_tables(model)
+        logits = model(image_for(model, batch=2).double())
+        (logits * torch.randn_like(logits)).sum().backward()
+        for key, table in tables_of(model).items():
+            target = key.split("rpe_")[1][0]
+            last = table.grad[:, -1] if target == "v" else table.grad[..., -1]
+            others = table.grad[:, :-1] if target == "v" else table.grad[..., :-1]
+            is_last_block = key.startswith("blocks.1")
+            assert (others.abs().max() > 1e-3) != is_last_block, key
+            learns = not is_last_block or (mode == "contextual" and target != "k")
+            assert (last.abs().max() > 1e-3) == learns, key
+            assert learns or table.grad.abs().max() < 1e-12, key
+
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("deit_tiny_patch16_224", {"global_pool": "avg"}),
+            ("deit_tiny_patch16_224", {"num_classes": 0, "global_pool": ""}),
+            ("vit_base_patch16_siglip_224", {}),
+        ],
+    )
+    def test_is_not_inert_where_patches_are_read(
+        self, name: str, options: dict[str, Any], create: Create
+    ) -> None:
+        assert not last_block_is_inert(equip(create(name, **options), RPEConfig()))
+
+    def test_left_out(self, create: Create) -> None:
+        model = create()
+        image, rpe = image_for(model), RPEConfig(last_block=False)
+        with torch.no_grad():
+            before = model(image)
+            assert torch.equal(equip(model, rpe, "reference")(image), before)
+        assert list(tables_of(model)) == ["blocks.0.attn.rpe_k.lookup_table_weight"]
+        assert not last_block_is_inert(model)
+        assert Positions.of(model).encoding == rpe
+        with pytest.raises(ConfigError, match="two blocks or more without last_block, got 1"):
+            equip(create(depth=1), rpe)
 
 
 def copied_by_pickle(model: VisionTransformer) -> VisionTransformer:

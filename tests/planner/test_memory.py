@@ -31,6 +31,10 @@ class TestByHand:
         assert found.optimizer == (4 + 8) * N
         assert found.ema == 4 * N
 
+    def test_lion_has_one_moment(self) -> None:
+        run = load_config(DEIT, ["optim.name=lion"])
+        assert memory(tiny(), zero(0), cluster(4), run, 1, context_gib=0).optimizer == (4 + 4) * N
+
     def test_stage_1_shares_states(self) -> None:
         found = of(1)
         assert (found.weights, found.gradients) == (2 * N, 2 * N)

@@ -22,7 +22,7 @@ from launch import tables as script
 from tests import checkpoint_ranks
 
 ROOT = Path(__file__).parents[2]
-BIAS = "model.rpe={method: cross, mode: bias, on: k}"
+BIAS = "model.rpe={method: cross, mode: bias, on: k, ratio: 1.9}"
 SHARED = np.array([-2.0, -2, -1, 0, 1, 2, 2])  # offsets of 2 and 3 patches share a bucket
 
 
@@ -67,10 +67,10 @@ def draw(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 
 def test_maps_stand_by_layer_and_head() -> None:
     maps = {n: np.random.default_rng(n).normal(size=(2, 5, 7)) for n in (0, 4)}
-    figure = tables.draw_tables(maps, "k", "mine")
+    figure = tables.draw_tables(maps, "k", "mine", inert=4)
     axes = [a for a in figure.axes if a.images]
     assert [a.get_title() for a in axes] == ["head 0", "head 1", "", ""]
-    assert [a.get_ylabel() for a in axes] == ["layer 0", "", "layer 4", ""]
+    assert [a.get_ylabel() for a in axes] == ["layer 0", "", f"layer 4{tables.INERT}", ""]
     for place, drawn in zip([(0, 0), (0, 1), (4, 0), (4, 1)], axes, strict=True):
         layer, head = place
         (image,) = drawn.images
@@ -124,6 +124,7 @@ def test_images_come_from_all_over_the_set(config: Path) -> None:
         (["--layers", "x"], "--layers: expected numbers from 0 to 2"),
         (["--on", "q"], "--on: expected one of k, v, which have tables, got q"),
         (["model.rpe=null"], "model: expected one with relative position tables, got vit_tiny"),
+        (["model.rpe.last_block=false", "--layers", "2"], "--layers: expected numbers from 0 to 1"),
         (["model.options.depth=2"], "--weights: expected the weights of this"),
         (["data.val=nowhere"], "data.val: expected"),
     ],

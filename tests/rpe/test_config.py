@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from irpe_ds.errors import ConfigError
+from irpe_ds.rpe.buckets import BucketMap
 from irpe_ds.rpe.config import RPEConfig
+from irpe_ds.rpe.tables import build_maps, count_buckets
 
 
 @pytest.mark.parametrize(
@@ -56,4 +58,30 @@ def test_is_frozen_and_takes_keywords_only() -> None:
 def test_the_default_is_the_paper_s_choice() -> None:
     rpe = RPEConfig()
     expected = ("product", "contextual", "k", 1.9, True)
+    assert rpe.last_block
     assert (rpe.method, rpe.mode, rpe.on, rpe.ratio, rpe.shared_heads) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "ratio", "most", "used"),
+    [
+        ("product", 1.9, 49, "50 of 50"),
+        ("euclidean", 20, 41, "20 of 82"),
+        ("quantization", 33, 67, "51 of 134"),
+        ("cross", 20, 162, "56 of 164"),
+    ],
+)
+def test_ratios_and_buckets_are_the_released_ones(
+    method: str, ratio: float, most: int, used: str
+) -> None:
+    """deit_small_..._euc_20, quant_51 and cross_56 count the buckets in use on 14 x 14 patches."""
+    rpe = RPEConfig(method=method)
+    assert rpe == RPEConfig(method=method, ratio=ratio)
+    assert repr(rpe).endswith(
+        f"ratio={ratio}, shared_heads=True, last_block=True, buckets<={most})"
+    )
+    maps = build_maps(rpe, 14, 14, skip=1)
+    assert count_buckets(maps) == used
+    assert {each.ratio for each in maps} == {ratio}
+    assert BucketMap.build(maps[0].method, 2, 2).ratio == ratio
+    assert f"in use={len(maps[0].used_ids)}" in repr(maps[0])

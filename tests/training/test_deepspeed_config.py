@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from deepspeed.accelerator import get_accelerator
 
-from irpe_ds.config import RunConfig
+from irpe_ds.config import OptimConfig, RunConfig
 from irpe_ds.errors import ConfigError
 from irpe_ds.planner.zero import read_zero
 from irpe_ds.training.deepspeed_config import (
@@ -233,6 +233,14 @@ def test_what_deepspeed_would_not_take(
         deepspeed_config(run_config(deepspeed=path), world_size=4)
     for part in (str(path), *parts):
         assert part in str(error.value)
+
+
+def test_only_adamw_is_offloaded() -> None:
+    config = run_config(deepspeed=DS_CONFIGS / "zero2_offload.json")
+    config = config.model_copy(update={"optim": OptimConfig.model_validate({"name": "lion"})})
+    expected = "offload_optimizer: expected null without AdamW, got optim.name lion"
+    with pytest.raises(ConfigError, match=expected):
+        deepspeed_config(config, world_size=2)
 
 
 def test_fp16_needs_zero() -> None:

@@ -1,15 +1,23 @@
-"""AdamW's groups and the schedule."""
+"""Optimizers, their groups and the schedule."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 
 from irpe_ds import RPEConfig, equip
-from irpe_ds.config import RunConfig
-from irpe_ds.training.optim import build_schedule, parameter_groups, peak_lr
+from irpe_ds.config import OptimConfig, RunConfig
+from irpe_ds.training.optim import (
+    OPTIMIZERS,
+    build_optimizer,
+    build_schedule,
+    parameter_groups,
+    peak_lr,
+)
 
 ZOO_K = "deit_tiny_patch16_224_ctx_product_50_shared_k"
 
@@ -102,3 +110,52 @@ def test_schedule_is_warmup_then_cosine_per_update(config: RunConfig) -> None:
         cosine = 0.5 * (1 + math.cos(math.pi * update / 100))
         assert lr(update) == pytest.approx(1e-5 + (peak - 1e-5) * cosine)
     assert lr(10) == pytest.approx(1e-6 + (peak - 1e-6) / 2)  # a function of the update
+
+
+Tensors = Sequence[torch.Tensor]
+
+
+def updated(make: Any, tensors: Tensors, gradients: Tensors) -> torch.Tensor:
+    """The numbers of these tensors after three updates."""
+    parameters = [torch.nn.Parameter(tensor.clone()) for tensor in tensors]
+    optimizer = make(parameters)
+    for step in range(3):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient * torch.cos(3 * step * gradient)  # some change their sign
+        optimizer.step()
+    return torch.cat([parameter.detach().flatten() for parameter in parameters])
+
+
+def is_element_wise(make: Any) -> bool:
+    """Whether pieces of joined tensors, as ZeRO has them, are updated as the tensors are."""
+    rng = torch.Generator().manual_seed(0)
+    tensors = torch.randn(20, 24, generator=rng), torch.randn(5, generator=rng)
+    gradients = [torch.randn(x.shape, generator=rng) for x in tensors]
+    for x, gradient in zip(tensors, gradients, strict=True):  # orthogonal, which AdamP looks for
+        gradient -= x * (gradient * x).sum() / (x * x).sum()
+    pieces, of_gradients = (
+        torch.cat([x.flatten() for x in whole]).split([200, 285]) for whole in (tensors, gradients)
+    )
+    expected, got = updated(make, tensors, gradients), updated(make, pieces, of_gradients)
+    assert not torch.allclose(got, torch.cat(pieces), atol=1e-4)
+    return torch.allclose(got, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_updates_are_element_wise(name: str, config: RunConfig) -> None:
+    optim = OptimConfig.model_validate({"name": name, "lr": 0.01, "lr_batch": 1024})
+    run = config.model_copy(update={"optim": optim})
+    assert is_element_wise(lambda p: build_optimizer([{"params": p}], run, ZERO1))
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars", "adamp", "adafactor", "cadamw", "muon"])
+def test_timm_s_others_are_not(name: str) -> None:
+    """Norms, means, projections or products of a whole tensor: no value of optim.name."""
+    assert name not in OPTIMIZERS
+    assert not is_element_wise(lambda p: create_optimizer_v2(p, name, lr=0.3, weight_decay=0.05))
+
+
+def test_betas_are_those_of_the_optimizer() -> None:
+    betas = {name: OptimConfig.model_validate({"name": name}).betas for name in OPTIMIZERS}
+    assert betas == {name: (0.9, 0.99 if name == "lion" else 0.999) for name in OPTIMIZERS}
+    assert OptimConfig.model_validate({"name": "lion", "betas": (0.95, 0.98)}).betas == (0.95, 0.98)

@@ -157,7 +157,7 @@ def test_the_optimizer_waits_only_to_know_whether_it_skips(skip_nonfinite: bool)
     with fake_gpu() as watch:
         weights = nn.Parameter(torch.zeros(3, 3, device="cuda"))
         weights.grad = torch.zeros_like(weights)
-        optimizer = AdamW([weights], ema_decay=0.9, skip_nonfinite=False, fused=True)
+        optimizer = AdamW([weights], ema_decay=0.9, skip_nonfinite=False)
         optimizer.step()
         optimizer.state[weights][EMA] = torch.zeros_like(weights)
         optimizer.skip_nonfinite = skip_nonfinite

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from irpe_ds.checkpoint import reader, shards, writer
+from irpe_ds.checkpoint import manifest, reader, shards, writer
 from irpe_ds.checkpoint.reader import CheckpointManifest
 from irpe_ds.config import ModelConfig, RunConfig
 from irpe_ds.errors import CheckpointError, ConfigError
@@ -24,6 +24,8 @@ from irpe_ds.training.start import (
 )
 from tests import checkpoint_ranks
 from tests.checkpoint_ranks import SOLO
+
+NARROW = {"depth": 1, "embed_dim": 8, "num_heads": 2}
 
 
 @pytest.fixture
@@ -139,6 +141,25 @@ class TestStart:
         other = reader.replace(present, **{field: 5}, updates_per_epoch=1)
         with pytest.raises(CheckpointError, match=message):
             find_start(config, "auto", other)
+
+    def test_with_another_optimizer(self, config: RunConfig, present: CheckpointManifest) -> None:
+        save(config.folder, present, 9)
+        other = reader.replace(present, optimizer="lion")
+        with pytest.raises(
+            CheckpointError, match=r"^optim\.name: expected adamw, as in .*, got lion"
+        ):
+            find_start(config, "auto", other)
+
+    def test_manifests_that_name_no_optimizer_are_of_adamw(
+        self, config: RunConfig, present: CheckpointManifest
+    ) -> None:
+        path = save(config.folder, present, 9)
+        file = path / "checkpoint.json"
+        body, _, _ = file.read_text().rpartition(',\n "sha256"')
+        body = body.replace(' "optimizer": "adamw",\n', "")
+        file.write_text(body + manifest._last_line(body))
+        assert "optimizer" not in file.read_text()
+        assert find_start(config, "auto", present).path == path
 
 
 FILES = ("checkpoint.json", "rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors")
@@ -326,6 +347,11 @@ def test_weights_that_are_not_finite_are_not_resumed_from(
     ("there", "here", "message"),
     [
         ({"rpe": {"ratio": 1.9}}, {"rpe": {"ratio": 1.6}}, "ratio 1.6, got ratio 1.9"),
+        (
+            {"options": NARROW | {"depth": 2}},
+            {"options": NARROW | {"depth": 2}, "rpe": {"last_block": False}},
+            "last_block False, got last_block True",
+        ),
         ({"img_size": [64, 144]}, {"img_size": 96}, "a grid of 6x6 patches, got 4x9"),
         ({"img_size": [96, 192]}, {"img_size": [192, 96]}, "a grid of 12x6 patches, got 6x12"),
         ({}, {"drop_path": 0.1, "impl": "reference", "rpe": {"ratio": 1.9}}, None),
@@ -334,8 +360,7 @@ def test_weights_that_are_not_finite_are_not_resumed_from(
 def test_other_positions_of_the_same_shapes_are_another_model(
     there: dict[str, Any], here: dict[str, Any], message: str | None, present: CheckpointManifest
 ) -> None:
-    narrow = {"depth": 1, "embed_dim": 8, "num_heads": 2}
-    common = {"name": "deit_tiny_patch16_224", "rpe": {}, "options": narrow}
+    common = {"name": "deit_tiny_patch16_224", "rpe": {}, "options": NARROW}
     models = [ModelConfig.model_validate(common | values) for values in (there, here)]
     saved = replace(present, config={"model": models[0].model_dump(mode="json")})
     if message is None:

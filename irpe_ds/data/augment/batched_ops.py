@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from irpe_ds.config_types import EraseMode
 from irpe_ds.data.augment import pixel_ops, spatial_ops
 from irpe_ds.data.augment.pixel_ops import Arguments, luminance, to_device
 from irpe_ds.data.rng import Keys
@@ -177,11 +178,13 @@ def _cubic_weights(t: Tensor) -> list[Tensor]:
     return [twice - t - cube, 1 - twice + cube, t + square - cube, cube - square]
 
 
-def erase(images: Tensor, keys: Keys, rows: Indices, boxes: Indices) -> None:
-    """Fill boxes of images (B, 3, H, W), in place, with N(0, 1) noise.
+def erase(
+    images: Tensor, keys: Keys, rows: Indices, boxes: Indices, mode: EraseMode = "pixel"
+) -> None:
+    """Fill boxes of images (B, 3, H, W), in place, with N(0, 1) noise or with 0.
 
-    The noise is a function of the image's key and the place in its box: SplitMix64 as in data/rng,
-    whose upper bits the inverse of the normal distribution maps.
+    The noise is a function of the image's key and the place in its box, or the channel: SplitMix64
+    as in data/rng, whose upper bits the inverse of the normal distribution maps.
 
     Args:
         keys: of the images to erase in, (M,).
@@ -196,14 +199,20 @@ def erase(images: Tensor, keys: Keys, rows: Indices, boxes: Indices) -> None:
     start = ((3 * np.repeat(rows, lines) + channel) * height + top + y) * width + left
     ends = box_width.cumsum()
     before = ends - box_width
-    counter = np.repeat(keys, lines) + (line * box_width - before).astype(np.uint64) * GOLDEN
+    step = int(GOLDEN.astype(np.int64)) if mode == "pixel" else 0
+    place = line * box_width - before if mode == "pixel" else channel
+    counter = np.repeat(keys, lines) + place.astype(np.uint64) * GOLDEN
     table = np.stack([ends, start - before, counter.view(np.int64)])
     ends_L, start_L, counter_L = to_device(table, images.device)
     pixel = torch.arange(int(box_width.sum()), device=images.device)
     line_of_pixel = torch.bucketize(pixel, ends_L, right=True)
-    bits = counter_L[line_of_pixel].add_(pixel, alpha=int(GOLDEN.astype(np.int64)))
+    target = start_L[line_of_pixel].add_(pixel)
+    if mode == "const":
+        images.put_(target, torch.zeros_like(target, dtype=images.dtype))
+        return
+    bits = counter_L[line_of_pixel].add_(pixel, alpha=step)
     for shift, factor in SPLITMIX64:
         bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))).mul_(factor)
     uniform = (bits >> 40) + 0.5  # of 24 bits, between -2 ** 23 and 2 ** 23
     noise = uniform.mul_(2.0**-23).erfinv_().mul_(2**0.5)
-    images.put_(start_L[line_of_pixel].add_(pixel), noise.to(images.dtype))
+    images.put_(target, noise.to(images.dtype))

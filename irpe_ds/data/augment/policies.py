@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from irpe_ds.config import AugmentConfig
+from irpe_ds.config_types import EraseMode
 from irpe_ds.data.augment import batched_ops, pixel_ops, spatial_ops
 from irpe_ds.data.augment.pixel_ops import Arguments, to_device
 from irpe_ds.data.rng import Keys, PerSampleRNG
@@ -245,45 +246,63 @@ class ColorJitter:
 
 
 class Erase:
-    """timm's random erasing, mode pixel: one box of normalised images becomes N(0, 1) noise.
+    """timm's random erasing of boxes in normalised images.
 
-    The box has an area uniform in [0.02, 1/3] of the image's and an aspect ratio (height over
-    width) log-uniform in [0.3, 1/0.3]; if ten of them do not fit, the image is left as it is.
+    A box has an area uniform in [0.02, 1/3] of the image's, divided by the number of boxes, and an
+    aspect ratio (height over width) log-uniform in [0.3, 1/0.3]; if ten of them do not fit, it is
+    left out.
+
+    Args:
+        mode: a box becomes N(0, 1) noise in every number, or in one of each channel, or 0.
+        count: the number of boxes is uniform in 1 to count.
     """
 
-    def __init__(self, probability: float) -> None:
-        self.probability = probability
+    def __init__(self, probability: float, mode: EraseMode = "pixel", count: int = 1) -> None:
+        self.probability, self.mode, self.count = probability, mode, count
 
     def __call__(self, images: Tensor, keys: Keys) -> Tensor:
         """Erase in place and return the images (B, 3, H, W)."""
         height, width = images.shape[2:]
-        rows, boxes = erase_boxes(keys, self.probability, height, width)
-        if images.device.type != "cpu":
-            if len(rows):
-                batched_ops.erase(images, keys[rows], rows, boxes)
-            return images
-        generator = torch.Generator()
-        for row, (top, left, box_height, box_width) in zip(rows, boxes.tolist(), strict=True):
-            noise = torch.randn(
-                (3, box_height, box_width),
-                generator=generator.manual_seed(int(keys[row])),
-                dtype=images.dtype,
-            )
-            images[row, :, top : top + box_height, left : left + box_width] = noise
+        for number in range(self.count):
+            rows, boxes = erase_boxes(keys, self.probability, height, width, number, self.count)
+            seeds = keys[rows] + np.uint64(number)
+            if images.device.type == "cpu":
+                self._erase(images, seeds, rows, boxes)
+            elif len(rows):
+                batched_ops.erase(images, seeds, rows, boxes, self.mode)
         return images
+
+    def _erase(self, images: Tensor, seeds: Keys, rows: Indices, boxes: Indices) -> None:
+        generator = torch.Generator()
+        for seed, row, (top, left, height, width) in zip(seeds, rows, boxes.tolist(), strict=True):
+            box = images[row, :, top : top + height, left : left + width]
+            if self.mode == "const":
+                box.zero_()
+                continue
+            shape = box.shape if self.mode == "pixel" else (3, 1, 1)
+            generator.manual_seed(int(seed))
+            box.copy_(torch.randn(shape, generator=generator, dtype=images.dtype))
 
 
 def erase_boxes(
-    keys: Keys, probability: float, height: int, width: int
+    keys: Keys, probability: float, height: int, width: int, number: int = 0, count: int = 1
 ) -> tuple[Indices, NDArray[np.int64]]:
-    """The images to erase in, (M,), and their boxes as top, left, height and width, (M, 4)."""
-    rng = PerSampleRNG(keys, "erase")
+    """The images to erase in, (M,), and their boxes as top, left, height and width, (M, 4).
+
+    Args:
+        number: which of an image's boxes, from 0.
+        count: the most boxes that it can have.
+    """
+    rng = PerSampleRNG(keys, f"erase {number}" if number else "erase")
+    is_erased = PerSampleRNG(keys, "erase").uniform(0) < probability
+    counts = 1 + (PerSampleRNG(keys, "erase count").uniform(0) * count).astype(np.int64)
     boxes = np.zeros((len(keys), 4), np.int64)
-    pending = np.flatnonzero(rng.uniform(0) < probability)
+    pending = np.flatnonzero(is_erased & (number < counts))
     low, high = np.log(ERASE_ASPECT)
     for attempt in range(ERASE_ATTEMPTS):
         area, aspect, top, left = (rng.uniform(1 + 4 * attempt + n, pending) for n in range(4))
         area = height * width * (ERASE_AREA[0] + area * (ERASE_AREA[1] - ERASE_AREA[0]))
+        area /= counts[pending]
         aspect = np.exp(low + aspect * (high - low))
         box_height = np.rint(np.sqrt(area * aspect)).astype(np.int64)
         box_width = np.rint(np.sqrt(area / aspect)).astype(np.int64)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from irpe_ds.config import AugmentConfig
 from irpe_ds.data.beton.format import JPG, imdecode, resize_crop
 from irpe_ds.data.beton.reader import Beton, read_beton
-from irpe_ds.data.crops import Crops, center_crops, random_resized_crops
+from irpe_ds.data.crops import Crops, center_crops, random_resized_crops, simple_crops
 from irpe_ds.data.order import Samples
 from irpe_ds.data.parallel import local_share
 from irpe_ds.data.pipelines.pipeline import Batches, Decoded
@@ -51,17 +51,15 @@ class FFCVPipeline:
     def train(
         self, samples: Samples, keys: Keys, *, batch_size: int, size: tuple[int, int]
     ) -> Batches:
-        """Random resized crops, some of them flipped."""
+        """Random crops, some of them flipped."""
         entries, augment = self._beton.entries, self._augment
-        crops = random_resized_crops(
-            samples,
-            entries["height"][samples],
-            entries["width"][samples],
-            keys,
-            scale=augment.scale,
-            ratio=augment.ratio,
-            hflip=augment.hflip,
-        )
+        images = samples, entries["height"][samples], entries["width"][samples], keys
+        if augment.crop == "simple":
+            crops = simple_crops(*images, size=size, hflip=augment.hflip)
+        else:
+            crops = random_resized_crops(
+                *images, scale=augment.scale, ratio=augment.ratio, hflip=augment.hflip
+            )
         return self._decode(crops, batch_size, size)
 
     def evaluate(
@@ -259,7 +257,7 @@ def decode_crops(
     crops: Crops,
     images_BHWC: NDArray[np.uint8],
 ) -> NDArray[np.bool_]:
-    """Decode each image, crop it, resize the crop by area, and flip it where asked.
+    """Decode each image, crop it, resize the crop by area, shift and flip it where asked.
 
     Compiled at the first call in a process, which takes seconds.
 
@@ -288,9 +286,24 @@ def decode_crops(
         bottom, right = crop["top"] + crop["height"], crop["left"] + crop["width"]
         target = images_BHWC[position]
         _resize_crop(image, crop["top"], bottom, crop["left"], right, target)
+        if crop["shift_down"] or crop["shift_right"]:
+            _shift(target, crop["shift_down"], crop["shift_right"])
         if crop["flip"]:
             _mirror(target)
     return clean
+
+
+@numba.njit(nogil=True)
+def _shift(image_HWC: NDArray[np.uint8], down: int, right: int) -> None:
+    """Move the window over the image, in place; beyond a border its pixels are mirrored."""
+    height, width, channels = image_HWC.shape
+    before = image_HWC.copy()
+    for row in range(height):
+        source_row = height - 1 - abs(height - 1 - abs(row + down))
+        for column in range(width):
+            source_column = width - 1 - abs(width - 1 - abs(column + right))
+            for channel in range(channels):
+                image_HWC[row, column, channel] = before[source_row, source_column, channel]
 
 
 @numba.njit(nogil=True)

@@ -17,15 +17,17 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Event, Thread
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import RandomCrop
 
 from irpe_ds.config import AugmentConfig
 from irpe_ds.data.beton.format import JPG
@@ -33,6 +35,7 @@ from irpe_ds.data.beton.images import DAMAGE, open_image
 from irpe_ds.data.beton.journal import list_images
 from irpe_ds.data.beton.reader import DatasetInfo, read_beton
 from irpe_ds.data.beton.sources import Files, Member
+from irpe_ds.data.crops import PADDING
 from irpe_ds.data.order import Samples
 from irpe_ds.data.parallel import local_share
 from irpe_ds.data.pipelines.pipeline import BETON, Batches
@@ -143,9 +146,9 @@ class TimmPipeline:
     def train(
         self, samples: Samples, keys: Keys, *, batch_size: int, size: tuple[int, int]
     ) -> Batches:
-        """Bicubic random resized crops, flipped and augmented as timm does."""
+        """Bicubic random crops, flipped and augmented as timm does."""
         augment = self._augment
-        transform = create_transform(
+        transform: Any = create_transform(
             (3, *size),
             is_training=True,
             use_prefetcher=True,  # timm's switch for uint8 that is normalised on the device
@@ -157,6 +160,9 @@ class TimmPipeline:
             interpolation="bicubic",
             mean=self._mean,
         )
+        if augment.crop == "simple":  # in the place of the random resized crop
+            crop = RandomCrop(size, padding=PADDING, padding_mode="reflect")
+            transform.transforms[:1] = [ResizeKeepRatio(size, interpolation="bicubic"), crop]
         return self._load(Transformed(self._images, samples, transform, keys), batch_size)
 
     def evaluate(

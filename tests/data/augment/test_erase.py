@@ -7,6 +7,8 @@ import pytest
 import torch
 from timm.data.random_erasing import RandomErasing
 
+from irpe_ds.config_types import EraseMode
+from irpe_ds.data.augment import batched_ops
 from irpe_ds.data.augment.policies import Erase, erase_boxes
 from irpe_ds.data.rng import Keys, image_keys
 
@@ -78,3 +80,37 @@ def test_erasing_is_a_function_of_pixels_and_key() -> None:
     assert torch.equal(Erase(0.6)(layout, images_keys), shown)
     assert not torch.equal(Erase(0.6)(images.clone(), keys(30, seed=1)), shown)
     assert torch.equal(Erase(0.0)(images.clone(), images_keys), images)
+
+
+@pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
+def test_several_boxes_cover_as_much_as_timms(mode: EraseMode) -> None:
+    theirs = RandomErasing(1.0, mode=mode, max_count=3, device="cpu")
+    random.seed(0)
+    expected = theirs(torch.full((3000, 3, 24, 20), 100.0)) != 100
+    got = Erase(1.0, mode, 3)(torch.full((6000, 3, 24, 20), 100.0), keys(6000)) != 100
+    for measure in (lambda x: x.float(), lambda x: x[:, 0].flatten(1).float().mean(1).square()):
+        assert measure(got).mean().item() == pytest.approx(
+            measure(expected).mean().item(), rel=0.05
+        )
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("mode", ["rand", "const"])
+def test_a_box_of_one_colour(mode: EraseMode, count: int) -> None:
+    """On the CPU, and by the kernels for GPUs."""
+    on_cpu = Erase(1.0, mode, count)(torch.full((200, 3, 24, 20), 100.0), keys(200))
+    batched = torch.full((200, 3, 24, 20), 100.0)
+    for number in range(count):
+        rows, boxes = erase_boxes(keys(200), 1.0, 24, 20, number, count)
+        batched_ops.erase(batched, keys(200)[rows] + np.uint64(number), rows, boxes, mode)
+    assert torch.equal(on_cpu == 100, batched == 100)
+    for images in (on_cpu, batched):
+        colours = [image.flatten(1)[:, image[0].flatten() != 100].unique(dim=1) for image in images]
+        assert {c.shape[1] for c in colours} <= {*range(count + 1)}
+        values = torch.cat([c.flatten() for c in colours])
+        if mode == "const":
+            assert not values.any()
+        else:
+            assert values.mean() == pytest.approx(0, abs=5 / np.sqrt(len(values)))
+            assert values.std() == pytest.approx(1, abs=5 / np.sqrt(2 * len(values)))
+            assert len(values.unique()) > 0.99 * len(values)

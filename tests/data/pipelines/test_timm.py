@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms import ResizeKeepRatio
+from torchvision.transforms import RandomCrop
 
 from irpe_ds.config import AugmentConfig, DataConfig
 from irpe_ds.data.beton.convert import convert
@@ -98,7 +100,8 @@ def test_rest_of_an_epoch_is_its_tail(beton: Path) -> None:
     assert same({name: values[20:] for name, values in whole.items()}, rest)
 
 
-def test_image_is_what_timms_transform_makes_of_it(beton: Path, folder: Path) -> None:
+@pytest.mark.parametrize("crop", ["random_resized", "simple"])
+def test_image_is_what_timms_transform_makes_of_it(beton: Path, folder: Path, crop: str) -> None:
     transform = create_transform(
         (3, 24, 24),
         is_training=True,
@@ -107,8 +110,15 @@ def test_image_is_what_timms_transform_makes_of_it(beton: Path, folder: Path) ->
         auto_augment=FULL.auto,
         interpolation="bicubic",
     )
+    if crop == "simple":  # of DeiT's augment.py, where Resize rounds the longer side down
+        transform.transforms[:1] = [
+            ResizeKeepRatio(24, interpolation="bicubic"),
+            RandomCrop(24, padding=4, padding_mode="reflect"),
+        ]
     files = sorted(folder.rglob("*.jpg"))
-    for images, labels, keys in train_loader(beton).epoch(0):
+    for images, labels, keys in train_loader(beton, FULL.model_copy(update={"crop": crop})).epoch(
+        0
+    ):
         for image, label, key in zip(images, labels.tolist(), keys.tolist(), strict=True):
             seed_generators(key)
             expected = transform(Image.open(files[label]).convert("RGB"))
