@@ -54,16 +54,14 @@ def main() -> None:
 
     from irpe_ds.checkpoint import reader
     from irpe_ds.cluster.waiting import Waiting
-    from irpe_ds.training.evaluation import evaluate_weights
+    from irpe_ds.training.evaluation import describe, evaluate_weights
 
     with Waiting("reading weights"):
         weights = args.weights or reader.weights_of(args.run, best=args.best, ema=args.ema)
     scores = evaluate_weights(config, weights, args.batch_size)
     if scores is not None:
         print(
-            f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, "
-            f"loss {scores['loss']:.4f} on {scores['images']:.0f} images of {config.data.val} "
-            f"(pipeline {config.data.pipeline}): {weights}"
+            f"{describe(scores)} of {config.data.val} (pipeline {config.data.pipeline}): {weights}"
         )
         if args.run is not None:
             note_pipeline(load_run_config(args.run).data.pipeline, config.data.pipeline)
