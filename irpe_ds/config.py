@@ -331,12 +331,28 @@ class WandbConfig(Section):
     """Free labels."""
     group: str | None = None
     """Runs that belong together, such as those of a scaling experiment."""
+    job_type: str | None = None
+    """What the run is for, such as `train` or `ablation`: W&B filters by it."""
+    notes: str | None = None
+    """A remark, shown with the run."""
+    artifacts: Literal["none", "best", "all"] = "none"
+    """Checkpoints that W&B keeps: none, the best one once the run is complete, or every one that
+    is evaluated. The run then waits up to 15 minutes at its end for the upload."""
 
 
 class LogConfig(Section):
     wandb: WandbConfig = WandbConfig()
     tensorboard: StrictBool = False
     """Write TensorBoard events into the run folder too."""
+    images: Natural = 16
+    """Augmented training images with their labels, in a picture that W&B and TensorBoard get at the
+    start."""
+    tables_every: Count | None = None
+    """Epochs between pictures of the relative position tables for W&B and TensorBoard; drawn after
+    an evaluation. None: never."""
+    confusion: StrictBool = False
+    """Send the confusion matrix and each class's scores at the end of the run, of the average of
+    the weights if there is one; for at most 1000 classes."""
 
 
 class RunConfig(Section):

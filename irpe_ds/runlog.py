@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Lock
 from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
-from irpe_ds.errors import CheckpointError, ConfigError, UserError, printable
+from irpe_ds.errors import CheckpointError, ConfigError, ExitCode, UserError, printable
 from irpe_ds.files import fsync, open_own, read_regular, replace_file
 from irpe_ds.schema import parse_json
+from irpe_ds.sinks import BackgroundSink, Sink, TensorBoardSink, switched_off
 from irpe_ds.wandb_run import WandbSink
 
 METRICS, MESSAGES = "metrics.jsonl", "log.txt"
@@ -30,20 +30,12 @@ ROW_LIMIT = 1 << 16
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 """What kinds and columns are called: they become names of files, and of columns of tables."""
 FINISH_SECONDS = 10  # for the last upload: a preempted run has about 30 to save and exit
-QUEUE_ROWS = 10_000  # that a background sink may lag behind; about 20 MB
+UPLOAD_SECONDS = 900  # for that of checkpoints, by a run that has reached its end
 
 NOT_FINITE = ("nan", "inf", "-inf")
 """How JSON spells them here."""
 MetricRow = dict[str, Any]
 """One line of metrics.jsonl: `kind`, `update` and numbers by name."""
-
-
-class Sink(Protocol):
-    """Where rows go besides the files."""
-
-    def write(self, kind: str, update: int, values: Mapping[str, float]) -> None: ...
-
-    def close(self, failed: bool) -> None: ...
 
 
 class RunLog:
@@ -55,7 +47,7 @@ class RunLog:
     that hangs loses rows, which is reported too.
 
     Args:
-        wandb: mode, project, entity and tags, as in `WandbConfig`.
+        wandb: mode, project and so on, as in `WandbConfig`.
         resume_update: the update that training continues from. Rows of later updates, which will
             be written again, and an incomplete last line are removed. None: a fresh run.
         repeated_kinds: kinds whose rows of that same update will be written again too.
@@ -78,6 +70,7 @@ class RunLog:
         repeated_kinds: Collection[str] = (),
     ) -> None:
         self._background: list[BackgroundSink] = []
+        self._finish_seconds: float = FINISH_SECONDS
         self._files: FileSink | None = None
         self._lock = Lock()  # guards log.txt
         if not active:
@@ -90,7 +83,9 @@ class RunLog:
         self._files = FileSink(folder, resume_update, repeated_kinds)
         resumed = resume_update is not None
         if wandb["mode"] != "disabled":
-            about = folder, name, config, resumed, self.note, FINISH_SECONDS - 1
+            if wandb["artifacts"] != "none":
+                self._finish_seconds = max(UPLOAD_SECONDS, FINISH_SECONDS)
+            about = folder, name, config, resumed, self.note, self._finish_seconds - 1
             self._start("W&B", "wandb", lambda: WandbSink(*about, **wandb))
         if tensorboard:
             events = folder / "tensorboard"
@@ -103,8 +98,17 @@ class RunLog:
             return
         values = {key: float(value) for key, value in values.items()}
         self._files.write(kind, update, values)
+        self.send(lambda sink: sink.write(kind, update, values))
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether rows go to W&B or TensorBoard, on this rank."""
+        return bool(self._background)
+
+    def send(self, job: Callable[[Sink], None]) -> None:
+        """Call a method of W&B and TensorBoard in their threads, after what was sent before."""
         for sink in self._background:
-            sink.write(kind, update, values)
+            sink.put(job)
 
     def note(self, text: str) -> None:
         """Write a line to stdout and, with a time stamp, to log.txt."""
@@ -122,16 +126,19 @@ class RunLog:
         if self._files is not None:
             self._files.sync()
 
-    def close(self, failed: bool = False) -> None:
-        """Finish every sink; `failed` gives the W&B run exit code 1. A second call does nothing.
+    def close(self, exit_code: ExitCode = ExitCode.DONE, reason: str = "") -> None:
+        """Finish every sink; W&B is told how the run ended, and why if that was not its end.
 
-        Background sinks that have not finished after FINISH_SECONDS are abandoned with a warning.
+        Background sinks that have not finished after FINISH_SECONDS, or UPLOAD_SECONDS if they
+        upload checkpoints, are abandoned with a warning. A second call does nothing.
         """
-        deadline = time.monotonic() + FINISH_SECONDS
+        seconds = FINISH_SECONDS if exit_code else self._finish_seconds
+        deadline = time.monotonic() + seconds
         for sink in self._background:
-            sink.end(failed)
+            sink.end(exit_code, reason)
         for sink in self._background:
-            sink.wait(deadline - time.monotonic())
+            if not sink.wait(deadline - time.monotonic()):
+                self._warn(f"{sink.label} logging abandoned: not finished within {seconds:g} s")
         self._background.clear()
         if self._files is not None:
             self._files.close()
@@ -148,7 +155,10 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close(failed=kind is not None)
+        if error is None:
+            self.close()
+        else:
+            self.close(ExitCode.FAILED, f"{type(error).__name__}: {error}")
 
     def _start(self, label: str, module: str, open_sink: Callable[[], Sink]) -> None:
         """Start a background sink. Its module is imported here, not in the sink's thread: a loader
@@ -156,7 +166,7 @@ class RunLog:
         try:
             importlib.import_module(module)
         except Exception as error:  # a broken installation raises any kind
-            self._warn(_switched_off(label, error))
+            self._warn(switched_off(label, error))
         else:
             self._background.append(BackgroundSink(label, open_sink, self._warn))
 
@@ -201,58 +211,6 @@ def _close(file: TextIO) -> None:
     """Close a file whose every line was flushed; what could not be has been reported."""
     with contextlib.suppress(OSError):
         file.close()
-
-
-class BackgroundSink:
-    """Runs a sink in a thread: whatever it does, raises or hangs in, only `wait` ever blocks.
-
-    A daemon thread, so that the process can exit while the sink hangs.
-
-    Args:
-        warn: called when the sink fails and when rows are lost, from either thread.
-    """
-
-    def __init__(
-        self, label: str, open_sink: Callable[[], Sink], warn: Callable[[str], None]
-    ) -> None:
-        self._label, self._warn = label, warn
-        self._queue: SimpleQueue[tuple[str, int, Mapping[str, float]] | bool] = SimpleQueue()
-        self._full = False
-        self._thread = Thread(target=self._work, args=(open_sink,), name=label, daemon=True)
-        self._thread.start()
-
-    def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
-        """Queue a row for the thread; it is lost if QUEUE_ROWS are queued already."""
-        if self._queue.qsize() < QUEUE_ROWS:
-            self._queue.put((kind, update, values))
-        elif not self._full and self._thread.is_alive():
-            self._full = True
-            queued = f"{QUEUE_ROWS} rows are queued, further ones are lost"
-            self._warn(f"{self._label} logging hangs: {queued}")
-
-    def end(self, failed: bool) -> None:
-        """Close the sink once it has received every row."""
-        self._queue.put(failed)
-
-    def wait(self, seconds: float) -> None:
-        """Wait for the sink to close; abandon it after `seconds`."""
-        self._thread.join(max(seconds, 0))
-        if self._thread.is_alive():
-            text = f"{self._label} logging abandoned: not finished within {FINISH_SECONDS} s"
-            self._warn(text)
-
-    def _work(self, open_sink: Callable[[], Sink]) -> None:
-        try:
-            sink = open_sink()
-            while not isinstance(item := self._queue.get(), bool):
-                sink.write(*item)
-            sink.close(failed=item)
-        except Exception as error:  # whatever a sink raises, training continues
-            self._warn(_switched_off(self._label, error))
-
-
-def _switched_off(label: str, error: Exception) -> str:
-    return f"{label} logging switched off: {type(error).__name__}: {error}"
 
 
 class FileSink:
@@ -329,24 +287,6 @@ def _refuse_link(path: Path) -> None:
     with writing(path):
         if path.is_symlink():
             raise OSError(errno.ELOOP, "a symbolic link in place of a file")
-
-
-class TensorBoardSink:
-    """Scalars `{kind}/{name}` over updates; a resume hides the points that it will repeat."""
-
-    def __init__(self, folder: Path, resume_update: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge = None if resume_update is None else resume_update + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge)
-
-    def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
-        for key, value in values.items():
-            self._writer.add_scalar(f"{kind}/{key}", value, update)
-        self._writer.flush()  # the writer is a thread: only this call raises its errors
-
-    def close(self, failed: bool) -> None:
-        self._writer.close()
 
 
 def read_rows(path: Path) -> list[MetricRow]:

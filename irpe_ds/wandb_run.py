@@ -6,13 +6,18 @@ import secrets
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from irpe_ds.errors import ConfigError
+from irpe_ds.errors import ConfigError, ExitCode
 from irpe_ds.files import read_regular, replace_file
+
+if TYPE_CHECKING:
+    from numpy import ndarray
 
 ID_FILE = "wandb_id.txt"
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+TITLE = 63
+"""Characters of an alert's title that W&B takes."""
 BEST = {"top1": "max", "top5": "max", "loss": "min"}
 """Which value of an evaluation's metrics, and of their `ema_`, W&B's summary keeps."""
 
@@ -57,7 +62,7 @@ class WandbSink:
     W&B cannot remove points: after a resume it shows those of repeated updates twice.
 
     Args:
-        say: is told how to send an offline run to W&B.
+        say: is told how to send an offline run to W&B, and which checkpoint was not sent.
         finish_seconds: for the last upload.
     """
 
@@ -75,13 +80,17 @@ class WandbSink:
         entity: str | None,
         tags: Sequence[str],
         group: str | None = None,
+        job_type: str | None = None,
+        notes: str | None = None,
+        artifacts: str = "none",
     ) -> None:
         import wandb
 
         if mode == "online" and not wandb.login(prompt=False):
             raise RuntimeError("no API key; run `wandb login` or set log.wandb.mode=offline")
+        self._say, self._id, self._name = say, run_id(folder, resumed), name
         self._run = wandb.init(
-            id=run_id(folder, resumed),
+            id=self._id,
             resume="allow",
             reinit="create_new",  # a run that the caller may have open is left alone
             name=name,
@@ -93,6 +102,8 @@ class WandbSink:
             entity=entity,
             tags=list(tags),
             group=group,
+            job_type=job_type,
+            notes=notes,
             settings=wandb.Settings(
                 console="off",  # or print() would wait for W&B
                 finish_timeout=finish_seconds,
@@ -111,5 +122,38 @@ class WandbSink:
         named = {f"{kind}/{key}": value for key, value in values.items()}
         self._run.log({"update": update, **named})
 
-    def close(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
+    def picture(self, name: str, update: int, pixels: "ndarray") -> None:
+        import wandb
+
+        self._run.log({"update": update, name: wandb.Image(pixels)})
+
+    def table(self, name: str, update: int, rows: Sequence[Mapping[str, object]]) -> None:
+        import wandb
+
+        data = [[*row.values()] for row in rows]
+        self._run.log({"update": update, name: wandb.Table(columns=[*rows[0]], data=data)})
+
+    def checkpoint(
+        self, folder: Path, update: int, scores: Mapping[str, float], aliases: Sequence[str]
+    ) -> None:
+        """Send a checkpoint as a version of the artifact `checkpoint-ID`; W&B copies it first."""
+        import wandb
+
+        about = {"run": self._name, "update": update, **scores}
+        artifact = wandb.Artifact(f"checkpoint-{self._id}", type="model", metadata=about)
+        try:
+            for file in sorted(folder.iterdir()):
+                artifact.add_file(str(file), skip_cache=True)
+        except (OSError, ValueError) as error:  # older ones are removed while W&B lags behind
+            self._say(f"{folder} was not sent to W&B: {error}")
+        else:
+            self._run.log_artifact(artifact, aliases=["latest", *aliases])
+
+    def close(self, exit_code: ExitCode, reason: str) -> None:
+        if exit_code == ExitCode.REQUEUE:
+            self._run.mark_preempting()
+        if reason:
+            stopped = exit_code == ExitCode.REQUEUE
+            title = f"Stopped: {self._name}" if stopped else f"Failed: {self._name}"
+            self._run.alert(title[:TITLE], reason, level="WARN" if stopped else "ERROR")
+        self._run.finish(exit_code=int(exit_code))

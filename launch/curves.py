@@ -1,4 +1,8 @@
-"""Draw the curves of one or several runs: `python launch/curves.py RUN [RUN ...] --out x.png`."""
+"""Draw the curves of one or several runs: `python launch/curves.py RUN [RUN ...] --out x.png`.
+
+Runs that differ only in their seed become one curve, their mean, with a band as wide as their
+standard deviation to either side.
+"""
 
 import argparse
 import sys
@@ -7,23 +11,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
 from irpe_ds.cli import run
-from irpe_ds.errors import ConfigError
+from irpe_ds.plots.style import check_out, save_figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw loss, accuracy and learning rate of runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="PNG to write")
+    files = "PNG, PDF or SVG to write (curves.png); may be repeated"
+    parser.add_argument("--out", type=Path, action="append", metavar="FILE", help=files)
     parser.add_argument("--x", choices=("epoch", "update"), default="epoch", help="horizontal axis")
+    each = "a curve for each run, also of runs that differ only in their seed"
+    parser.add_argument("--each", action="store_true", help=each)
     args = parser.parse_args()
-    if args.out.suffix != ".png":
-        raise ConfigError("--out", "a name that ends in .png", args.out)
+    out = check_out(args.out or [Path("curves.png")])
 
     from irpe_ds.plots.curves import draw_curves, read_runs
-    from irpe_ds.plots.style import save_figure
+    from irpe_ds.plots.seeds import group_seeds, one_each
 
-    figure = draw_curves(read_runs(args.runs, args.x), args.x)
-    print(save_figure(figure, args.out))
+    runs = read_runs(args.runs, args.x)
+    groups = one_each(runs) if args.each else group_seeds(runs)
+    save_figure(draw_curves(groups, args.x), out)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main() -> None:
     from irpe_ds.checkpoint import reader
     from irpe_ds.cluster.waiting import Waiting
     from irpe_ds.training.datasets import check_names, open_checked
-    from irpe_ds.training.evaluation import evaluate_weights
+    from irpe_ds.training.evaluation import describe, evaluate_weights
 
     if args.run is not None:
         check_names(config, open_checked(config, "val"), args.run)
@@ -64,11 +64,7 @@ def main() -> None:
     scores = evaluate_weights(config, weights, args.batch_size)
     if scores is not None:
         path = config.data.path("val")
-        print(
-            f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, "
-            f"loss {scores['loss']:.4f} on {scores['images']:.0f} images of {path} "
-            f"(pipeline {config.data.pipeline}): {weights}"
-        )
+        print(f"{describe(scores)} of {path} (pipeline {config.data.pipeline}): {weights}")
         if args.run is not None:
             note_pipeline(load_run_config(args.run).data.pipeline, config.data.pipeline)
 

@@ -15,12 +15,12 @@ from irpe_ds.cli import run
 from irpe_ds.errors import ConfigError, printable
 from irpe_ds.planner.assumptions import IMAGENET_IMAGES, IMAGENET_KB, MEANINGS
 from irpe_ds.planner.hardware import BACKENDS, build_cluster, find_gpu
+from irpe_ds.plots.style import check_out, save_figure
 
 
 def main() -> None:
     args = _parser().parse_intermixed_args()
-    if args.out is not None and args.out.suffix != ".png":
-        raise ConfigError("--out", "a name that ends in .png", args.out)
+    check_out(args.out)
     for name in (*MEANINGS, "images", "image_kb"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
@@ -43,11 +43,11 @@ def main() -> None:
     about = (args.images, args.image_kb, given, args.calibrate, args.micro_batch)
     report = build_report(config, cluster, *about)
     print(printable(to_text(report)))
-    if args.out is not None:
+    if args.out:
         from irpe_ds.plots.plan import draw_plan
 
-        draw_plan(args.out, report)
-        print(f"\n{args.out}")
+        print()
+        save_figure(draw_plan(report), args.out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--image-kb", type=float, default=IMAGENET_KB, metavar="X", help="mean size, 1000 bytes")
     results = "results of a scaling experiment, CSV or JSON"
     add("--calibrate", type=Path, metavar="FILE", help=results)
-    add("--out", type=Path, metavar="PNG", help="draw the plan for 1 to 4096 GPUs")
+    drawn = "draw the plan for 1 to 4096 GPUs: PNG, PDF or SVG; may be repeated"
+    add("--out", type=Path, action="append", default=[], metavar="FILE", help=drawn)
     for name, meaning in MEANINGS.items():
         add(f"--{name.replace('_', '-')}", type=float, metavar="X", help=meaning)
     add("overrides", nargs="*", metavar="section.key=value")

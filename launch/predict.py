@@ -110,9 +110,9 @@ def write(
         raise ConfigError(f"--out: cannot write to {out}: {error.strerror}") from None
     if scores is None:
         return
-    save_figure(draw_confusion(scores, classes, "Confusion matrix"), out / CONFUSION)
+    save_figure(draw_confusion(scores, classes, "Confusion matrix"), [out / CONFUSION])
     if wrong := worst_mistakes(predictions, len(predictions)):
-        save_figure(draw_mistakes(wrong[:ON_A_SHEET], len(wrong), classes), out / MISTAKES)
+        save_figure(draw_mistakes(wrong[:ON_A_SHEET], len(wrong), classes), [out / MISTAKES])
 
 
 def say(

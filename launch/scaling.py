@@ -22,6 +22,8 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", type=Path, metavar="YAML", help="the experiment")
     source.add_argument("--report", type=Path, metavar="JSON", help="results to report again")
+    also = "write the figures in this format too, beside PNG; may be repeated"
+    parser.add_argument("--format", choices=("pdf", "svg"), action="append", default=[], help=also)
     parser.add_argument("--before", type=Path, metavar="JSON", help="results to compare with")
     parser.add_argument("--retry", action="store_true", help="run again what has failed")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -39,7 +41,7 @@ def main() -> None:
 
         print(printable("\n".join(compare(read_results_file(args.before), results))))
     try:
-        for file in write_report(results, path.parent):
+        for file in write_report(results, path.parent, [f".{name}" for name in args.format]):
             print(file)
     except OSError as error:
         raise ConfigError(f"cannot write the report: {error}") from None

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whate
 
 from irpe_ds.cli import run
 from irpe_ds.errors import ConfigError
+from irpe_ds.plots.style import check_out, save_figure
 
 
 def main() -> None:
@@ -22,7 +23,8 @@ def main() -> None:
     source.add_argument("--run", type=Path, help="run folder; its newest checkpoint is drawn")
     source.add_argument("--config", type=Path, metavar="YAML", help="configuration, with --weights")
     parser.add_argument("--weights", type=Path, help=".pth or .safetensors instead of the run's")
-    parser.add_argument("--out", type=Path, default=Path("tables.png"), help="PNG to write")
+    files = "PNG, PDF or SVG to write (tables.png); may be repeated"
+    parser.add_argument("--out", type=Path, action="append", metavar="FILE", help=files)
     parser.add_argument("--on", choices=("k", "q", "v"), help="default: the first with tables")
     parser.add_argument("--layers", metavar="N,N", help="numbers from 0; default: all")
     parser.add_argument(
@@ -30,8 +32,7 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
-    if args.out.suffix != ".png":
-        raise ConfigError("--out", "a name that ends in .png", args.out)
+    out = check_out(args.out or [Path("tables.png")])
     if args.images < 1:
         raise ConfigError("--images", "at least 1", args.images)
     if args.run is None and args.weights is None:
@@ -45,13 +46,11 @@ def main() -> None:
         config = load_run_config(args.run, args.overrides)
 
     from irpe_ds.checkpoint import reader
-    from irpe_ds.plots.style import save_figure
     from irpe_ds.plots.tables import draw_tables, read_maps
 
     weights = args.weights or reader.weights_of(args.run)
     on, maps, inert = read_maps(config, weights, args.on, args.layers, args.images)
-    figure = draw_tables(maps, on, config.name, inert)
-    print(save_figure(figure, args.out))
+    save_figure(draw_tables(maps, on, config.name, inert), out)
 
 
 if __name__ == "__main__":

@@ -50,9 +50,10 @@ def main() -> None:
     config = config.model_copy(update={"name": trial_name(config.name)})
 
     from irpe_ds.cluster.process_group import destroy_process_group
+    from irpe_ds.plots.run_pictures import fit
     from irpe_ds.training.run import train
 
-    finished = train(config, args.resume)
+    finished = train(config, args.resume, fit)
     destroy_process_group()
     end_process(ExitCode.DONE if finished else ExitCode.REQUEUE)
 

@@ -28,6 +28,7 @@ FLOORS = {
     "irpe_ds.config_file": 0,
     "irpe_ds.config_types": 0,
     "irpe_ds.rpe": 0,
+    "irpe_ds.sinks": 0,
     "irpe_ds.wandb_run": 0,
     "irpe_ds.ops.build": 0,
     "irpe_ds.runlog": 1,

@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from irpe_ds import runlog
 from irpe_ds.errors import CheckpointError, ConfigError, UserError
 from irpe_ds.files import open_own
-from irpe_ds.runlog import TensorBoardSink, read_rows
+from irpe_ds.runlog import read_rows
+from irpe_ds.sinks import TensorBoardSink
 from tests.logs import OFFLINE, open_log, updates, write_updates
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from irpe_ds import runlog
-from irpe_ds.errors import ConfigError
+from irpe_ds import runlog, sinks
+from irpe_ds.errors import ConfigError, ExitCode
 from irpe_ds.wandb_run import trial_name
 from tests.logs import OFFLINE, open_log, updates, write_updates
 
@@ -30,16 +32,33 @@ def assert_holds(path: Path, content: bytes) -> None:
         time.sleep(0.02)
 
 
+class FakeArtifact:
+    """What it was given."""
+
+    def __init__(self, name: str, type: str, metadata: dict[str, Any]) -> None:
+        self.about = name, type, metadata
+        self.files: list[str] = []
+        self.aliases: list[str] = []
+
+    def add_file(self, path: str, skip_cache: bool) -> None:
+        self.files.append(Path(path).name)
+
+
 class FakeWandb(ModuleType):
     """A wandb that remembers its one run, and raises or hangs in the named function."""
 
     Settings = dict
+    Image = staticmethod(lambda pixels: ("image", pixels.shape))
+    Table = staticmethod(lambda columns, data: ("table", columns, data))
 
     def __init__(self, raises: str, hangs: str) -> None:
         super().__init__("wandb")
         self.raises, self.hangs, self.released = raises, hangs, threading.Event()
-        self.rows: list[dict[str, float]] = []
+        self.rows: list[dict[str, Any]] = []
         self.exit_code: int | None = None
+        self.ends: list[tuple[str, ...]] = []
+        self.artifacts: list[FakeArtifact] = []
+        self.Artifact = FakeArtifact
         self.metrics: dict[str, str] = {}
         self.options: dict[str, Any] = {}
 
@@ -61,9 +80,20 @@ class FakeWandb(ModuleType):
     def define_metric(self, name: str, step_metric: str = "", summary: str = "") -> None:
         self.metrics[name] = summary
 
-    def log(self, row: dict[str, float]) -> None:
+    def log(self, row: dict[str, Any]) -> None:
         self.reach("log")
         self.rows.append(row)
+
+    def log_artifact(self, artifact: "FakeArtifact", aliases: list[str]) -> None:
+        self.reach("log_artifact")
+        artifact.aliases = aliases
+        self.artifacts.append(artifact)
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        self.ends.append((level, title, text))
+
+    def mark_preempting(self) -> None:
+        self.ends.append(("preempting",))
 
     def finish(self, exit_code: int) -> None:
         self.reach("finish")
@@ -98,15 +128,25 @@ def test_wandb_offline_run_is_written_and_resumed_under_its_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runlog, "FINISH_SECONDS", 300)
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved/checkpoint.json").write_text("{}")
+    about = {"notes": "x", "job_type": "y", "artifacts": "all"}
     for resume in (None, 1):
-        with open_log(tmp_path, wandb=OFFLINE, resume_update=resume) as log:
+        with open_log(tmp_path, wandb={**OFFLINE, **about}, resume_update=resume) as log:
             log.log("train", 1 if resume is None else 2, {"loss": 0.25})
+            log.send(lambda sink: sink.picture("inputs", 1, np.zeros((6, 5, 3), np.uint8)))
+            log.send(lambda sink: sink.table("classes", 1, [{"class": "cat", "recall": None}]))
+            log.send(lambda sink: sink.checkpoint(tmp_path / "saved", 1, {"top1": 1.0}, ["best"]))
+            log.close(ExitCode.REQUEUE, "by a signal")
         (name,) = (tmp_path / "wandb_id.txt").read_text().split()
     stored = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert {path.name for path in stored} == {f"run-{name}.wandb"}
     assert len(stored) == 2
     for path in stored:
-        assert_holds(path, b"train/loss")
+        for part in (b"train/loss", b"inputs", b"classes", b"checkpoint-", b"Stopped: run"):
+            assert_holds(path, part)
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/inputs_*.png"))) == 2
     told = f"W&B is offline: wandb sync {tmp_path}/wandb/offline-run-*"
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert [line.split(" ", 1)[1] for line in lines] == [told, told]
@@ -186,6 +226,83 @@ def test_wandb_gets_named_rows_in_order_and_the_exit_code(
         raise KeyboardInterrupt
     assert wandb.rows == [{"update": u, "eval/top1": u / 10} for u in range(1, 501)]
     assert wandb.exit_code == 1
+    assert wandb.ends == [("ERROR", "Failed: run", "KeyboardInterrupt: ")]
+
+
+def test_a_run_that_ends_well_alerts_nobody(tmp_path: Path, fake_wandb: FakeWandbOf) -> None:
+    wandb = fake_wandb()
+    with open_log(tmp_path, wandb=OFFLINE):
+        pass
+    assert (wandb.exit_code, wandb.ends) == (0, [])
+
+
+def test_a_stopped_run_is_preempted_and_alerts(tmp_path: Path, fake_wandb: FakeWandbOf) -> None:
+    wandb = fake_wandb()
+    with open_log(tmp_path, wandb=OFFLINE, name="x" * 100) as log:
+        log.close(ExitCode.REQUEUE, "by a signal after update 7")
+    assert wandb.exit_code == 75
+    title = "Stopped: " + "x" * 54
+    assert wandb.ends == [("preempting",), ("WARN", title, "by a signal after update 7")]
+
+
+def test_what_w_and_b_is_told_of_a_run(tmp_path: Path, fake_wandb: FakeWandbOf) -> None:
+    wandb = fake_wandb()
+    about = {"notes": "with cross", "job_type": "ablation", "tags": ("a",), "group": "seeds"}
+    config = {"seed": 3, "environment": {"commit": "abc"}, "deepspeed": {"bf16": {}}}
+    open_log(tmp_path, wandb={**OFFLINE, **about}, config=config).close()
+    assert wandb.options["config"] == config
+    assert {key: wandb.options[key] for key in about} == {**about, "tags": ["a"]}
+
+
+def test_pictures_and_tables_stand_at_their_update(tmp_path: Path, fake_wandb: FakeWandbOf) -> None:
+    wandb = fake_wandb()
+    rows = [{"class": "cat", "images": 2}, {"class": "dog", "images": 1}]
+    with open_log(tmp_path, wandb=OFFLINE, tensorboard=True) as log:
+        assert log.has_sinks
+        log.send(lambda sink: sink.picture("inputs", 4, np.zeros((6, 5, 3), np.uint8)))
+        log.send(lambda sink: sink.table("classes", 9, rows))
+    assert wandb.rows == [
+        {"update": 4, "inputs": ("image", (6, 5, 3))},
+        {"update": 9, "classes": ("table", ["class", "images"], [["cat", 2], ["dog", 1]])},
+    ]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (image,) = events.Images("inputs")
+    assert (image.step, image.width, image.height) == (4, 5, 6)
+
+
+@pytest.mark.parametrize("artifacts", ["none", "all"])
+def test_only_an_upload_of_checkpoints_may_take_long(
+    artifacts: str, tmp_path: Path, fake_wandb: FakeWandbOf
+) -> None:
+    wandb = fake_wandb()
+    open_log(tmp_path, wandb={**OFFLINE, "artifacts": artifacts}).close()
+    seconds = {"none": runlog.FINISH_SECONDS, "all": runlog.UPLOAD_SECONDS}[artifacts]
+    assert wandb.options["settings"]["finish_timeout"] == seconds - 1
+
+
+def test_checkpoints_become_versions_and_one_that_is_gone_is_told(
+    tmp_path: Path, fake_wandb: FakeWandbOf
+) -> None:
+    wandb = fake_wandb()
+    folder = tmp_path / "update-00000004"
+    folder.mkdir()
+    for name in ("checkpoint.json", "rank.safetensors"):
+        (folder / name).touch()
+    with open_log(tmp_path / "run", wandb=OFFLINE) as log:
+        for path in (tmp_path / "removed", folder):
+            log.send(lambda sink, path=path: sink.checkpoint(path, 4, {"top1": 9.0}, ["best"]))
+    (sent,) = wandb.artifacts
+    assert sent.about == (
+        f"checkpoint-{wandb.options['id']}",
+        "model",
+        {"run": "run", "update": 4, "top1": 9.0},
+    )
+    assert sent.files == ["checkpoint.json", "rank.safetensors"]
+    assert sent.aliases == ["latest", "best"]
+    assert wandb.exit_code == 0
+    text = (tmp_path / "run/log.txt").read_text()
+    assert f"{tmp_path}/removed was not sent to W&B: " in text
 
 
 @pytest.mark.parametrize("raises", ["import", "login", "key", "init", "log", "finish"])
@@ -239,7 +356,7 @@ def test_wandb_that_lies_too_far_behind_loses_rows_and_that_is_told_once(
     fake_wandb: FakeWandbOf,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(runlog, "QUEUE_ROWS", 10)
+    monkeypatch.setattr(sinks, "QUEUE_ROWS", 10)
     wandb = fake_wandb(hangs="init")
     with open_log(tmp_path, wandb=OFFLINE) as log:
         for update in range(1, 31):

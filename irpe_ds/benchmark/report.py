@@ -29,11 +29,14 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What text begins with that a spreadsheet would take for a formula."""
 
 
-def write_report(results: Mapping[str, Any], folder: Path) -> list[Path]:
+def write_report(
+    results: Mapping[str, Any], folder: Path, suffixes: Sequence[str] = ()
+) -> list[Path]:
     """Write results.csv, report.html and its figures; returns the files.
 
     Args:
         results: the content of a results.json.
+        suffixes: further files of each figure, such as .pdf.
 
     Raises:
         ConfigError: there are no rows, or one lacks a column.
@@ -47,11 +50,12 @@ def write_report(results: Mapping[str, Any], folder: Path) -> list[Path]:
     _add_derived(good)
     table = folder / "results.csv"
     replace_file(table, to_csv(rows))
-    figures = draw_figures(folder, results["name"], _panels(good)) if good else []
+    name, suffixes = results["name"], (".png", *suffixes)
+    figures = draw_figures(folder, name, _panels(good), suffixes) if good else []
     links = (results.get("links") or {}).get("rows")
     if links:
         check_columns(links, LINK, f"{folder}: links")
-        figures.append(draw_links(folder, results["name"], links))
+        figures += draw_links(folder, name, links, suffixes)
     page = folder / "report.html"
     replace_file(page, _page(results, rows, figures))
     return [table, *figures, page]
@@ -128,6 +132,7 @@ def _page(results: Mapping[str, Any], rows: Sequence[CellRow], figures: Sequence
         f'<img alt="{path.stem}" src="data:image/png;base64,'
         f'{base64.b64encode(path.read_bytes()).decode()}">'
         for path in figures
+        if path.suffix == ".png"
     )
     facts = {
         key: ", ".join(sorted({str(row.get(key)) for row in good}))

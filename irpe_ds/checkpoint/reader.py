@@ -71,6 +71,11 @@ def score_of(path: Path) -> float:
         return -1.0
 
 
+def best_of(paths: Collection[Path]) -> Path:
+    """The checkpoint with the highest score, the last of equals."""
+    return max(paths, key=lambda path: (score_of(path), path))
+
+
 def add_scores(folder: Path, manifest: CheckpointManifest) -> CheckpointManifest:
     """Add the scores in this manifest to its checkpoint on disk."""
     path = path_of(folder, manifest.update)
@@ -298,7 +303,7 @@ def weights_of(run: Path, *, best: bool = False, ema: bool = False) -> SavedWeig
     if not paths:
         none = "no checkpoint in this run folder" if run.is_dir() else "no such run folder"
         raise CheckpointError(f"{run}: {none}")
-    path = max(paths, key=lambda path: (score_of(path), path)) if best else paths[-1]
+    path = best_of(paths) if best else paths[-1]
     if damage := find_damage(path, kinds=(WEIGHTS, EMA)):
         raise CheckpointError(f"{path}: damaged checkpoint: {damage}")
     return SavedWeights(path, ema=ema)

@@ -190,7 +190,7 @@ def _prune(newest: Path, keep: int) -> None:
     Later ones are damaged: training resumed from an earlier one, and will overwrite them.
     """
     paths = [path for path in reader.complete(newest.parent) if path.name <= newest.name]
-    best = max(paths, key=lambda path: (reader.score_of(path), path))
+    best = reader.best_of(paths)
     for old in paths[:-keep]:
         if old != best or reader.score_of(old) < 0:
             _remove(old)

@@ -101,10 +101,12 @@ def _scores(manifest: CheckpointManifest, average: bool) -> str:
     if f"{kind}top1" not in found:
         return f"Not evaluated: {when}."
     images = f"{found['images']:,.0f} images" if "images" in found else "the images"
+    scores = {name: found.get(f"{kind}{name}") for name in ("top1", "top5", "loss")}
+    known = {name: value for name, value in scores.items() if value is not None}
     return (
-        f"Of {images} of validation, {when}:\n\n| top-1 | top-5 | loss |\n|---|---|---|\n"
-        f"| {found[f'{kind}top1']:.2f} % | {found[f'{kind}top5']:.2f} % | "
-        f"{found[f'{kind}loss']:.4f} |"
+        f"Of {images} of validation, {when}:\n\n"
+        f"| {' | '.join(known)} |\n|{'---|' * len(known)}\n"
+        f"| {' | '.join(f'{value:.4g}' for value in known.values())} |"
     )
 
 

@@ -1,14 +1,13 @@
 """A plan as one figure: throughput, efficiency, memory and the step, on 1 to 4096 GPUs."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from irpe_ds.planner.assumptions import MEANINGS
 from irpe_ds.planner.memory import Memory
 from irpe_ds.planner.plan import SIZES, PlanRow
 from irpe_ds.planner.report import Report
-from irpe_ds.plots.style import FAINT, INK, PALE, frame, save_figure, titled
+from irpe_ds.plots.style import FAINT, INK, PALE, frame, titled
 
 COLOURS = ("#0072B2", "#D55E00")
 SHARES = ("flop_share", "memory_share", "link_share")
@@ -44,8 +43,8 @@ _LEGEND: dict[str, Any] = {
 _TEXT: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5}
 
 
-def draw_plan(path: Path, report: Report) -> None:
-    """Write the figure of a plan; raises ConfigError if it cannot be written."""
+def draw_plan(report: Report) -> Any:
+    """The figure of a plan."""
     scenario, row = report.scenario, report.row
     title = (
         f"{scenario.config.model.name}, {scenario.config.train.precision}, "
@@ -63,7 +62,7 @@ def draw_plan(path: Path, report: Report) -> None:
     _efficiency(grid[0][1], curves)
     _step(grid[1][0], strong or weak, next(iter(curves)))
     _memory(grid[1][1], row, report.memory)
-    save_figure(figure, path)
+    return figure
 
 
 def _note(report: Report) -> str:

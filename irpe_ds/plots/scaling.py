@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from irpe_ds.errors import ConfigError
-from irpe_ds.plots.style import INK, PALE, frame, plain, titled
+from irpe_ds.plots.style import INK, PALE, frame, plain, titled, write_figure
 
 CellRow = Mapping[str, Any]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#999933")
@@ -22,6 +22,7 @@ class Figure:
     """One quantity over ranks."""
 
     file: str
+    """Without suffix."""
     title: str
     unit: str
     value: Callable[[CellRow], float]
@@ -32,7 +33,7 @@ class Figure:
 
 FIGURES = (
     Figure(
-        "flops.png",
+        "flops",
         "Throughput",
         "images per second",
         lambda row: row["images_per_s"],
@@ -40,14 +41,14 @@ FIGURES = (
         linear=True,
     ),
     Figure(
-        "efficiency.png",
+        "efficiency",
         "Efficiency",
         "% of the fewest ranks",
         lambda row: 100 * row["efficiency"],
         "Images per second and rank, relative to the first point of the same line.",
     ),
     Figure(
-        "communication.png",
+        "communication",
         "Share of communication",
         "% of an update",
         lambda row: 100 * row["communication_share"],
@@ -55,7 +56,7 @@ FIGURES = (
         "waiting for slower ranks.",
     ),
     Figure(
-        "memory.png",
+        "memory",
         "Memory",
         "GiB, largest rank",
         lambda row: row["memory_gib"],
@@ -64,26 +65,41 @@ FIGURES = (
 )
 
 
-def draw_figures(folder: Path, name: str, panels: Mapping[str, Sequence[CellRow]]) -> list[Path]:
+def draw_figures(
+    folder: Path, name: str, panels: Mapping[str, Sequence[CellRow]], suffixes: Sequence[str]
+) -> list[Path]:
     """Write FIGURES into a folder; the files.
 
     Args:
         name: the experiment's.
         panels: rows by the title of the panel that they are drawn in.
+        suffixes: of the files of each figure, such as .png and .pdf.
 
     Raises:
         ConfigError: there are too many panels.
     """
     if len(panels) > PANELS:
         raise ConfigError(folder, f"runs that differ in at most {PANELS} ways", len(panels))
-    return [_draw(folder, name, panels, figure) for figure in FIGURES]
+    files = []
+    for figure in FIGURES:
+        files += _write(_draw(name, panels, figure), folder / figure.file, suffixes)
+    return files
 
 
-LINKS = "links.png"
+def _write(drawn: Any, path: Path, suffixes: Sequence[str]) -> list[Path]:
+    files = [path.with_suffix(suffix) for suffix in suffixes]
+    for file in files:
+        write_figure(drawn, file)
+    return files
 
 
-def draw_links(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write LINKS, bandwidth by message size (`irpe_ds.benchmark.links`), into a folder."""
+LINKS = "links"
+
+
+def draw_links(
+    folder: Path, name: str, rows: Sequence[Mapping[str, Any]], suffixes: Sequence[str]
+) -> list[Path]:
+    """Write LINKS, bandwidth by message size (`irpe_ds.benchmark.links`); the files."""
     places = list(dict.fromkeys(row["where"] for row in rows))
     note = (
         "Of each rank's link: 2 (n - 1) / n of the vector for all-reduce, (n - 1) / n for "
@@ -107,11 +123,10 @@ def draw_links(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> Pa
             axes.plot(sizes_mib, [row["gb_s"] for row in line], "o-", color=colour, linewidth=1.6)
         axes.set_ylim(0)
     _legend(drawn, {kind.replace("_", "-"): colour for kind, colour in colours.items()}, {})
-    drawn.savefig(folder / LINKS)
-    return folder / LINKS
+    return _write(drawn, folder / LINKS, suffixes)
 
 
-def _draw(folder: Path, name: str, panels: Mapping[str, Sequence[CellRow]], figure: Figure) -> Path:
+def _draw(name: str, panels: Mapping[str, Sequence[CellRow]], figure: Figure) -> Any:
     rows = [row for found in panels.values() for row in found]
     columns = min(len(panels), PANELS_IN_A_ROW)
     lines = -(-len(panels) // columns)
@@ -132,9 +147,7 @@ def _draw(folder: Path, name: str, panels: Mapping[str, Sequence[CellRow]], figu
     for axes in grid[:, 1:].flat:
         axes.set_ylabel("")
     _legend(drawn, colours, markers if len(nodes) > 1 else {})
-    path = folder / figure.file
-    drawn.savefig(path)
-    return path
+    return drawn
 
 
 def _panel(

@@ -1,5 +1,6 @@
 """The look of all figures."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,9 @@ from irpe_ds.errors import ConfigError, printable
 
 SHOWN = 200
 """Characters of a name that are drawn."""
+
+FORMATS = (".png", ".pdf", ".svg")
+"""What figures are written as, by the suffix of the file."""
 
 INK, PALE, FAINT = "#24292f", "#6e7781", "#d8dee4"
 
@@ -17,18 +21,48 @@ def plain(text: str) -> str:
     return printable(text).replace("$", r"\$")
 
 
-def save_figure(figure: Any, path: Path) -> Path:
-    """Write a figure to a script's --out; its path.
+def check_out(paths: Sequence[Path]) -> Sequence[Path]:
+    """The files of a script's --out; raises ConfigError for one of another format."""
+    for path in paths:
+        if path.suffix not in FORMATS:
+            raise ConfigError("--out", f"a name that ends in {', '.join(FORMATS)}", path)
+    return paths
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a figure in the format that the path's suffix names; raises OSError.
+
+    Text of a vector figure stays text, which editors and journals ask for.
+    """
+    from matplotlib import rc_context
+
+    with rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):
+        figure.savefig(path)
+
+
+def pixels(figure: Any) -> Any:
+    """A figure as an array (H, W, 3) uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from numpy import asarray
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def save_figure(figure: Any, paths: Sequence[Path]) -> None:
+    """Write a figure to the files of a script's --out, and print their names.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError: a file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except OSError as error:
-        raise ConfigError(f"cannot write --out: {error}") from None
-    return path
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_figure(figure, path)
+        except OSError as error:
+            raise ConfigError(f"cannot write --out: {error}") from None
+        print(path)
 
 
 def titled(title: str, note: str, size: tuple[float, float], above: float = 0) -> Any:

@@ -1,6 +1,6 @@
 """Accuracy and loss over a validation set, every image counted once on any number of ranks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -39,32 +39,48 @@ def evaluate(
     batches: Iterable[EvalBatch],
     prepare: Callable[[Tensor], Tensor],
     ranks: Ranks,
+    confusion: Tensor | None = None,
 ) -> dict[str, float]:
-    """Top-1 and top-5 (per cent), mean cross-entropy and the number of images.
+    """Top-1 and, of more than five classes, top-5 (per cent), mean cross-entropy, and images.
 
     Args:
         batches: (images, labels, valid) of this rank. Images that are not valid are padding, which
             keeps the number of forward passes equal on all ranks, as ZeRO-3 needs.
         prepare: turns uint8 images into the model's input.
+        confusion: (C, C) float64 on the device of the ranks; becomes the number of images by class
+            and predicted class.
     """
     was_training = model.training
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+    classes = 0
+    if confusion is not None:
+        confusion.zero_()
     for images, labels, valid in batches:
         labels = labels.masked_fill_(~valid, IGNORED).to(ranks.device, non_blocking=True)
         logits = model(prepare(images)).float()
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        classes = logits.shape[1]
+        best = logits.topk(min(5, classes)).indices
+        hits = best == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
         totals[:3] += torch.stack([hits[:, :1].sum(), hits.sum(), loss])
         totals[3] += valid.sum()
+        if confusion is not None:
+            counted = (labels != IGNORED).to(confusion.dtype)
+            confusion.index_put_((labels.clamp(min=0), best[:, 0]), counted, accumulate=True)
     model.train(was_training)
+    if confusion is not None:
+        ranks.all_reduce_sum(confusion)
     top1, top5, loss_sum, count = ranks.all_reduce_sum(totals).tolist()
-    return {
-        "top1": 100 * top1 / count,
-        "top5": 100 * top5 / count,
-        "loss": loss_sum / count,
-        "images": count,
-    }
+    scores = {"top1": 100 * top1 / count, "loss": loss_sum / count, "images": count}
+    return scores if classes <= 5 else {"top1": scores["top1"], "top5": 100 * top5 / count} | scores
+
+
+def describe(scores: Mapping[str, float]) -> str:
+    """Scores in words."""
+    top5 = f", top-5 {scores['top5']:.2f} %" if "top5" in scores else ""
+    loss, images = scores["loss"], scores["images"]
+    return f"top-1 {scores['top1']:.2f} %{top5}, loss {loss:.4f} on {images:.0f} images"
 
 
 def average_statistics(model: nn.Module, ranks: Ranks) -> None:

@@ -7,7 +7,7 @@ import shlex
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from irpe_ds.cluster.signals import StopSignals, broken_pipe_safe
 from irpe_ds.cluster.waiting import Waiting
 from irpe_ds.config import RunConfig
 from irpe_ds.data.beton.reader import DatasetInfo
-from irpe_ds.errors import ClusterError, ConfigError, UserError
+from irpe_ds.errors import ClusterError, ConfigError, ExitCode, UserError
 from irpe_ds.files import replace_file
 from irpe_ds.models.attention import first_layer
 from irpe_ds.models.build import build_deferred
@@ -130,26 +130,35 @@ def train(
             built = model, prepared.initial, prepared.loss
             watched = ranks, preemption, waiting
             trainer = Trainer(config, length, manifest, start, *built, ds_config, *watched)
-            with open_log(config, resume, start.saved, ranks) as log:
+            about = {"environment": run_environment(ranks, op), "deepspeed": ds_config}
+            with open_log(config, resume, start.saved, ranks, about) as log:
                 if ranks.is_main:
                     names = names_of(config, prepared.data["train"])
-                    log.note(write_run_metadata(config, ds_config, ranks, model, op, names))
+                    log.note(write_run_metadata(config, about, ranks, model, op, names))
                 notes += [*cautions(config, length), *inert_tables(config.model, model)]
                 for text in [*notes, *start.notes]:
                     log.note(text)
                 with trainer.trace:
                     finished = work(trainer, log)
                 waiting.next("closing the log")
+                if not finished:
+                    log.close(ExitCode.REQUEUE, f"by a signal after update {trainer.update}")
                 return finished
 
 
-def open_log(config: RunConfig, resume: str, saved: CheckpointManifest, ranks: Ranks) -> RunLog:
-    """The log of a run that starts from this checkpoint."""
+def open_log(
+    config: RunConfig,
+    resume: str,
+    saved: CheckpointManifest,
+    ranks: Ranks,
+    about: Mapping[str, Any],
+) -> RunLog:
+    """The log of a run that starts from this checkpoint; `about` it W&B is told too."""
     return RunLog(
         config.folder,
         active=ranks.is_main,
         name=config.name,
-        config=config.model_dump(mode="json"),
+        config=config.model_dump(mode="json") | {**about},
         wandb=config.log.wandb.model_dump(),
         tensorboard=config.log.tensorboard,
         resume_update=None if resume == "never" else saved.update,
@@ -197,7 +206,7 @@ def choose_op(config: RunConfig, model: nn.Module, device_type: str) -> Resolved
 
 def write_run_metadata(
     config: RunConfig,
-    ds_config: dict[str, Any],
+    about: Mapping[str, Any],
     ranks: Ranks,
     model: nn.Module,
     op: ResolvedImpl,
@@ -205,13 +214,16 @@ def write_run_metadata(
 ) -> str:
     """Write config.yaml (resolved), deepspeed.json, environment.json and `names_of` the data.
 
+    Args:
+        about: the environment and DeepSpeed's configuration.
+
     Returns:
         One line for the log: what runs where.
 
     Raises:
         CheckpointError: a file cannot be written.
     """
-    found = run_environment(ranks, op)
+    found, ds_config = about["environment"], about["deepspeed"]
     for name, text in (
         ("config.yaml", config.dump()),
         ("deepspeed.json", json.dumps(ds_config, indent=2) + "\n"),

@@ -3,10 +3,11 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from irpe_ds.training.batch import Normalize, build_augment, build_erase, build_
 from irpe_ds.training.compilation import compile_engine
 from irpe_ds.training.engine import FirstValues, build_engine
 from irpe_ds.training.engine_state import EngineState
-from irpe_ds.training.evaluation import EvalBatch, average_statistics, evaluate
+from irpe_ds.training.evaluation import EvalBatch, average_statistics, describe, evaluate
 from irpe_ds.training.intervals import Recurrence
 from irpe_ds.training.loss import Loss
 from irpe_ds.training.metrics import Meter
@@ -114,6 +115,10 @@ class Trainer:
         self.skips = 0
         """Updates skipped in a row because of gradients that are not finite."""
         self.trace = Trace(config.train.profile, config.folder, ranks)
+        self.confusion: Tensor | None = None
+        """What evaluations count by class and predicted class, if anything."""
+        self.on_scored: Callable[[Path], None] = lambda checkpoint: None
+        """Called on every rank with a checkpoint that has its scores."""
         self.meter = Meter(ranks, start.saved.meter)
         self.flops = flops.TRAINING * flops.forward_flops(config.model)
 
@@ -258,18 +263,22 @@ class Trainer:
         """One forward and backward pass, with the update if it is its last; returns the loss."""
         step = self.update * self.config.train.accumulation + micro_step
         seed_step(self.config.seed, step, self.ranks.rank)
-        images = batch.images.to(self.ranks.device, non_blocking=True)
-        images = self.erase(self.normalize(self.augment(images, batch.keys)), batch.keys)
-        targets = batch.labels.to(self.ranks.device, non_blocking=True)
-        if self.mixup is not None:
-            images, targets = self.mixup(images, targets)
-        images = images.to(self.dtype)
+        images, targets = self.inputs(batch)
         loss = self.loss(images, self.engine(images), targets)
         if self.gradient_sums is not None:
             self.gradient_sums.is_last = micro_step + 1 == self.config.train.accumulation
         self.engine.backward(loss)
         self.engine.step()
         return loss.detach()
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A batch as the model takes it: augmented, normalised, erased and mixed."""
+        images = batch.images.to(self.ranks.device, non_blocking=True)
+        images = self.erase(self.normalize(self.augment(images, batch.keys)), batch.keys)
+        targets = batch.labels.to(self.ranks.device, non_blocking=True)
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        return images.to(self.dtype), targets
 
     def record_skip(self, log: RunLog) -> None:
         """Record the samples of an update that was skipped; fail after too many in a row.
@@ -332,15 +341,12 @@ class Trainer:
         ema_text = ""
         if self.config.train.ema_decay is not None:
             with self.state.average():
-                average_scores = self.evaluate(self.engine)
-            scores |= {f"ema_{key}": average_scores[key] for key in ("top1", "top5", "loss")}
+                average = self.evaluate(self.engine)
+            scores |= {f"ema_{key}": average[key] for key in scores if key != "images"}
             ema_text = f"; EMA: top-1 {scores['ema_top1']:.2f} %"
         epoch = self.update / self.length.updates_per_epoch
         log.log("eval", self.update, {"epoch": epoch, **scores})
-        log.note(
-            f"epoch {epoch:g}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, "
-            f"loss {scores['loss']:.4f} on {scores['images']:.0f} images{ema_text}"
-        )
+        log.note(f"epoch {epoch:g}: {describe(scores)}{ema_text}")
         return scores
 
     def evaluate(self, model: Any) -> dict[str, float]:
@@ -351,7 +357,9 @@ class Trainer:
                 self.raise_if_stopped()
                 yield batch
 
-        return evaluate(model, batches(), lambda x: self.normalize(x).to(self.dtype), self.ranks)
+        return evaluate(
+            model, batches(), lambda x: self.normalize(x).to(self.dtype), self.ranks, self.confusion
+        )
 
     def save(self, log: RunLog) -> None:
         """Begin to write a checkpoint of the current update; all ranks call it.
@@ -385,3 +393,4 @@ class Trainer:
         manifest = replace(self.last_checkpoint, scores=scores)
         write = partial(reader.add_scores, self.folder, manifest)
         self.last_checkpoint = self.ranks.on_rank0(write)
+        self.on_scored(reader.path_of(self.folder, self.update))

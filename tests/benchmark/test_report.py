@@ -41,9 +41,10 @@ def test_files(tmp_path: Path) -> None:
     failed["error"] = "rank 3 <died>"
     found = results(row(1, 100), row(2, 150), row(2, 190, "zero2"), row(1, 100, "zero2"), failed)
     (tmp_path / "results.json").write_text(json.dumps(found))
-    written = write_report(read_results_file(tmp_path / "results.json"), tmp_path)
-    names = ["results.csv", "flops.png", "efficiency.png", "communication.png", "memory.png"]
-    assert [path.name for path in written] == [*names, "report.html"]
+    written = write_report(read_results_file(tmp_path / "results.json"), tmp_path, [".svg"])
+    names = ("flops", "efficiency", "communication", "memory")
+    figures = [f"{name}{suffix}" for name in names for suffix in (".png", ".svg")]
+    assert [path.name for path in written] == ["results.csv", *figures, "report.html"]
     assert all(path.stat().st_size > 100 for path in written)
 
     with (tmp_path / "results.csv").open() as file:

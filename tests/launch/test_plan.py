@@ -110,7 +110,7 @@ def test_without_deepspeed() -> None:
         ("zoo", ["--help"], ""),
         ("plan", [*ON_H100, "train.epoch=3"], "error: train.epoch: "),
         ("plan", [*ON_H100, "--per-node", "0"], "error: --per-node: "),
-        ("curves", ["runs/x", "--out", "x.pdf"], "error: --out: "),
+        ("curves", ["runs/x", "--out", "x.jpg"], "error: --out: "),
         ("tables", [*DEIT, "--weights", "x", "train.epoch=3"], "error: train.epoch: "),
         ("tables", ["--run", "x", "--out", "x.png"], "error: --run: expected a run folder"),
         ("evaluate", ["--run", "x"], "error: --run: expected a run folder"),
@@ -137,7 +137,7 @@ def test_help_and_mistakes_need_no_torch(script: str, arguments: list[str], mess
     ("arguments", "message"),
     [
         ([*DEIT, "--gpu", "H1000", "--gpus", "8"], "--gpu: expected one of H200, H100"),
-        ([*ON_H100, "--out", "plan.pdf"], "--out: expected a name that ends in .png"),
+        ([*ON_H100, "--out", "plan.jpg"], "--out: expected a name that ends in .png"),
         ([*ON_H100, "--link-share", "0"], "--link-share: expected a number above 0"),
         ([*ON_H100, "--out", "/dev/null/plan.png"], "cannot write --out: "),
         ([*ON_H100, "model.impl=flex"], "model.impl: expected one of auto, fused, gather"),

@@ -348,10 +348,10 @@ def fail(error: Exception, where: str) -> None:
             raise error
         return step(self, batch, micro_step)
 
-    def unable(model: Any, batches: Any, prepare: Any, ranks: Any) -> Any:
+    def unable(model: Any, batches: Any, prepare: Any, ranks: Any, *more: Any) -> Any:
         if (ranks.rank, where) == (1, "evaluation"):
             raise error
-        return evaluate(model, batches, prepare, ranks)
+        return evaluate(model, batches, prepare, ranks, *more)
 
     Trainer.step, trainer.evaluate = broken, unable  # type: ignore[method-assign]
 

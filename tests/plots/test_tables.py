@@ -118,7 +118,7 @@ def test_images_come_from_all_over_the_set(config: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "t.pdf"], r"--out: expected a name that ends in \.png"),
+        (["--out", "t.jpg"], r"--out: expected a name that ends in \.png"),
         (["--images", "0"], "--images: expected at least 1"),
         (["--layers", "0,3"], "--layers: expected numbers from 0 to 2"),
         (["--layers", "x"], "--layers: expected numbers from 0 to 2"),

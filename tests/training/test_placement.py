@@ -1,6 +1,7 @@
 """Training on a GPU: every tensor is on its device, and nothing makes the host wait for it."""
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -76,6 +77,7 @@ def check_step(config: RunConfig, model: nn.Module, loss: Loss, images: int = 4)
             loss=loss,
             engine=mock.Mock(side_effect=model, backward=backward),
         )
+        trainer.inputs = partial(Trainer.inputs, trainer)
         meter, keys = Meter(RANKS, {}), image_keys(np.arange(images), seed=0, epoch=0)
         with watch:
             meter.add(Trainer.step(trainer, Batch(*decoded(images), keys), 0), images)
