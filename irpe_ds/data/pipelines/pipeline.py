@@ -53,7 +53,7 @@ def open_pipeline(data: DataConfig, part: Part, augment: AugmentConfig | None = 
     if data.pipeline == "ffcv":
         from irpe_ds.data.pipelines.ffcv import FFCVPipeline
 
-        return FFCVPipeline(path, where, augment, data.workers)
+        return FFCVPipeline(path, where, augment, data.workers, data.scaled_decoding)
     from irpe_ds.data.pipelines.timm import TimmPipeline
 
     return TimmPipeline(path, where, augment, data.mean, data.workers)
