@@ -80,6 +80,7 @@ $(READY): setup.py constraints.txt
 	    command -v pkg-config >/dev/null || echo pkg-config
 	    pkg-config --exists opencv4 2>/dev/null || echo libopencv-dev
 	    pkg-config --exists libturbojpeg 2>/dev/null || echo libturbojpeg0-dev
+	    pkg-config --exists libjpeg 2>/dev/null || echo libjpeg-dev
 	    $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo python$$version-venv
 	    header='import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")'
 	    $(PYTHON) -c "$$header" 2>/dev/null || echo python$$version-dev

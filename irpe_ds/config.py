@@ -148,6 +148,10 @@ class DataConfig(Section):
     workers: Count | None = None
     """Decoding threads or processes per rank. None: the cores of the host divided by its ranks.
     PyTorch: num_workers."""
+    scaled_decoding: StrictBool = False
+    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where the training crop is then still no smaller
+    than the model's input: less work for large images, slightly other pixels. Pipeline `ffcv`.
+    Pillow: draft."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means of the normalisation, for pixels in [0, 1]."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)

@@ -43,7 +43,7 @@ def main() -> None:
         f"{images:,} validation images; dots: seeds; line: mean; box: one standard deviation.\n"
         f"{row['device']}, torch {row['torch']}, commit {str(row['commit'])[:7]}",
     )
-    print(save_figure(figure, common.folder / "ablation.png"))
+    save_figure(figure, [common.folder / "ablation.png"])
 
 
 if __name__ == "__main__":

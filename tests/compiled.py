@@ -15,4 +15,5 @@ from irpe_ds.data.pipelines.ffcv import decode_crops
 
 numba.config.THREADING_LAYER = "workqueue"
 _arguments = np.empty(0, np.uint8), np.empty(0, ENTRY), np.empty(0, CROP)
-decode_crops.compile(tuple(map(numba.typeof, (*_arguments, np.empty((0,) * 4, np.uint8)))))
+_images = np.empty((0,) * 4, np.uint8)
+decode_crops.compile(tuple(map(numba.typeof, (*_arguments, _images, False, False))))

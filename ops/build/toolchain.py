@@ -90,11 +90,16 @@ def sources() -> str:
     return key.hexdigest()[:16]
 
 
-def cache(toolkit: CUDAToolkit | None) -> Path:
-    """The folder of a just-in-time build, one for each set of sources, options and versions."""
+def cache_root() -> Path:
+    """The folder of all just-in-time builds, which PyTorch's extensions have too."""
     from torch.utils.cpp_extension import get_default_build_root  # a slow import
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    return Path(os.path.expanduser(root)).absolute()
+
+
+def cache(toolkit: CUDAToolkit | None) -> Path:
+    """The folder of a just-in-time build, one for each set of sources, options and versions."""
     key = hashlib.sha256(sources().encode())
     for fact in (
         sys.version_info[:2],
@@ -105,7 +110,7 @@ def cache(toolkit: CUDAToolkit | None) -> Path:
         os.environ.get("CXX"),
     ):
         key.update(repr(fact).encode())
-    return Path(os.path.expanduser(root)).absolute() / f"irpe_{key.hexdigest()[:16]}"
+    return cache_root() / f"irpe_{key.hexdigest()[:16]}"
 
 
 def cxx() -> str:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,13 +36,20 @@ class LoaderSpec:
     """Height and width of the images, pixels."""
     batch: int
     """Images per batch; an incomplete one is left out."""
+    is_scaled: bool = False
+    """Whether our loader decodes large images at a part of their size."""
 
     @property
     def data(self) -> Any:
         """The configuration of our loader."""
         from irpe_ds.config import DataConfig
 
-        return DataConfig(train=self.beton, val=self.beton, workers=self.workers)
+        return DataConfig(
+            train=self.beton,
+            val=self.beton,
+            workers=self.workers,
+            scaled_decoding=self.is_scaled,
+        )
 
 
 def ours(spec: LoaderSpec) -> Epoch:
@@ -67,6 +74,11 @@ def ours_augmented(spec: LoaderSpec) -> Epoch:
     return lambda: sum(
         len(normalize(augment(batch.images, batch.keys))) for batch in loader.epoch(next(epochs))
     )
+
+
+def ours_scaled(spec: LoaderSpec) -> Epoch:
+    """Our TrainLoader, which decodes large images at a part of their size."""
+    return ours(replace(spec, is_scaled=True))
 
 
 def _train_loader(spec: LoaderSpec) -> Any:
@@ -171,6 +183,7 @@ def decode_only(spec: LoaderSpec) -> Epoch:
 
 LOADERS: dict[str, Callable[[LoaderSpec], Epoch]] = {
     "ours": ours,
+    "ours, scaled": ours_scaled,
     "ffcv": ffcv_loader,
     "torchvision": torchvision_loader,
     "decode only": decode_only,

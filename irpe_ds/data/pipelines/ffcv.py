@@ -1,14 +1,14 @@
-"""The FFCV pipeline: .beton files, FFCV's native decoder in threads, crops resized by area.
+"""The FFCV pipeline: .beton files, decoded in threads, crops resized by area.
 
 decode_crops fills a batch, a BatchIterator decodes ahead of its consumer, FFCVPipeline chooses
 the crops.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from queue import Full, Queue, SimpleQueue
+from queue import Full, Queue
 from threading import Event, Lock, Thread
 
 import numba
@@ -17,21 +17,24 @@ import torch
 from numpy.typing import NDArray
 
 from irpe_ds.config import AugmentConfig
-from irpe_ds.data.beton.format import JPG, imdecode, resize_crop
+from irpe_ds.data.beton.format import JPG, resize_crop
 from irpe_ds.data.beton.reader import Beton, read_beton
 from irpe_ds.data.crops import Crops, center_crops, random_resized_crops, simple_crops
 from irpe_ds.data.order import Samples
 from irpe_ds.data.parallel import local_share
+from irpe_ds.data.pipelines import jpeg
 from irpe_ds.data.pipelines.pipeline import Batches, Decoded
 from irpe_ds.data.rng import Keys
 from irpe_ds.errors import ConfigError, DataError
 
 _POLL_SECONDS = 0.1
+MARGIN = 64
+"""Pixels at most that `decode_box` adds on a side of a box: two of a JPEG's largest units."""
 # Batches decoded at once would share the same cores, and numba's workqueue thread pool (0.68)
 # aborts the process when two threads enter it.
 _decoding = Lock()
 
-_imdecode = numba.njit(nogil=True)(imdecode)
+_decode_box = jpeg.load()
 _resize_crop = numba.njit(nogil=True)(resize_crop)
 
 
@@ -40,9 +43,18 @@ class FFCVPipeline:
 
     Args:
         workers: decoding threads. None: this rank's share of the cores.
+        is_scaled: decode large training images at a part of their size; see `decode_crops`.
     """
 
-    def __init__(self, path: Path, where: str, augment: AugmentConfig, workers: int | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        where: str,
+        augment: AugmentConfig,
+        workers: int | None,
+        is_scaled: bool = False,
+    ) -> None:
+        self._is_scaled = is_scaled
         self._beton, self._augment = read_beton(path, where), augment
         self.num_samples = len(self._beton.entries)
         self.labels = self._beton.entries["label"]
@@ -60,7 +72,7 @@ class FFCVPipeline:
             crops = random_resized_crops(
                 *images, scale=augment.scale, ratio=augment.ratio, hflip=augment.hflip
             )
-        return self._decode(crops, batch_size, size)
+        return self._decode(crops, batch_size, size, self._is_scaled)
 
     def evaluate(
         self, samples: Samples, *, batch_size: int, size: tuple[int, int], crop: float
@@ -76,9 +88,16 @@ class FFCVPipeline:
         )
         return self._decode(crops, batch_size, size)
 
-    def _decode(self, crops: Crops, batch_size: int, size: tuple[int, int]) -> Batches:
+    def _decode(
+        self, crops: Crops, batch_size: int, size: tuple[int, int], is_scaled: bool = False
+    ) -> Batches:
         batches = BatchIterator(
-            self._beton, crops, batch_size=batch_size, size=size, workers=self.workers
+            self._beton,
+            crops,
+            batch_size=batch_size,
+            size=size,
+            workers=self.workers,
+            is_scaled=is_scaled,
         )
         with closing(batches):
             yield from batches
@@ -98,47 +117,19 @@ def _num_threads(workers: int | None) -> int:
     return workers
 
 
-class _ReusedThreads:
-    """Daemon threads that run one task after another.
-
-    FFCV 1.0.2 keeps a JPEG decoder per thread and never frees it: with a new thread per epoch,
-    memory would grow. Can go when test_200_epochs_with_early_exits_leave_nothing passes with
-    plain threads.
-    """
-
-    def __init__(self) -> None:
-        self._idle: list[SimpleQueue[Callable[[], None]]] = []
-
-    def run(self, task: Callable[[], None]) -> None:
-        """Run a task in an idle thread, or in a new one."""
-        try:
-            tasks = self._idle.pop()
-        except IndexError:
-            tasks = SimpleQueue()
-            Thread(target=self._serve, args=(tasks,), name="decode", daemon=True).start()
-        tasks.put(task)
-
-    def _serve(self, tasks: "SimpleQueue[Callable[[], None]]") -> None:
-        while True:
-            tasks.get()()
-            self._idle.append(tasks)
-
-
-_threads = _ReusedThreads()
-
-
 class BatchIterator:
     """Decodes crops in a thread, ahead of its consumer.
 
     Yields images (B, 3, H, W) uint8 in channels_last and labels (B,) int64, in order. Each batch
     has memory of its own, pinned if there is a GPU. The thread's exceptions are raised in the
-    consumer. Must be closed, which frees the thread.
+    consumer. Must be closed, which ends the thread.
 
     Args:
         crops: the images to decode, cut into batches; the last batch may be smaller.
         batch_size: images per batch.
         size: height and width of the batch's images, pixels.
         workers: threads that decode one batch.
+        is_scaled: as in `decode_crops`.
         ahead: batches that may wait for the consumer.
     """
 
@@ -150,14 +141,17 @@ class BatchIterator:
         batch_size: int,
         size: tuple[int, int],
         workers: int,
+        is_scaled: bool = False,
         ahead: int = 3,
     ) -> None:
         self._beton, self._crops = beton, crops
         self._batch_size, self._size, self._workers = batch_size, size, workers
+        self._is_scaled = is_scaled
         self._pinned = torch.cuda.is_available()
         self._queue: Queue[Decoded | BaseException | None] = Queue(ahead)
-        self._closed, self._ended = Event(), Event()
-        _threads.run(self._run)
+        self._closed = Event()
+        self._thread = Thread(target=self._run, name="decode", daemon=True)
+        self._thread.start()
 
     def __iter__(self) -> Iterator[Decoded]:
         return self
@@ -174,9 +168,9 @@ class BatchIterator:
         raise item
 
     def close(self) -> None:
-        """Stop decoding and wait until the thread is free: at most for the present batch."""
+        """Stop decoding and wait until the thread has ended: at most for the present batch."""
         self._closed.set()
-        self._ended.wait()
+        self._thread.join()
 
     def _run(self) -> None:
         try:
@@ -190,8 +184,6 @@ class BatchIterator:
             self._put(None)
         except BaseException as error:  # whatever it is, the consumer gets it
             self._put(error)
-        finally:
-            self._ended.set()
 
     def _check_hashes(self, samples: NDArray[np.int64], pool: ThreadPoolExecutor) -> None:
         """Compare samples with their hashes, each at its first use in this process."""
@@ -229,7 +221,10 @@ class BatchIterator:
         in_batch = crops.copy()
         in_batch["sample"] = np.arange(len(crops))
         with _decoding:
-            clean = decode_crops(payloads, entries, in_batch, images_BHWC.numpy())
+            unhashed = self._beton.hashes is None
+            clean = decode_crops(
+                payloads, entries, in_batch, images_BHWC.numpy(), self._is_scaled, unhashed
+            )
         if not clean.all():
             raise _damage(self._beton, crops["sample"][np.flatnonzero(~clean)[0]])
         return images_BHWC.permute(0, 3, 1, 2), labels
@@ -256,6 +251,8 @@ def decode_crops(
     entries: NDArray[np.void],
     crops: Crops,
     images_BHWC: NDArray[np.uint8],
+    is_scaled: bool,
+    to_end: bool,
 ) -> NDArray[np.bool_]:
     """Decode each image, crop it, resize the crop by area, shift and flip it where asked.
 
@@ -266,6 +263,9 @@ def decode_crops(
         entries: ENTRY of every sample in them (irpe_ds.data.beton.reader).
         crops: CROP of the images to decode, (B,); boxes lie within their images.
         images_BHWC: receives the pixels.
+        is_scaled: decode a JPEG at 1/2, 1/4 or 1/8 of its size where the crop is then no smaller
+            than `images_BHWC`, with other pixels.
+        to_end: look for damage below the crop too.
 
     Returns:
         (B,) whether each image decoded cleanly; otherwise its pixels are undefined.
@@ -275,17 +275,14 @@ def decode_crops(
         crop = crops[position]
         entry = entries[crop["sample"]]
         data = file[entry["start"] : entry["start"] + entry["bytes"]]
-        height, width = np.int64(entry["height"]), np.int64(entry["width"])
-        image = np.empty((height, width, 3), np.uint8)
-        if entry["mode"] == JPG:
-            status = _imdecode(data, image, height, width, height, width, 0, 0, 1, 1, False, False)
-            clean[position] = status == 0
-        elif data.size == image.size:
-            image.reshape(-1)[:] = data
-            clean[position] = True
-        bottom, right = crop["top"] + crop["height"], crop["left"] + crop["width"]
+        box = np.array((crop["top"], crop["left"], crop["height"], crop["width"]), np.int64)
         target = images_BHWC[position]
-        _resize_crop(image, crop["top"], bottom, crop["left"], right, target)
+        if entry["mode"] == JPG:
+            clean[position] = _decode_jpeg(data, entry, box, target, is_scaled, to_end)
+        elif data.size == np.int64(entry["height"]) * np.int64(entry["width"]) * 3:
+            image = data.reshape((np.int64(entry["height"]), np.int64(entry["width"]), 3))
+            _resize_crop(image, box[0], box[0] + box[2], box[1], box[1] + box[3], target)
+            clean[position] = True
         if crop["shift_down"] or crop["shift_right"]:
             _shift(target, crop["shift_down"], crop["shift_right"])
         if crop["flip"]:
@@ -304,6 +301,46 @@ def _shift(image_HWC: NDArray[np.uint8], down: int, right: int) -> None:
             source_column = width - 1 - abs(width - 1 - abs(column + right))
             for channel in range(channels):
                 image_HWC[row, column, channel] = before[source_row, source_column, channel]
+
+
+@numba.njit(nogil=True)
+def _decode_jpeg(
+    data: NDArray[np.uint8],
+    entry: np.void,
+    box: NDArray[np.int64],
+    target: NDArray[np.uint8],
+    is_scaled: bool,
+    to_end: bool,
+) -> bool:
+    """Decode a box (top, left, height, width) and resize it by area; whether it was clean."""
+    height, width = np.int64(entry["height"]), np.int64(entry["width"])
+    divisor = np.int64(8 if is_scaled else 1)
+    while divisor > 1 and (
+        box[2] < divisor * target.shape[0] or box[3] < divisor * target.shape[1]
+    ):
+        divisor //= 2
+    rows, columns = min(height, box[2]) // divisor, min(width, box[3]) // divisor
+    pixels = np.empty((rows + MARGIN) * (columns + 2 * MARGIN) * 3, np.uint8)
+    placed = np.empty(4, np.int64)
+    failed = _decode_box(
+        data.ctypes.data,
+        data.size,
+        height,
+        width,
+        box.ctypes.data,
+        divisor,
+        to_end,
+        pixels.ctypes.data,
+        pixels.size,
+        placed.ctypes.data,
+    )
+    if failed:
+        return False
+    image = pixels[: placed[2] * placed[3] * 3].reshape((placed[2], placed[3], 3))
+    top, left = box[0] // divisor - placed[0], box[1] // divisor - placed[1]
+    right = min(-(-(box[1] + box[3]) // divisor) - placed[1], placed[3])
+    _resize_crop(image, top, placed[2], left, right, target)
+    return True
 
 
 @numba.njit(nogil=True)

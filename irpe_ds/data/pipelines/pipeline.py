@@ -67,7 +67,7 @@ def _open(data: DataConfig, path: Path, where: str, augment: AugmentConfig) -> P
     if data.pipeline == "ffcv":
         from irpe_ds.data.pipelines.ffcv import FFCVPipeline
 
-        return FFCVPipeline(path, where, augment, data.workers)
+        return FFCVPipeline(path, where, augment, data.workers, data.scaled_decoding)
     from irpe_ds.data.pipelines.timm import TimmPipeline
 
     return TimmPipeline(path, where, augment, data.mean, data.workers)

@@ -1,0 +1,120 @@
+"""A box of a JPEG has the pixels of the whole; where it cannot be built, one line says why."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageFile
+
+from irpe_ds.data.pipelines import jpeg
+from irpe_ds.data.pipelines.ffcv import MARGIN
+from irpe_ds.errors import UserError
+
+ImageFile.MAXBLOCK = 1 << 20  # Pillow cannot write a small progressive JPEG in less
+DECODE = jpeg.load()
+Pixels = NDArray[np.uint8]
+
+
+def photograph(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """Waves of all frequencies, in colours that change from pixel to pixel."""
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin((x * (3 + n) + y * (5 - n)) ** 1.3 / 40) for n in range(3)]
+    return Image.fromarray(np.uint8(127 + 120 * np.stack(waves, -1))).convert(mode)
+
+
+def encode(image: Image.Image, **options: object) -> Pixels:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85, **options)
+    return np.frombuffer(file.getvalue(), np.uint8)
+
+
+def decode(
+    data: Pixels,
+    size: tuple[int, int],
+    box: tuple[int, ...],
+    divisor: int = 1,
+    to_end: bool = False,
+) -> Pixels | None:
+    """The box's pixels, by the way the loaders take them; None if the data are damaged."""
+    (height, width), (top, left, rows, columns) = size, box
+    pixels = np.empty((rows // divisor + MARGIN) * (columns // divisor + 2 * MARGIN) * 3, np.uint8)
+    placed, wanted = np.empty(4, np.int64), np.array(box, np.int64)
+    image = (data.ctypes.data, data.size, height, width)
+    to = (pixels.ctypes.data, pixels.size, placed.ctypes.data)
+    if DECODE(*image, wanted.ctypes.data, divisor, to_end, *to):
+        return None
+    whole = pixels[: placed[2] * placed[3] * 3].reshape(placed[2], placed[3], 3)
+    first = top // divisor - placed[0], left // divisor - placed[1]
+    ends = -(-(top + rows) // divisor) - placed[0], -(-(left + columns) // divisor) - placed[1]
+    return whole[first[0] : ends[0], first[1] : ends[1]]
+
+
+SIZES = [(375, 500), (217, 333), (9, 17), (64, 64), (33, 501)]
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "4:1:1"])
+@pytest.mark.parametrize(("mode", "progressive"), [("RGB", False), ("RGB", True), ("L", False)])
+def test_a_box_is_part_of_the_whole(subsampling: str, mode: str, progressive: bool) -> None:
+    random = np.random.default_rng(0)
+    for height, width in SIZES:
+        image = photograph(width, height, mode)
+        options = {} if mode == "L" else {"subsampling": subsampling}
+        data = encode(image, progressive=progressive, **options)
+        for divisor in (1, 2, 4, 8):
+            whole = decode(data, (height, width), (0, 0, height, width), divisor)
+            assert whole is not None
+            if divisor == 1:
+                decoded = Image.open(io.BytesIO(data.tobytes())).convert("RGB")
+                assert np.array_equal(whole, np.asarray(decoded))
+            for n in range(10):
+                rows, columns = random.integers(1, (height + 1, width + 1))
+                top, left = random.integers(0, (height - rows + 1, width - columns + 1))
+                box = (int(top), int(left), int(rows), int(columns))
+                got = decode(data, (height, width), box, divisor, to_end=n % 2 == 0)
+                ends = -(-(top + rows) // divisor), -(-(left + columns) // divisor)
+                expected = whole[top // divisor : ends[0], left // divisor : ends[1]]
+                assert got is not None
+                assert np.array_equal(got, expected), (box, divisor)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:300],
+        lambda data: np.concatenate([data[:400], np.zeros(60, np.uint8), data[460:]]),
+        lambda data: data[:0],
+        lambda data: np.zeros(2000, np.uint8),
+    ],
+)
+def test_damage(damage: Callable[[Pixels], Pixels]) -> None:
+    data = damage(encode(photograph(200, 100)))
+    assert decode(data, (100, 200), (0, 0, 100, 200), to_end=True) is None
+
+
+def test_damage_below_the_box() -> None:
+    data = encode(photograph(200, 100))[:-2000]
+    assert decode(data, (100, 200), (0, 0, 16, 200)) is not None
+    assert decode(data, (100, 200), (0, 0, 16, 200), to_end=True) is None
+
+
+def test_another_size_than_the_table_says() -> None:
+    data = encode(photograph(200, 100))
+    assert decode(data, (100, 201), (0, 0, 100, 201)) is None
+    assert decode(data, (99, 200), (0, 0, 99, 200)) is None
+
+
+def test_what_is_missing_to_build_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "no-compiler")
+    with pytest.raises(UserError, match=r"cannot build the JPEG decoder: no C\+\+ compiler 'no-co"):
+        jpeg.load()
+    monkeypatch.delenv("CXX")
+    source = tmp_path / "jpeg.cpp"
+    source.write_text("#include <no_such_header.h>\n")
+    monkeypatch.setattr(jpeg, "SOURCE", source)
+    with pytest.raises(UserError, match=r"decoder: .*no_such_header\.h.*; install libjpeg-turbo"):
+        jpeg.load()
