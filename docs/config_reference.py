@@ -1,4 +1,4 @@
-"""docs/config.md, from config.py's own words: `python docs/config_reference.py > docs/config.md`.
+"""docs/config.md, from the source: `python docs/config_reference.py > docs/config.md`.
 
 Keys, types, defaults and docstrings are read from the source, which is where they are written.
 """
@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "irpe_ds"
-SOURCES = (PACKAGE / "config_types.py", PACKAGE / "config.py", PACKAGE / "rpe" / "config.py")
+SOURCES = tuple(
+    PACKAGE / name
+    for name in ("config_types.py", "config_sections.py", "config.py", "rpe/config.py")
+)
 WORDS = {
     "StrictBool": "true or false",
     "bool": "true or false",
@@ -22,9 +25,9 @@ WORDS = {
 }
 HEAD = """# Every key of a run's YAML
 
-Made from `irpe_ds/config.py` by `docs/config_reference.py`; a test keeps it true. Any key can be
-set on the command line too: `train.epochs=3 'model.rpe={on: qk}'`. A YAML may build on others:
-`base: deit.yaml`, or a list of files, of which later ones win.
+Made from `irpe_ds/config_sections.py` by `docs/config_reference.py`; a test keeps it true. Any key
+can be set on the command line too: `train.epochs=3 'model.rpe={on: qk}'`. A YAML may build on
+others: `base: deit.yaml`, or a list of files, of which later ones win.
 
 Where timm, DeiT or Hugging Face's Trainer (HF) has another name for a key, its row ends with it.
 """

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from irpe_ds.config import WandbConfig
+from irpe_ds.config_sections import WandbConfig
 from irpe_ds.runlog import RunLog, read_rows
 
 DISABLED = WandbConfig().model_dump()

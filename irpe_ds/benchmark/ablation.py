@@ -16,8 +16,9 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from irpe_ds.config import Natural, RunConfig, Section, validate
+from irpe_ds.config import RunConfig, Section, validate
 from irpe_ds.config_file import apply, read_values
+from irpe_ds.config_types import Natural
 from irpe_ds.environment import read_environment
 from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.files import open_own, replace_file

@@ -14,8 +14,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from irpe_ds.cluster.hostfile import read_hostfile
-from irpe_ds.config import Count, Positive, RunConfig, Section, validate
+from irpe_ds.config import RunConfig, Section, validate
 from irpe_ds.config_file import apply, read_values
+from irpe_ds.config_types import Count, Positive
 from irpe_ds.errors import ClusterError, ConfigError
 from irpe_ds.files import or_shipped
 from irpe_ds.planner.hardware import parse_rate

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from irpe_ds.config import WandbConfig
+from irpe_ds.config_sections import WandbConfig
 from irpe_ds.errors import ConfigError
 from irpe_ds.plots.curves import Rows, _spread, draw_curves, read_runs
 from irpe_ds.plots.seeds import common_name, group_seeds, one_each
