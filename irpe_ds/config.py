@@ -33,6 +33,7 @@ from irpe_ds.config_types import (
     Probability,
     Share,
     Size,
+    Source,
     ascending,
     from_the_first_epoch,
 )
@@ -75,9 +76,13 @@ class ModelConfig(Section):
     drop_path: Probability = 0.0
     """Stochastic depth rate of the last block; earlier blocks have less, linearly. timm:
     drop_path_rate."""
-    weights: Path | None = None
-    """Weights to start from: .pth, .safetensors or the folder of a checkpoint. None: random
-    initialisation. timm: initial-checkpoint; DeiT: finetune."""
+    pretrained: StrictBool = False
+    """Start from the weights that timm knows for `name`, or of our names from the released ones:
+    ./NAME.pth, torch.hub's cache, or a download. Other classes get a new head."""
+    weights: Source | None = None
+    """Weights to start from: .pth, .safetensors, the folder of a checkpoint or an export; a URL, or
+    a repository of Hugging Face's hub. None: random initialisation. timm: initial-checkpoint; DeiT:
+    finetune."""
     new_head: StrictBool = False
     """Ignore the classifier in `weights` and initialise a new one, for other classes. timm:
     reset_classifier."""
@@ -93,12 +98,15 @@ class ModelConfig(Section):
     def _new_head_of_what(self) -> "ModelConfig":
         if self.new_head and self.weights is None:
             raise ConfigError("new_head", "false without model.weights: all starts anew", "true")
+        if self.pretrained and self.weights is not None:
+            raise ConfigError("pretrained", "false with model.weights, which it names", "true")
         return self
 
     def without_weights(self) -> "ModelConfig":
         """The same model with its own first values, whatever `weights` and `options` say."""
         options = {key: value for key, value in self.options.items() if key != "pretrained"}
-        return self.model_copy(update={"weights": None, "new_head": False, "options": options})
+        other = {"weights": None, "pretrained": False, "new_head": False, "options": options}
+        return self.model_copy(update=other)
 
     @property
     def class_count(self) -> int:
@@ -269,9 +277,8 @@ class DistillConfig(Section):
     predicted class (`hard`). DeiT: distillation-type."""
     teacher: str = "regnety_160"
     """Any timm model name, or one of ours."""
-    weights: Path | None = None
-    """The teacher's weights, required with a teacher: .pth, .safetensors or the folder of a
-    checkpoint. DeiT: teacher-path."""
+    weights: Source | None = None
+    """The teacher's weights, required with a teacher, as `model.weights`. DeiT: teacher-path."""
     alpha: Probability = 0.5
     """Weight of the teacher's part of the loss; the labels' part has the rest. DeiT:
     distillation-alpha."""

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer
@@ -79,6 +80,22 @@ EveryNth = Annotated[int, BeforeValidator(_every_nth), PlainSerializer(_written_
 
 Size = Annotated[tuple[int, int], BeforeValidator(_height_width), PlainSerializer(_written_size)]
 """pixels, or [height, width]"""
+
+
+HUB = "hf-hub:"
+
+
+def _source(value: object) -> object:
+    """A URL or the name of a repository stays a string; what else is one is a path."""
+    if isinstance(value, str):
+        return value if value.startswith((HUB, "https://", "http://")) else Path(value)
+    if not isinstance(value, Path):
+        raise ConfigError("", f"a path, a URL or {HUB}OWNER/NAME", repr(value))
+    return value
+
+
+Source = Annotated[Path | str, BeforeValidator(_source)]
+"""path, URL or hf-hub:OWNER/NAME"""
 
 
 @dataclass(frozen=True)

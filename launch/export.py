@@ -32,17 +32,25 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder, .safetensors or .pth file to write"
     )
+    parser.add_argument("--license", help="of the weights, such as apache-2.0; for the model card")
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload the folder to this repository of the hub"
+    )
     args = parser.parse_args()
     if args.out.suffix in (".bin", ".ckpt", ".pt"):
         expected = "a folder, or a name that ends in .safetensors or .pth"
         raise ConfigError("--out", expected, args.out)
+    if args.push and args.out.suffix in (".pth", ".safetensors"):
+        raise ConfigError("--out", "a folder, with --push", args.out)
 
     from irpe_ds.checkpoint import reader
-    from irpe_ds.models.release import export
+    from irpe_ds.models.release import export, push
 
     weights = reader.weights_of(args.run, best=args.best, ema=args.ema)
-    export(args.run, weights, args.out)
+    export(args.run, weights, args.out, args.license)
     print(f"{args.out}: {len(weights)} tensors of {weights}")
+    if args.push:
+        print(f"uploaded to {push(args.out, args.push)}")
 
 
 if __name__ == "__main__":

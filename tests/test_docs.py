@@ -29,9 +29,9 @@ FILE = r"[\w.-]+\.(?:py|yaml|json|jsonl|md|cpp|cuh?|h|sbatch|toml)"
 THEIRS = set(THEIR_CONFIGS)
 """Files that a page may name and that are a user's own."""
 MADE = {
-    *("config.yaml", "deepspeed.json", "environment.json", "metrics.jsonl", "skipped.jsonl"),
-    *("checkpoint.json", "results.json", "FILE.beton.json", "classes.json", "val_images.json"),
-    "predictions.json",
+    *("config.json", "config.yaml", "deepspeed.json", "environment.json", "metrics.jsonl"),
+    *("skipped.jsonl", "classes.json", "val_images.json", "predictions.json"),
+    *("checkpoint.json", "results.json", "FILE.beton.json"),
 }
 """Files that runs and conversions write."""
 

@@ -6,13 +6,9 @@ from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import timm
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.constants import ENDPOINT
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,9 +25,10 @@ from irpe_ds.errors import CheckpointError, ConfigError, UserError
 from irpe_ds.models.attention import RPEAttention
 from irpe_ds.models.deferred import Initial, defer, materialize
 from irpe_ds.models.positions import Positions, check_encoding, check_grid, on_grid
+from irpe_ds.models.pretrained import check_hub, local_file, released
 from irpe_ds.models.vision_transformer import equip, set_resolution
 from irpe_ds.models.weights_file import check_tensors, read_weights
-from irpe_ds.models.zoo import ZOO
+from irpe_ds.models.zoo import RELEASED_CLASSES, ZOO
 
 logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
@@ -62,8 +59,11 @@ def build_deferred(config: ModelConfig, seed: int) -> tuple[nn.Module, Initial]:
         ConfigError: as `build_model`.
     """
     _check_name(config.name)
-    if config.options.get("pretrained") and "pretrained_cfg_overlay" not in config.options:
-        _check_network(config.name)
+    if _key(config) and "pretrained_cfg_overlay" not in config.options:
+        try:
+            check_hub(getattr(timm.models.get_pretrained_cfg(config.name), "hf_hub_id", None))
+        except OSError as error:
+            raise _no_download(config, error) from None
     create = partial(_create, config, arguments(config))
     model, initial = _explained(config, partial(defer, create, seed))
     if config.options:
@@ -71,7 +71,12 @@ def build_deferred(config: ModelConfig, seed: int) -> tuple[nn.Module, Initial]:
     if config.weights is not None:
         renewed = _classifier(model) if config.new_head else ()
         hint = "model.new_head=true reinitialises the classifier"
-        load_weights(model, config.weights, "model.weights", renewed, hint, initial)
+        path = local_file(config.weights, "model.weights")
+        load_weights(model, path, "model.weights", renewed, hint, initial)
+    elif config.pretrained and config.name in ZOO:
+        path, same = released(config.name), config.num_classes == RELEASED_CLASSES
+        renewed = () if same else _classifier(model)  # as timm does
+        load_weights(model, path, "model.pretrained", renewed, initial=initial)
     return model, initial
 
 
@@ -105,32 +110,22 @@ def _explained(config: ModelConfig, make: Callable[[], Made]) -> Made:
     except UserError:
         raise
     except Exception as error:
-        if config.options.get("pretrained") and isinstance(error, OSError):
-            raise _no_download(config.name, error) from None
+        if _key(config) and isinstance(error, OSError):
+            raise _no_download(config, error) from None
         got = f"{arguments(config)}: {_first_line(error)}"
         raise ConfigError("model", f"arguments that {config.name} accepts", got) from None
 
 
-def _check_network(name: str) -> None:
-    """Raise ConfigError if Hugging Face cannot be reached, where it would be asked for minutes.
-
-    Not needed once huggingface_hub (2.4) tells a host that it cannot resolve from a busy one.
-    """
-    hub = getattr(timm.models.get_pretrained_cfg(name), "hf_hub_id", None)
-    files = ("model.safetensors", "pytorch_model.bin")
-    if hub is None or any(isinstance(try_to_load_from_cache(hub, file), str) for file in files):
-        return
-    try:
-        urlopen(Request(ENDPOINT, method="HEAD"), timeout=10).close()
-    except HTTPError:
-        return  # it answers
-    except OSError as error:
-        raise _no_download(name, error) from None
+def _key(config: ModelConfig) -> str | None:
+    """Which key makes timm load weights of its own, if one does."""
+    if config.options.get("pretrained"):
+        return "model.options.pretrained"
+    return "model.pretrained" if config.pretrained and config.name not in ZOO else None
 
 
-def _no_download(name: str, error: OSError) -> ConfigError:
-    expected = f"a network, or without pretrained model.weights=FILE, a copy of {name}'s weights"
-    return ConfigError("model.options.pretrained", expected, _first_line(error))
+def _no_download(config: ModelConfig, error: OSError) -> ConfigError:
+    expected = f"a network, or without it model.weights=FILE, a copy of {config.name}'s weights"
+    return ConfigError(_key(config), expected, _first_line(error))
 
 
 def _check_options(config: ModelConfig) -> None:
@@ -219,6 +214,8 @@ def arguments(config: ModelConfig) -> dict[str, Any]:
         arguments["drop_path_rate"] = config.drop_path
     if config.name in ZOO:
         arguments["impl"] = config.impl
+    elif config.pretrained:
+        arguments["pretrained"] = True
     return arguments
 
 

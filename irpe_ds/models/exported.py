@@ -144,7 +144,11 @@ def _metadata(path: Path) -> str:
 
 
 def describe(
-    config: RunConfig, model: nn.Module, classes: tuple[str, ...] | None, origin: dict[str, Any]
+    config: RunConfig,
+    model: nn.Module,
+    classes: tuple[str, ...] | None,
+    origin: dict[str, Any],
+    license: str | None = None,
 ) -> str:
     """config.json of a run's weights.
 
@@ -152,6 +156,7 @@ def describe(
         model: the run's, on any device.
         classes: the names of the classes, if the run knows them.
         origin: where the weights come from.
+        license: of the weights.
     """
     name, args = architecture(config.model)
     known: dict[str, Any] = getattr(model, "pretrained_cfg", {})
@@ -168,6 +173,8 @@ def describe(
         },
         "irpe": {"positions": asdict(Positions.of(model)), "origin": origin},
     }
+    if license is not None:
+        said["pretrained_cfg"]["license"] = license
     if classes is not None:
         said["label_names"] = classes
     return json.dumps(said, indent=2) + "\n"

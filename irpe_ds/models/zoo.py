@@ -27,6 +27,7 @@ HUBS = ("hf-hub", "local-dir")
 """How names begin that timm takes for an export."""
 WEIGHTS = "model.safetensors"
 """Its file of weights, by timm's name."""
+RELEASED_CLASSES = 1000
 RELEASES = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0"
 
 
@@ -81,7 +82,7 @@ def _released(row: Variant) -> dict[str, object]:
         "url": f"{RELEASES}/{row.name}.pth" if row.top1 else "",
         "input_size": (3, 224, 224),
         "fixed_input_size": True,
-        "num_classes": 1000,
+        "num_classes": RELEASED_CLASSES,
         "crop_pct": 0.875,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,

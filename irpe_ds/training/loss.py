@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from irpe_ds.config import DistillConfig, ModelConfig, RunConfig
 from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.models.build import build_model, load_weights
+from irpe_ds.models.pretrained import local_file
 from irpe_ds.models.vision_transformer import set_resolution
 from irpe_ds.training.precision import PRODUCTS
 
@@ -136,5 +137,6 @@ def _build_teacher(config: RunConfig) -> nn.Module:
         teacher = build_model(model)
     except UserError as error:
         raise ConfigError("distill.teacher", error.expected, error.got) from None
-    load_weights(teacher, distill.weights, where="distill.weights")
+    path = local_file(distill.weights, "distill.weights")
+    load_weights(teacher, path, where="distill.weights")
     return teacher

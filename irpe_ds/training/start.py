@@ -85,7 +85,7 @@ def _other_normalization(config: RunConfig) -> list[str]:
     """Cautions where loaded weights are of a model that timm knows with other pixel values."""
     model, distill, data = config.model, config.distill, config.data
     loaded = {}
-    if model.weights is not None or model.options.get("pretrained"):
+    if model.weights is not None or model.pretrained or model.options.get("pretrained"):
         loaded["model.name"] = model.name
     if distill.kind != "none":
         loaded["distill.teacher"] = distill.teacher

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from irpe_ds import runlog
+from irpe_ds import load, runlog
 from irpe_ds.benchmark.experiment import load_experiment
 from irpe_ds.benchmark.report import to_csv, write_report
 from irpe_ds.benchmark.rows import read_results_file
@@ -36,7 +36,8 @@ from irpe_ds.data.beton.verify import verify
 from irpe_ds.data.pipelines.timm import open_images
 from irpe_ds.environment import read_environment
 from irpe_ds.errors import UserError
-from irpe_ds.models.build import load_weights
+from irpe_ds.models import exported
+from irpe_ds.models.build import build_model, load_weights
 from irpe_ds.planner.calibrate import read_results
 from irpe_ds.planner.zero import read_zero
 from irpe_ds.plots.curves import read_runs
@@ -251,6 +252,18 @@ def read_weights(path: Path) -> str:
     return "loaded"
 
 
+def export(folder: Path) -> None:
+    config = load_config(ROOT / "launch/configs/quickstart.yaml", ["model.num_classes=2"])
+    model = build_model(config.model)
+    (folder / "config.json").write_text(exported.describe(config, model, ("cat", "dog"), {}))
+    save_file(model.state_dict(), folder / "model.safetensors")
+
+
+def read_export(folder: Path) -> str:
+    model, transform, classes = load(folder)
+    return f"{model(transform(Image.new('L', (30, 20)))[None]).shape} {classes}"
+
+
 def run_folder(folder: Path) -> None:
     with runlog.RunLog(folder / "run", name="x", config={}, wandb={"mode": "disabled"}) as log:
         for update in range(1, 9):
@@ -277,8 +290,7 @@ def text_file(name: str, text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(text) and None
 
 
-def yaml_text() -> str:
-    return (ROOT / "launch/configs/quickstart.yaml").read_text()
+YAML = (ROOT / "launch/configs/quickstart.yaml").read_text()
 
 
 def experiment_text() -> str:
@@ -341,9 +353,10 @@ KINDS: Mapping[str, Kind] = {
         (m.safetensors_header, *BLIND),
     ),
     "pth": Kind(pth, ("w.pth",), lambda f: read_weights(f / "w.pth")),
+    "export": Kind(export, ("config.json",), read_export, JSON),
     "metrics": Kind(run_folder, ("run/*",), read_run, (m.json_lines, m.words, *BLIND)),
     "run's YAML": Kind(
-        text_file("c.yaml", yaml_text()),
+        text_file("c.yaml", YAML),
         ("c.yaml",),
         lambda f: repr(load_config(f / "c.yaml")),
         TEXT,

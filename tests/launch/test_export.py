@@ -15,6 +15,7 @@ from irpe_ds.checkpoint import reader
 from irpe_ds.config import RunConfig, load_config
 from irpe_ds.errors import CheckpointError, ConfigError
 from irpe_ds.models.build import build_model, load_weights
+from irpe_ds.models.release import export
 from irpe_ds.rpe.config import RPEConfig
 from irpe_ds.training.start import initial_manifest, run_length
 from tests import checkpoint_ranks
@@ -62,12 +63,10 @@ def logits(module: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["weights", "ema"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_there_and_back(
-    suffix: str, kind: str, run: Any, config: RunConfig, state: Any, tmp_path: Path
+    suffix: str, kind: str, config: RunConfig, state: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / f"exported{suffix}"
-    ema = ("--ema",) if kind == "ema" else ()
-    done = run(sys.executable, "launch/export.py", "--run", config.folder, *ema, "--out", out)
-    assert done.returncode == 0, done.stderr
+    export(config.folder, reader.weights_of(config.folder, ema=kind == "ema"), out)
     original = model()
     original.load_state_dict(state[kind])
     expected = logits(original)
@@ -90,6 +89,24 @@ def test_there_and_back(
     other = build_model(config.model.model_copy(update=EUCLIDEAN))
     with pytest.raises(ConfigError, match=r"method euclidean, ratio 20, got .* method product"):
         load_weights(other, out, where="--weights")
+
+
+def test_the_script(run: Any, config: RunConfig, state: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = (sys.executable, "launch/export.py", "--run", config.folder, "--best", "--ema")
+    done = run(*script, "--out", out, "--license", "mit")
+    assert done.returncode == 0, done.stderr
+    path = config.folder / "checkpoints" / "update-00000003"
+    assert done.stdout == f"{out}: {len(state['ema'])} tensors of {path}\n"
+    files = {"config.json", "model.safetensors", "README.md"}
+    assert {path.name for path in out.iterdir()} == files
+    for options, message in (
+        (("--out", tmp_path / "x.pt"), "--out: expected a folder, or a name that ends in"),
+        (("--out", tmp_path / "x.pth", "--push", "me/mine"), "--out: expected a folder, with --p"),
+    ):
+        done = run(*script, *options)
+        assert done.returncode == 2
+        assert message in done.stderr
 
 
 def test_a_checkpoint_s_folder_is_weights_too(config: RunConfig, state: Any) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from irpe_ds.config import ModelConfig
 from irpe_ds.errors import ConfigError
-from irpe_ds.models import RPEAttention, build
+from irpe_ds.models import RPEAttention, pretrained
 from irpe_ds.models.build import build_model
 from irpe_ds.rpe.config import RPEConfig
 
@@ -295,24 +295,27 @@ class TestLoad:
             build_model(config(weights=path))
         assert not victim.exists()
 
-    @pytest.mark.parametrize("name", [DEIT, ZOO_K])
+    @pytest.mark.parametrize(
+        ("name", "key"),
+        [(DEIT, "pretrained"), (DEIT, "options.pretrained"), (ZOO_K, "options.pretrained")],
+    )
     def test_pretrained_without_a_network(
-        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, name: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def fail(*_: Any, **__: Any) -> None:
             raise URLError("no route")
 
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-        monkeypatch.setattr(build, "urlopen", fail)
+        monkeypatch.setattr(pretrained, "urlopen", fail)
         monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-        monkeypatch.setattr(build, "try_to_load_from_cache", lambda *_: None)
+        monkeypatch.setattr(pretrained, "try_to_load_from_cache", lambda *_, **__: None)
+        own = key == "pretrained"
+        options = NARROW if own else NARROW | {"pretrained": True}
         with pytest.raises(ConfigError) as caught:
-            build_model(config(name, options=NARROW | {"pretrained": True}))
+            build_model(config(name, options=options, pretrained=own))
         copy = f"model.weights=FILE, a copy of {name}'s weights"
-        expected = f"expected a network, or without pretrained {copy}"
-        assert str(caught.value) == (
-            f"model.options.pretrained: {expected}, got <urlopen error no route>"
-        )
+        expected = f"expected a network, or without it {copy}"
+        assert str(caught.value) == f"model.{key}: {expected}, got <urlopen error no route>"
 
     def test_pretrained(
         self, source: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

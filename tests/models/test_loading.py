@@ -1,14 +1,18 @@
 """A trained model goes elsewhere: `irpe_ds.load`, timm's `local-dir:`."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
+from huggingface_hub import RepoUrl
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,8 +25,10 @@ from irpe_ds.checkpoint.reader import weights_of
 from irpe_ds.config import RunConfig, load_config
 from irpe_ds.errors import UserError
 from irpe_ds.files import replace_file
+from irpe_ds.models import release
 from irpe_ds.models.build import build_deferred
 from irpe_ds.models.deferred import materialize
+from irpe_ds.models.exported import Images
 from irpe_ds.models.release import export
 from irpe_ds.training.start import initial_manifest, run_length
 from tests import checkpoint_ranks
@@ -38,13 +44,10 @@ def run_config(folder: Path, *overrides: str) -> RunConfig:
     return load_config("launch/configs/quickstart.yaml", [*own, "data.val_crop=0.9", *overrides])
 
 
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """A run folder with checkpoints of random values, the first the better; and the values."""
-
+def make_in(folder: Path) -> Make:
     def make(*overrides: str, kinds: tuple[str, ...] = ("weights", "ema")) -> Any:
-        config = run_config(tmp_path, *overrides)
-        model, _ = build_deferred(config.model, seed=0)
+        config = run_config(folder, *overrides)
+        model, _ = build_deferred(config.model.without_weights(), seed=0)
         manifest = initial_manifest(
             config,
             {"zero_optimization": {"stage": 0}},
@@ -60,7 +63,9 @@ def make(tmp_path: Path) -> Make:
                 kind: {name: 0.1 * torch.randn(p.shape) for name, p in model.named_parameters()}
                 for kind in (*kinds, "exp_avg", "exp_avg_sq")
             }
-            scored = manifest.at(update, scores={"top1": top1})
+            average = {"ema_top1": top1 + 1, "ema_top5": 99.0, "ema_loss": 0.5}
+            scores = {"top1": top1, "top5": 98.0, "loss": 0.6, "images": 359.0, **average}
+            scored = manifest.at(update, scores=scores)
             checkpoint_ranks.save(config.folder / reader.FOLDER, scored, state, keep=2)
             states.append(state)
         replace_file(config.folder / "config.yaml", config.dump())
@@ -69,9 +74,15 @@ def make(tmp_path: Path) -> Make:
     return make
 
 
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A run folder with checkpoints of random values, the first the better; and the values."""
+    return make_in(tmp_path)
+
+
 def expected(config: RunConfig, state: dict[str, Tensor]) -> Tensor:
     """Logits of the run's own model."""
-    model, initial = build_deferred(config.model, seed=0)
+    model, initial = build_deferred(config.model.without_weights(), seed=0)
     for name, parameter in model.named_parameters():
         initial.replace(name, state[name], parameter.dtype)
     with torch.no_grad():
@@ -126,17 +137,23 @@ def test_an_export(overrides: tuple[str, ...], make: Make, tmp_path: Path) -> No
         model, transform, classes = irpe_ds.load(out)
         torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-5)
         assert classes == tuple(NAMES)
-        assert transform.images == irpe_ds.load(run).transform.images
+        assert transform.images == Images.of(run_config(tmp_path, *overrides))
     model = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-5)
     assert tuple(model.pretrained_cfg["label_names"]) == tuple(NAMES)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    run, _ = make_in(folder)(kinds=("weights",))
+    export(run, weights_of(run), folder / "exported")
+    return folder / "exported"
+
+
 @pytest.fixture
-def exported(make: Make, tmp_path: Path) -> Path:
-    run, _ = make(kinds=("weights",))
-    export(run, weights_of(run), tmp_path / "exported")
-    return tmp_path / "exported"
+def exported(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "exported"))
 
 
 def change(exported: Path, keys: str, value: Any) -> None:
@@ -151,10 +168,26 @@ def change(exported: Path, keys: str, value: Any) -> None:
     path.write_text(json.dumps(said))
 
 
-def test_another_encoding_is_not_loaded(exported: Path) -> None:
-    """Its tables have the same shapes."""
+def test_another_encoding_is_not_loaded(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tables have the same shapes. A cache of the hub is where timm finds a repository."""
+    cache = tmp_path / "models--me--mine"
+    exported = cache / "snapshots" / "1234"
+    shutil.copytree(made, exported)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("1234")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def from_hub(_: Path) -> nn.Module:
+        return timm.create_model("hf-hub:me/mine", pretrained=True, cache_dir=tmp_path)
+
+    def from_folder(path: Path) -> nn.Module:
+        return timm.create_model(f"local-dir:{path}", pretrained=True)
+
+    torch.testing.assert_close(logits(from_hub(made).eval()), logits(irpe_ds.load(made).model))
     change(exported, "model_args.rpe.ratio", 1.95)
-    for read in (irpe_ds.load, lambda p: timm.create_model(f"local-dir:{p}", pretrained=True)):
+    for read in (irpe_ds.load, from_folder, from_hub):
         with pytest.raises(UserError, match=r"the encoding of model\.rpe, ratio 1.95, got .* 1.9"):
             read(exported)
 
@@ -219,3 +252,72 @@ def test_what_is_no_export(exported: Path, tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(UserError, match="No such file"):
         irpe_ds.load(exported)
+
+
+def test_the_card(make: Make, tmp_path: Path) -> None:
+    """Data, recipe, scores, versions and licence; no folder of this machine."""
+    run, _ = make("model.weights=/secret/place/w.pth")
+    (run / "classes.json").write_text(json.dumps(NAMES))
+    packages = {"torch": "2.14.1", "ffcv": None}
+    (run / "environment.json").write_text(json.dumps({"commit": "abc", "packages": packages}))
+    export(run, weights_of(run, best=True, ema=True), tmp_path / "out", "mit")
+    text = (tmp_path / "out" / "README.md").read_text()
+    _, head, page = text.split("---\n", 2)
+    assert yaml.safe_load(head)["license"] == "mit"
+    recipe = yaml.safe_load(page.partition("## Recipe\n\n```yaml\n")[2].partition("```")[0])
+    assert recipe["model"]["rpe"]["method"] == "product"
+    assert recipe["model"]["weights"] == "w.pth"
+    assert "secret" not in text
+    assert str(tmp_path) not in text
+    for said in (
+        "640 images",
+        "- seven",
+        "| 91.00 % |",
+        "- commit: abc",
+        "- packages: torch 2.14.1\n",
+    ):
+        assert said in page, said
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["irpe"]["origin"] == {
+        "run": "run",
+        "update": 3,
+        "epoch": 0,
+        "average": True,
+        "commit": "abc",
+        "packages": packages,
+    }
+
+
+class TestPush:
+    def test_three_files(self, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[tuple[str, Any]] = []
+
+        class Api:
+            def __init__(self, **_: Any) -> None:
+                pass
+
+            def create_repo(self, name: str, **options: Any) -> RepoUrl:
+                calls.append((name, options))
+                return RepoUrl(f"https://huggingface.co/{name}")
+
+            def upload_folder(self, **options: Any) -> None:
+                calls.append(("upload", options))
+
+        monkeypatch.setattr(release, "check_network", lambda: None)
+        monkeypatch.setattr("huggingface_hub.HfApi", Api)
+        (exported / "more").write_text("stays here")
+        assert release.push(exported, "owner/name") == "https://huggingface.co/owner/name"
+        files = ["config.json", "README.md", "model.safetensors"]
+        assert calls == [
+            ("owner/name", {"private": True, "exist_ok": True}),
+            ("upload", dict(repo_id="owner/name", folder_path=exported, allow_patterns=files)),
+        ]
+        assert {path.name for path in exported.iterdir()} == {*files, "more"}
+
+    def test_no_network(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail() -> None:
+            raise OSError("no route to host")
+
+        monkeypatch.setattr(release, "check_network", fail)
+        expected = "^--push: expected a network and a login .hf auth login., got no route to host$"
+        with pytest.raises(UserError, match=expected):
+            release.push(tmp_path, "owner/name")
