@@ -31,7 +31,11 @@ def photos(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def overrides(photos: Path) -> list[str]:
-    small = ("model.img_size=32", "model.options={depth: 1, embed_dim: 32, num_heads: 2}")
+    small = (
+        "model.pretrained=false",
+        "model.img_size=32",
+        "model.options={depth: 1, embed_dim: 32, num_heads: 2}",
+    )
     length = ("train.epochs=3", "train.log_every=1", "data.workers=1")
     return [f"output={photos.parent}", "name=run", f"data.train={photos}", *small, *length]
 
