@@ -24,6 +24,7 @@ from irpe_ds.data.pipelines.pipeline import Part, dataset_info
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_deferred, load_weights, saved_positions
 from irpe_ds.models.positions import Positions
+from irpe_ds.models.pretrained import local_file
 from irpe_ds.training.batch import Normalize
 from irpe_ds.training.deepspeed_config import read_ds_config
 from irpe_ds.training.engine import FirstValues, build_evaluation_model
@@ -106,7 +107,8 @@ def evaluate_weights(
         and saved_positions(weights) == Positions.of(model)
     )
     if not is_its_own:
-        load_weights(model, weights, where="--weights", initial=initial)
+        path = local_file(weights, "--weights") if isinstance(weights, Path) else weights
+        load_weights(model, path, where="--weights", initial=initial)
     ranks = init_process_group(config.train.join_seconds)
     with Heartbeat(ranks), Waiting("evaluation", ranks.is_main):
         batches = EvalLoader(

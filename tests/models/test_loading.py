@@ -104,6 +104,9 @@ def test_a_run(make: Make, tmp_path: Path) -> None:
         assert classes is None
     (run / "classes.json").write_text(json.dumps(NAMES))
     assert irpe_ds.load(str(run)).classes == tuple(NAMES)
+    (run / "classes.json").write_text(json.dumps(NAMES[1:]))
+    with pytest.raises(UserError, match=r"json: expected 10 names, as model\.num_classes, got 9$"):
+        irpe_ds.load(run)
 
 
 def test_the_transform(make: Make) -> None:
