@@ -103,7 +103,7 @@ class BucketMap(nn.Module):
             got = f"height={height}, width={width}, skip={skip}"
             raise ConfigError("grid", "height and width >= 1 and skip >= 0", got)
         if skip + height * width > TOKENS:
-            raise ConfigError("grid", f"at most {TOKENS} tokens", skip + height * width)
+            raise ConfigError("grid", f"at most {TOKENS} tokens", f"{skip} + {height} x {width}")
         check_ratio(ratio)
         return cls(method, height, width, skip, ratio)
 
