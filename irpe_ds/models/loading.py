@@ -89,25 +89,28 @@ def run_weights(run: Path) -> SavedWeights:
     return SavedWeights(weights.path, ema=True) if averaged else weights
 
 
-def run_classes(run: Path) -> tuple[str, ...] | None:
+def run_classes(run: Path, number: int) -> tuple[str, ...] | None:
     """The names of a run's classes; None if it has not kept them, as older versions.
 
     Raises:
-        CheckpointError: the file is not readable.
+        CheckpointError: the file is not readable, or has not this number of names.
     """
     path = run / CLASSES
     try:
-        return parse_json(read_regular(path, LIMIT), tuple[str, ...], path, CheckpointError)
+        names = parse_json(read_regular(path, LIMIT), tuple[str, ...], path, CheckpointError)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
+    if len(names) != number:
+        raise CheckpointError(path, f"{number} names, as model.num_classes", len(names))
+    return names
 
 
 def _of_run(run: Path) -> Loaded:
     config = load_run_config(run)
     model = _with_weights(config.model.without_weights(), run_weights(run), str(run))
-    return Loaded(model, Transform(Images.of(config)), run_classes(run))
+    return Loaded(model, Transform(Images.of(config)), run_classes(run, config.model.num_classes))
 
 
 def _of_export(path: Path) -> Loaded:
@@ -126,7 +129,7 @@ def _of_export(path: Path) -> Loaded:
 def _with_weights(config: ModelConfig, weights: Path | SavedWeights, where: str) -> nn.Module:
     model, initial = build_deferred(config, seed=0)
     load_weights(model, weights, where, initial=initial)
-    return materialize(model, initial).eval()
+    return materialize(model, initial, "cpu").eval()
 
 
 def _check_size(config: ModelConfig, shapes: dict[str, list[int]]) -> None:

@@ -105,7 +105,7 @@ class BucketMap(nn.Module):
             got = f"height={height}, width={width}, skip={skip}"
             raise ConfigError("grid", "height and width >= 1 and skip >= 0", got)
         if skip + height * width > TOKENS:
-            raise ConfigError("grid", f"at most {TOKENS} tokens", skip + height * width)
+            raise ConfigError("grid", f"at most {TOKENS} tokens", f"{skip} + {height} x {width}")
         if ratio is None:
             ratio = RATIOS[method.partition("_")[0]]
         check_ratio(ratio)

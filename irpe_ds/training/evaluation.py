@@ -21,6 +21,7 @@ from irpe_ds.config import RunConfig
 from irpe_ds.data.loaders import EvalLoader
 from irpe_ds.models.build import build_deferred, load_weights, saved_positions
 from irpe_ds.models.positions import Positions
+from irpe_ds.models.pretrained import local_file
 from irpe_ds.training.batch import Normalize
 from irpe_ds.training.datasets import open_checked, with_class_count
 from irpe_ds.training.deepspeed_config import read_ds_config
@@ -121,7 +122,8 @@ def evaluate_weights(
         and saved_positions(weights) == Positions.of(model)
     )
     if not is_its_own:
-        load_weights(model, weights, where="--weights", initial=initial)
+        path = local_file(weights, "--weights") if isinstance(weights, Path) else weights
+        load_weights(model, path, where="--weights", initial=initial)
     ranks = init_process_group(config.train.join_seconds)
     with Heartbeat(ranks), Waiting("evaluation", ranks.is_main):
         batches = EvalLoader(

@@ -104,6 +104,9 @@ def test_a_run(make: Make, tmp_path: Path) -> None:
         assert classes is None
     (run / "classes.json").write_text(json.dumps(NAMES))
     assert irpe_ds.load(str(run)).classes == tuple(NAMES)
+    (run / "classes.json").write_text(json.dumps(NAMES[1:]))
+    with pytest.raises(UserError, match=r"json: expected 10 names, as model\.num_classes, got 9$"):
+        irpe_ds.load(run)
 
 
 def test_the_transform(make: Make) -> None:
@@ -321,3 +324,16 @@ class TestPush:
         expected = "^--push: expected a network and a login .hf auth login., got no route to host$"
         with pytest.raises(UserError, match=expected):
             release.push(tmp_path, "owner/name")
+
+
+def test_timm_s_own_export(tmp_path: Path) -> None:
+    """timm.models.save_for_hf of a model called `irpe`: local-dir: builds it again."""
+    narrow = {"img_size": 24, "patch_size": 4, "depth": 1, "embed_dim": 12, "num_heads": 2}
+    rpe = {"method": "cross", "on": "qk"}
+    model = timm.create_model("irpe", base="vit_tiny_patch16_224", rpe=rpe, **narrow).eval()
+    nn.init.normal_(model.get_parameter("blocks.0.attn.rpe_k.rp_rows.lookup_table_weight"))
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    torch.testing.assert_close(logits(again), logits(model))
+    with pytest.raises(UserError, match=r"config\.json: irpe: expected a value, got nothing$"):
+        irpe_ds.load(tmp_path)

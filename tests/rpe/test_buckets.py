@@ -99,6 +99,7 @@ def test_rows_and_columns_are_not_swapped() -> None:
         (("product", 0, 4), "grid"),
         (("product", 4, -1), "grid"),
         (("product", 4, 4, -1), "grid"),
+        (("product", 128, 128, 1), "grid"),
     ],
 )
 def test_errors(arguments: tuple, where: str) -> None:
