@@ -1,7 +1,8 @@
 """The learned relative position tables of a model, a map per layer and head."""
 
+import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from irpe_ds.training.datasets import open_checked, with_class_count
 SIDE = 1.5
 """Height of a map, inches."""
 INERT = "\ninert: only the class\ntoken is read here"
+BESIDE = 4
+"""Layers in a row, if each has one map."""
 SHOWN = {
     "k": "mean logit of relative position on keys",
     "q": "mean logit of relative position on queries",
@@ -98,33 +101,52 @@ def draw_tables(
 ) -> Figure:
     """A row per layer, a column per head; every layer has its own colour range.
 
+    Layers whose heads share a map stand beside each other.
+
     Args:
         maps: by layer, (heads, 2 height - 1, 2 width - 1) as `offset_maps` gives them.
         inert: the layer whose tables are said to be without effect.
     """
     heads, rows, columns = next(iter(maps.values())).shape
-    width = SIDE * heads * columns / rows + 1.5
-    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06)
-    figure = Figure(figsize=(width, SIDE * len(maps) + 1.1), dpi=160, layout=layout)
-    grid = figure.subplots(len(maps), heads, squeeze=False, sharex=True, sharey=True)
-    for axes_of_layer, (layer, maps_of_layer) in zip(grid, maps.items(), strict=True):
-        limit = float(np.abs(maps_of_layer).max()) or 1.0
-        scale = Scale(0 if on == "v" else -limit, limit)
-        colours = ScalarMappable(scale, "Blues" if on == "v" else "RdBu_r")
-        for axes, map_ in zip(axes_of_layer, maps_of_layer, strict=True):
-            _draw_map(axes, map_, scale, colours)
+    beside = 1 if heads > 1 else min(BESIDE, len(maps))
+    lines = math.ceil(len(maps) / beside)
+    width = (SIDE * heads * columns / rows + (1.5 if beside == 1 else 0.9)) * beside
+    text = f"{name}: {SHOWN[on]}" + (", all heads" if heads == 1 else "")
+    text = textwrap.fill(text, int(9 * width))  # nine characters per inch
+    height = SIDE * lines + 0.9 + 0.2 * (text.count("\n") + 1)
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, compress=True)
+    figure = Figure(figsize=(width, height), dpi=160, layout=layout)
+    grid = figure.subplots(lines, heads * beside, squeeze=False, sharex=True, sharey=True)
+    places = [[*axes] for axes in (grid if heads > 1 else grid.reshape(-1, 1))]
+    for empty in range(len(maps), len(places)):
+        places[empty][0].set_axis_off()
+        places[empty - beside][0].tick_params(labelbottom=True)
+    for axes_of_layer, (layer, maps_of_layer) in zip(places, maps.items(), strict=False):
+        _draw_layer(figure, axes_of_layer, maps_of_layer, on)
         label = f"layer {layer}{INERT if layer == inert else ''}"
-        axes_of_layer[0].set_ylabel(label, color=INK, fontsize=10)
-        bar = figure.colorbar(colours, ax=[*axes_of_layer], aspect=14, pad=0.02)
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(length=0, colors=INK, labelsize=8)
-        bar.locator = MaxNLocator(4, symmetric=True)
-    for head, axes in enumerate(grid[0]):
-        axes.set_title(f"head {head}" if heads > 1 else "all heads", fontsize=10, color=INK)
-    text = textwrap.fill(f"{name}: {SHOWN[on]}", int(10 * width))  # ten characters per inch
+        if heads == 1:
+            axes_of_layer[0].set_title(label, fontsize=10, color=INK)
+        else:
+            axes_of_layer[0].set_ylabel(label, color=INK, fontsize=10)
+    if heads > 1:
+        for head, axes in enumerate(grid[0]):
+            axes.set_title(f"head {head}", fontsize=10, color=INK)
     figure.suptitle(plain(text), x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     figure.supxlabel("offset from query to key, patches", fontsize=9, color=INK)
     return figure
+
+
+def _draw_layer(figure: Figure, places: Sequence[Axes], maps: np.ndarray, on: str) -> None:
+    """The maps of a layer's heads, with their colour bar."""
+    limit = float(np.abs(maps).max()) or 1.0
+    scale = Scale(0 if on == "v" else -limit, limit)
+    colours = ScalarMappable(scale, "Blues" if on == "v" else "RdBu_r")
+    for axes, map_ in zip(places, maps, strict=True):
+        _draw_map(axes, map_, scale, colours)
+    bar = figure.colorbar(colours, ax=[*places], aspect=14, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, colors=INK, labelsize=8)
+    bar.locator = MaxNLocator(4, symmetric=True)
 
 
 def _draw_map(axes: Axes, map_: np.ndarray, scale: Scale, colours: ScalarMappable) -> None:

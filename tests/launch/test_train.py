@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from irpe_ds.config import load_config
 from irpe_ds.models.build import build_model
@@ -307,7 +308,10 @@ def test_fused_attention_under_zero_3(digits: Path, tmp_path: Path) -> None:
 def test_without_the_operators_it_trains_on_the_reference_and_leaves_nothing_behind(
     run: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It says so once. Nor does DeepSpeed build any, or leave anything in shared memory."""
+    """It says so once. Nor does DeepSpeed build any, or leave anything in shared memory.
+
+    TensorBoard gets the pictures that it is asked for.
+    """
     extensions = tmp_path / "extensions"
     extensions.mkdir()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
@@ -318,6 +322,7 @@ def test_without_the_operators_it_trains_on_the_reference_and_leaves_nothing_beh
         *("--config", "launch/configs/quickstart.yaml", f"output={tmp_path}", "name=fallback"),
         *(f"data.train={digits}/train.beton", f"data.val={digits}/val.beton"),
         *("model.options.depth=1", "train.max_updates=2"),
+        *("log.tensorboard=true", "log.images=4", "log.confusion=true", "augment.mixup=0.8"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     said = "attention op reference (auto: not cpu: cannot build in "
@@ -327,3 +332,10 @@ def test_without_the_operators_it_trains_on_the_reference_and_leaves_nothing_beh
     assert environment["attention_op"]["name"] == "reference"
     assert list(extensions.iterdir()) == [IRPEBuilder().folder.parent]
     assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))
+    events = EventAccumulator(str(tmp_path / "fallback/tensorboard"))
+    events.Reload()
+    pictures = {name: events.Images(name) for name in events.Tags()["images"]}
+    assert {name: [image.step for image in found] for name, found in pictures.items()} == {
+        "inputs": [0],
+        "confusion": [2],
+    }

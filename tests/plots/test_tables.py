@@ -80,6 +80,16 @@ def test_maps_stand_by_layer_and_head() -> None:
     assert figure.get_suptitle() == "mine: mean logit of relative position on keys"
 
 
+def test_layers_of_one_map_stand_beside_each_other() -> None:
+    maps = {n: np.full((1, 5, 5), n + 1.0) for n in range(6)}
+    figure = tables.draw_tables(maps, "v", "mine")
+    shown = [a for a in figure.axes if a.images]
+    assert [a.get_title() for a in shown] == [f"layer {n}" for n in range(6)]
+    assert [a.images[0].get_array()[0, 0] for a in shown] == [1, 2, 3, 4, 5, 6]
+    rows = [a.get_subplotspec().rowspan.start for a in shown]
+    assert rows == [0, 0, 0, 0, 1, 1]
+
+
 def test_known_bias(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
     """A table on columns alone: every row of the map is the same, and it grows to the right."""
     drawn = {}
