@@ -28,7 +28,7 @@ ENCODINGS = {
     "QK": RPEConfig(on="qk"),
     "QKV": RPEConfig(on="qkv"),
     "bias K": RPEConfig(on="k", mode="bias"),
-    "cross K": RPEConfig(on="k", method="cross"),
+    "cross K": RPEConfig(on="k", method="cross", ratio=1.9),
 }
 
 

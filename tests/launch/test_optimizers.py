@@ -40,6 +40,10 @@ def trained(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Call
             halved = [*run, f"name={name}-resumed"]
             runs += [([*run, f"name={name}"], "never"), ([*halved, HALF], "never")]
             runs.append((halved, "auto"))
+            if name == "nadamw-1":
+                thawed = [*run, "name=thawed", "model.freeze=0", "train.max_updates=5"]
+                output = Path(common[0].removeprefix("output="))
+                runs.append((thawed, str(output / name / f"checkpoints/update-{UPDATES:08d}")))
         Ranks(tmp_path_factory.mktemp("ranks"), 2, runs).succeed()
 
     def folder(name: str) -> Path:
@@ -77,3 +81,15 @@ def test_the_frozen_stay_and_have_no_moments(
             first = initial.read(key)  # what is frozen in a model in bf16 is so itself
             is_first = any(torch.equal(tensor, x) for x in (first, first.bfloat16().float()))
             assert is_first == (key in frozen), key
+
+
+def test_what_was_frozen_may_be_trained_later(trained: Callable[[str], Path]) -> None:
+    """Without moments or an average, which start from its weights."""
+    frozen = trained("nadamw-1")
+    thawed = frozen.with_name("thawed")
+    before, after = tensors(frozen, "weights", UPDATES), tensors(thawed, "weights", UPDATES + 1)
+    averages = tensors(thawed, "ema", UPDATES + 1)
+    assert averages.keys() == tensors(thawed, "exp_avg", UPDATES + 1).keys() == before.keys()
+    for name in ("pos_embed", "blocks.0.attn.qkv.weight"):
+        assert not torch.equal(before[name], after[name])
+        torch.testing.assert_close(averages[name], before[name], rtol=0, atol=1e-3)

@@ -9,7 +9,7 @@ from irpe_ds.ops import irpe_attention
 from irpe_ds.rpe.config import RPEConfig
 
 ENCODINGS = [
-    RPEConfig(method=method, mode=mode, on="qk", shared_heads=shared)
+    RPEConfig(method=method, mode=mode, on="qk", ratio=1.9, shared_heads=shared)
     for method in ("product", "euclidean", "quantization", "cross")
     for mode in ("contextual", "bias")
     for shared in (True, False)
