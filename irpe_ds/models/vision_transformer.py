@@ -62,7 +62,7 @@ def equip(model: Model, rpe: RPEConfig, impl: str = "auto") -> Model:
         block.attn = ADAPTERS[type(block.attn)](block.attn, rpe, shared, impl)
     if hasattr(vit, "set_input_size"):
         vit.set_input_size = partial(_set_input_size, vit, maps)
-    if not vit.patch_embed.flatten:  # (B, H, W, C), because of dynamic_img_size
+    if not getattr(vit.patch_embed, "flatten", True):  # (B, H, W, C), because of dynamic_img_size
         vit.patch_embed.register_forward_hook(maps.follow)
     return model
 
@@ -103,7 +103,7 @@ class _Maps:
     def follow(self, module: nn.Module, args: object, patches_BHWC: Tensor) -> None:
         """A forward hook of the patch embedding."""
         _, height, width, _ = patches_BHWC.shape
-        self.use((height, width))
+        self.use((int(height), int(width)))
 
 
 def _set_input_size(model: Any, maps: _Maps, *args: Any, **kwargs: Any) -> None:

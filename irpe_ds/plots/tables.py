@@ -59,7 +59,7 @@ def read_maps(
     on = on or targets(model)[0]
     if on not in targets(model):
         raise ConfigError("--on", f"one of {', '.join(targets(model))}, which have tables", on)
-    numbers = chosen_layers(layers, len(model.blocks))
+    numbers = chosen_layers(layers, len(getattr(model, "encoder", model).blocks))
     load_weights(model, weights, where="--weights")
     maps = offset_maps(model, on, lambda: validation_images(config, images))
     return on, {n: maps[n].numpy() for n in numbers}
