@@ -102,8 +102,9 @@ class _Maps:
 
     def follow(self, module: nn.Module, args: object, patches_BHWC: Tensor) -> None:
         """A forward hook of the patch embedding."""
-        _, height, width, _ = patches_BHWC.shape
-        self.use((int(height), int(width)))
+        if not isinstance(patches_BHWC, torch.fx.Proxy):  # a traced model keeps its grid
+            _, height, width, _ = patches_BHWC.shape
+            self.use((int(height), int(width)))
 
 
 def _set_input_size(model: Any, maps: _Maps, *args: Any, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models import FeatureGraphNet
 from timm.models.beit import checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -127,6 +128,9 @@ def test_recorded_to_run_elsewhere(name: str) -> None:
     exported = torch.export.export(model, (x,)).module()
     with torch.no_grad():
         torch.testing.assert_close(exported(x.flip(2)), model(x.flip(2)))
+    (features,) = FeatureGraphNet(model, out_indices=(1,))(x)
+    (expected,) = model.forward_intermediates(x, [1], output_fmt="NLC", intermediates_only=True)
+    torch.testing.assert_close(features[:, model.num_prefix_tokens :], expected)
 
 
 BY_FILE = {
