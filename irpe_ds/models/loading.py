@@ -110,7 +110,7 @@ def run_classes(run: Path, number: int) -> tuple[str, ...] | None:
 def _of_run(run: Path) -> Loaded:
     config = load_run_config(run)
     model = _with_weights(config.model.without_weights(), run_weights(run), str(run))
-    return Loaded(model, Transform(Images.of(config)), run_classes(run, config.model.num_classes))
+    return Loaded(model, Transform(Images.of(config)), run_classes(run, config.model.class_count))
 
 
 def _of_export(path: Path) -> Loaded:

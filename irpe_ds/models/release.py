@@ -78,7 +78,7 @@ def _about(run: Path, weights: SavedWeights, license: str | None) -> dict[str, s
         "commit": environment.commit,
         "packages": environment.packages,
     }
-    model, classes = meta_model(config.model), run_classes(run, config.model.num_classes)
+    model, classes = meta_model(config.model), run_classes(run, config.model.class_count)
     what = config, model, manifest, environment, classes
     return {
         CONFIG: describe(config, model, classes, origin, license),

@@ -65,7 +65,7 @@ def equip(model: Model, rpe: RPEConfig, impl: str = "auto") -> Model:
         block.attn = ADAPTERS[type(block.attn)](block.attn, rpe, shared, impl)
     if hasattr(vit, "set_input_size"):
         vit.set_input_size = partial(_set_input_size, vit, maps)
-    if not vit.patch_embed.flatten:  # (B, H, W, C), because of dynamic_img_size
+    if not getattr(vit.patch_embed, "flatten", True):  # (B, H, W, C), because of dynamic_img_size
         vit.patch_embed.register_forward_hook(maps.follow)
     return model
 
@@ -123,8 +123,9 @@ class _Maps:
 
     def follow(self, module: nn.Module, args: object, patches_BHWC: Tensor) -> None:
         """A forward hook of the patch embedding."""
-        _, height, width, _ = patches_BHWC.shape
-        self.use((height, width))
+        if not isinstance(patches_BHWC, torch.fx.Proxy):  # a traced model keeps its grid
+            _, height, width, _ = patches_BHWC.shape
+            self.use((int(height), int(width)))
 
 
 def _set_input_size(model: Any, maps: _Maps, *args: Any, **kwargs: Any) -> None:

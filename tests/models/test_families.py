@@ -1,12 +1,14 @@
 """Families of timm beside its VisionTransformer: rotary embeddings, biases of BEiT, any grid."""
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.models import FeatureGraphNet
 from timm.models.beit import checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -116,6 +118,49 @@ def test_materialised_from_the_meta_device(name: str) -> None:
     for key, buckets in fresh.named_modules():
         if isinstance(buckets, BucketMap):
             assert torch.equal(model.get_submodule(key).ids, buckets.ids)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "beitv2_base_patch16_224"])
+def test_recorded_to_run_elsewhere(name: str) -> None:
+    model = equip(create(name, img_size=64), ON_QKV)
+    move_tables(model)
+    x = images(model)
+    exported = torch.export.export(model, (x,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(x.flip(2)), model(x.flip(2)))
+    (features,) = FeatureGraphNet(model, out_indices=(1,))(x)
+    (expected,) = model.forward_intermediates(x, [1], output_fmt="NLC", intermediates_only=True)
+    torch.testing.assert_close(features[:, model.num_prefix_tokens :], expected)
+
+
+BY_FILE = {
+    **{"vision_transformer": (163, 154), "vision_transformer_hybrid": (14, 14)},
+    **{"vitamin": (13, 13), "deit": (16, 16), "eva": (65, 65), "beit": (7, 7)},
+    **{"qwen3_vit": (9, 9), "deepseek_vit": (3, 3)},
+}
+"""Names of timm 1.0.31, and those that take the encoding: docs/operators.md has their sums."""
+
+
+@pytest.mark.slow
+def test_how_many_names_take_the_encoding() -> None:
+    counts, answers = {}, []
+    for file in timm.list_modules():
+        if not re.search("vit|deit|beit|eva|transformer", file):
+            continue
+        taken, names = 0, timm.list_models(module=file)
+        for name in names:
+            with torch.device("meta"):
+                model = timm.create_model(name)
+                try:
+                    taken += equip(model, RPEConfig(), "reference") is model
+                except ConfigError as error:
+                    answers.append(str(error))
+        counts[file] = len(names), taken
+    assert {file: count for file, count in counts.items() if count[1]} == BY_FILE
+    assert [sum(each) for each in zip(*counts.values(), strict=True)] == [531, 281]
+    assert all(
+        re.match(r"equip: expected a timm ViT on one grid.*, got \w+( |$)", a) for a in answers
+    )
 
 
 class TestDynamicSize:
