@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pydantic
@@ -43,8 +42,6 @@ DTYPES = {
 }
 """The types of safetensors that models have."""
 METADATA, STARTS = "__metadata__", "DCP_SHARDING_INFO"
-SHA256, UNKNOWN = "sha256", 64 * "0"
-"""In the metadata of a file of whole tensors: its hash, and what stands there while it is made."""
 
 
 class Shard(NamedTuple):
@@ -70,7 +67,7 @@ def write_shards(path: Path, shards: Mapping[str, Shard]) -> dict[str, Any]:
     end = 0
     for key, (_, values) in shards.items():
         begin, end = end, end + values.nbytes
-        header[key] = _entry(names[values.dtype], [values.numel()], begin, end)
+        header[key] = header_entry(names[values.dtype], [values.numel()], begin, end)
     digest, size = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as file:
         for piece in _pieces(header, shards):
@@ -82,19 +79,19 @@ def write_shards(path: Path, shards: Mapping[str, Shard]) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _entry(dtype: str, shape: Sequence[int], begin: int, end: int) -> dict[str, Any]:
+def header_entry(dtype: str, shape: Sequence[int], begin: int, end: int) -> dict[str, Any]:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
 def _pieces(header: Mapping[str, Any], shards: Mapping[str, Shard]) -> Iterator[memoryview]:
-    yield memoryview(_encode(header))
+    yield memoryview(encode_header(header))
     for _, values in shards.values():
         data = values.contiguous().view(torch.uint8).numpy().data
         for begin in range(0, len(data), PIECE):
             yield data[begin : begin + PIECE]
 
 
-def _encode(header: Mapping[str, Any]) -> bytes:
+def encode_header(header: Mapping[str, Any]) -> bytes:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -359,54 +356,3 @@ def _read_into(target: Tensor, part: _Range, skipped: int) -> None:
                 data = data[read:]
     except OSError as error:
         raise CheckpointError(f"{part.path}: {error.strerror}") from None
-
-
-def write_whole(
-    path: Path,
-    files: ShardFiles,
-    keys: Mapping[str, str],
-    metadata: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """Write whole tensors to one .safetensors file, a tensor at a time.
-
-    Its metadata has its SHA-256, see `check_whole`.
-
-    Args:
-        keys: name in the new file -> key in `files`.
-        metadata: what the file says beside its tensors.
-    """
-    # The types are in the files: one element of each tensor tells its own.
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {METADATA: {SHA256: UNKNOWN, "format": "pt", **metadata}}
-    end = 0
-    for name, key in keys.items():
-        shape = files.shapes[key]
-        dtype = files.read(key, 0, min(1, math.prod(shape))).dtype
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = _entry(names[dtype], shape, begin, end)
-    encoded = _encode(header)
-    digest = hashlib.sha256(encoded)
-    with path.open("wb") as file:
-        file.write(encoded)
-        for key in keys.values():
-            data = files.read(key).view(torch.uint8).numpy().data
-            digest.update(data)
-            file.write(data)
-        file.seek(encoded.index(UNKNOWN.encode()))
-        file.write(digest.hexdigest().encode())
-
-
-def check_whole(path: Path, sha256: str) -> None:
-    """Check that a file is as `write_whole` wrote it: its SHA-256, zeros in place of its digits.
-
-    Raises:
-        CheckpointError: it is not.
-    """
-    with open_regular(path) as file:
-        size = file.read(8)
-        header = file.read(int.from_bytes(size, "little"))
-        digest = hashlib.sha256(size + header.replace(sha256.encode(), UNKNOWN.encode(), 1))
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    if digest.hexdigest() != sha256:
-        raise CheckpointError(f"{path} differs from what was written")

@@ -1,17 +1,15 @@
 """Build the model of a run's `model` section, and load weights from a file."""
 
-import difflib
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import timm
 import torch
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from irpe_ds.checkpoint.reader import (
     MANIFEST,
@@ -22,19 +20,24 @@ from irpe_ds.checkpoint.reader import (
 )
 from irpe_ds.config import ModelConfig, validate
 from irpe_ds.errors import CheckpointError, ConfigError, UserError
-from irpe_ds.models.attention import RPEAttention
+from irpe_ds.models.create import (
+    arguments,
+    check_name,
+    check_options,
+    create,
+    explained,
+    first_line,
+    meta_model,
+    no_download,
+    own_weights_key,
+)
 from irpe_ds.models.deferred import Initial, defer, materialize
-from irpe_ds.models.freezing import freeze
 from irpe_ds.models.positions import Positions, check_encoding, check_grid, on_grid
 from irpe_ds.models.pretrained import check_hub, local_file, released
-from irpe_ds.models.vision_transformer import check_resolution, equip, fit_encoder
 from irpe_ds.models.weights_file import check_tensors, read_weights
 from irpe_ds.models.zoo import RELEASED_CLASSES, ZOO
 
 logger = logging.getLogger(__name__)
-Made = TypeVar("Made")
-OWN_FIELDS = {"num_classes", "img_size", "drop_path_rate", "impl", "checkpoint_path"}
-"""Arguments of timm.create_model that have a key of their own in `model`."""
 
 
 def build_model(config: ModelConfig) -> nn.Module:
@@ -59,16 +62,16 @@ def build_deferred(config: ModelConfig, seed: int) -> tuple[nn.Module, Initial]:
     Raises:
         ConfigError: as `build_model`.
     """
-    _check_name(config.name)
-    if _key(config) and "pretrained_cfg_overlay" not in config.options:
+    check_name(config.name)
+    if own_weights_key(config) and "pretrained_cfg_overlay" not in config.options:
         try:
             check_hub(getattr(timm.models.get_pretrained_cfg(config.name), "hf_hub_id", None))
         except OSError as error:
-            raise _no_download(config, error) from None
-    create = partial(_create, config, arguments(config))
-    model, initial = _explained(config, partial(defer, create, seed))
+            raise no_download(config, error) from None
+    make = partial(create, config, arguments(config))
+    model, initial = explained(config, partial(defer, make, seed))
     if config.options:
-        _check_options(config)
+        check_options(config)
     if config.weights is not None:
         renewed = _classifier(model) if config.new_head else ()
         hint = "model.new_head=true reinitialises the classifier"
@@ -79,146 +82,6 @@ def build_deferred(config: ModelConfig, seed: int) -> tuple[nn.Module, Initial]:
         renewed = () if same else _classifier(model)  # as timm does
         load_weights(model, path, "model.pretrained", renewed, initial=initial)
     return model, initial
-
-
-def meta_model(config: ModelConfig) -> nn.Module:
-    """The model on the meta device for evaluation, its attention in eager PyTorch, to count or ask.
-
-    Raises:
-        ConfigError: as `build_model`.
-    """
-    _check_name(config.name)
-    plain = config.without_weights().model_copy(update={"impl": "auto"})
-    with torch.device("meta"):
-        model = _explained(plain, partial(_create, plain, arguments(plain)))
-    for module in model.modules():
-        if isinstance(module, RPEAttention):
-            module.impl = "reference"
-    return model.eval()
-
-
-def _check_name(name: str) -> None:
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ConfigError("model.name", "a timm model name", f"{name!r}{hint}")
-
-
-def _explained(config: ModelConfig, make: Callable[[], Made]) -> Made:
-    """What `make` returns; timm 1.0 raises any type for an argument that it does not accept."""
-    try:
-        return make()
-    except UserError:
-        raise
-    except Exception as error:
-        if _key(config) and isinstance(error, OSError):
-            raise _no_download(config, error) from None
-        got = f"{arguments(config)}: {_first_line(error)}"
-        raise ConfigError("model", f"arguments that {config.name} accepts", got) from None
-
-
-def _key(config: ModelConfig) -> str | None:
-    """Which key makes timm load weights of its own, if one does."""
-    if config.options.get("pretrained"):
-        return "model.options.pretrained"
-    return "model.pretrained" if config.pretrained and config.name not in ZOO else None
-
-
-def _no_download(config: ModelConfig, error: OSError) -> ConfigError:
-    expected = f"a network, or without it model.weights=FILE, a copy of {config.name}'s weights"
-    return ConfigError(_key(config), expected, _first_line(error))
-
-
-def _check_options(config: ModelConfig) -> None:
-    """Raise ConfigError unless the model makes logits of images in three channels."""
-    height, width = config.img_size
-    expected = f"options with which {config.name} classifies RGB images of {height}x{width} pixels"
-    try:
-        with torch.device("meta"), torch.no_grad():
-            logits = meta_model(config)(torch.empty(1, 3, height, width))
-    except UserError:
-        raise
-    except Exception as error:  # of any type: the models are timm's
-        raise ConfigError("model.options", expected, _first_line(error)) from None
-    if getattr(logits, "shape", None) != (1, config.class_count):
-        got = f"outputs {tuple(getattr(logits, 'shape', ()))}, not {(1, config.class_count)}"
-        raise ConfigError("model.options", expected, got)
-
-
-def _create(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
-    """timm's model, with relative position."""
-    model: Any
-    try:
-        model = timm.create_model(config.name, **arguments)
-    except UserError as error:
-        raise ConfigError(f"model.{error.where}", error.expected, error.got) from None
-    fit_encoder(model, config.img_size)
-    if config.rpe is not None:
-        try:
-            model = equip(model, config.rpe, config.impl)
-        except UserError as error:
-            where = "model.impl" if error.where == "impl" else "model.rpe"
-            raise ConfigError(where, error.expected, error.got) from None
-    elif config.impl != "auto" and config.name not in ZOO:
-        raise ConfigError("model.impl", "auto for a model without relative position", config.impl)
-    freeze(model, config.freeze)
-    for size in (*((pixels, pixels) for _, pixels in config.resolutions), config.img_size):
-        try:
-            check_resolution(model, size)
-        except UserError as error:
-            raise ConfigError("model.resolutions", error.expected, error.got) from None
-    if config.grad_checkpointing:
-        try:
-            recompute_blocks(model, config.grad_checkpointing)
-        except UserError as error:
-            what = "activation checkpointing" if error.expected == "false" else "a choice of blocks"
-            expected = f"{error.expected}: {config.name} does not support {what}"
-            raise ConfigError("model.grad_checkpointing", expected, error.got) from None
-    return model
-
-
-def recompute_blocks(model: Any, every: int) -> None:
-    """Compute activations again in the backward pass: those of every n-th block, or with 0 none.
-
-    1 is timm's own activation checkpointing, of all blocks. More begins with the first block, and
-    stores the activations of those between.
-
-    Raises:
-        ConfigError: the model does not support it.
-    """
-    blocks = getattr(model, "blocks", ())
-    for block in blocks:
-        vars(block).pop("forward", None)
-    try:
-        model.set_grad_checkpointing(every == 1)
-    except (AssertionError, AttributeError):  # how timm 1.0 says that a model does not support it
-        raise ConfigError("grad_checkpointing", "false", "true") from None
-    if every > 1 and not blocks:
-        raise ConfigError("grad_checkpointing", "true or false", every)
-    for block in blocks[::every] if every > 1 else ():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def arguments(config: ModelConfig) -> dict[str, Any]:
-    """Keyword arguments of timm.create_model."""
-    twice = OWN_FIELDS & config.options.keys()
-    if twice:
-        expected = "no argument with a key of its own in `model`"
-        raise ConfigError("model.options", expected, ", ".join(sorted(twice)))
-    arguments = {"num_classes": config.class_count, **config.options}
-    name, _, _ = config.name.partition(".")  # the rest is timm's tag of the weights
-    pretrained = timm.models.get_pretrained_cfg(name)
-    if pretrained is None or pretrained.fixed_input_size:
-        arguments["img_size"] = config.img_size
-        if config.resolutions:
-            arguments["dynamic_img_size"] = True
-    if config.drop_path:
-        arguments["drop_path_rate"] = config.drop_path
-    if config.name in ZOO:
-        arguments["impl"] = config.impl
-    elif config.pretrained:
-        arguments["pretrained"] = True
-    return arguments
 
 
 def _classifier(model: Any) -> tuple[str, ...]:
@@ -305,7 +168,7 @@ def _read(
     except Exception as error:  # torch raises any type for a corrupt or foreign file
         reason = error.strerror if isinstance(error, OSError) else None
         raise ConfigError(
-            where, _readable(model), f"{path}: {reason or _first_line(error)}"
+            where, _readable(model), f"{path}: {reason or first_line(error)}"
         ) from None
 
 
@@ -327,7 +190,7 @@ def _fitted(
     except UserError as error:
         raise ConfigError(where, error.expected, f"{path} with {error.got}") from None
     except Exception as error:  # timm raises any type for a foreign file
-        raise ConfigError(where, _readable(model), f"{path}: {_first_line(error)}") from None
+        raise ConfigError(where, _readable(model), f"{path}: {first_line(error)}") from None
 
 
 def _readable(model: nn.Module) -> str:
@@ -396,7 +259,3 @@ def _first_difference(expected: dict[str, Tensor], got: dict[str, Any]) -> tuple
         if shape != expected[key].shape:
             return key, f"{key} of shape {tuple(shape or ())}, not {tuple(expected[key].shape)}"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -101,13 +101,19 @@ def _scores(manifest: CheckpointManifest, average: bool) -> str:
     if f"{kind}top1" not in found:
         return f"Not evaluated: {when}."
     images = f"{found['images']:,.0f} images" if "images" in found else "the images"
-    scores = {name: found.get(f"{kind}{name}") for name in ("top1", "top5", "loss")}
-    known = {name: value for name, value in scores.items() if value is not None}
-    return (
-        f"Of {images} of validation, {when}:\n\n"
-        f"| {' | '.join(known)} |\n|{'---|' * len(known)}\n"
-        f"| {' | '.join(f'{value:.4g}' for value in known.values())} |"
-    )
+    forms = {  # of a manifest's scores
+        "top1": ("top-1", "{:.2f} %"),
+        "top5": ("top-5", "{:.2f} %"),
+        "loss": ("loss", "{:.4f}"),
+    }
+    known = {
+        title: form.format(found[kind + key])
+        for key, (title, form) in forms.items()
+        if kind + key in found
+    }
+    rows = (known, ["---"] * len(known), known.values())
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"Of {images} of validation, {when}:\n\n{table}"
 
 
 def _data(config: RunConfig, manifest: CheckpointManifest, classes: tuple[str, ...] | None) -> str:

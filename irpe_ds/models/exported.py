@@ -19,7 +19,7 @@ from irpe_ds.config import ModelConfig, RunConfig, validate
 from irpe_ds.config_types import Count, Positive
 from irpe_ds.errors import CheckpointError
 from irpe_ds.files import open_regular, read_regular
-from irpe_ds.models.build import arguments
+from irpe_ds.models.create import arguments
 from irpe_ds.models.positions import Positions
 from irpe_ds.models.zoo import EQUIPPED
 from irpe_ds.schema import Number, Plain, parse_json

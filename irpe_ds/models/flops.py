@@ -35,7 +35,7 @@ def forward_flops(config: "ModelConfig") -> int:
     Raises:
         ConfigError: the model does not run on images of this size.
     """
-    from irpe_ds.models.build import meta_model  # needs pydantic, `params_and_macs` does not
+    from irpe_ds.models.create import meta_model  # needs pydantic, `params_and_macs` does not
 
     try:
         return _count(meta_model(config), *config.img_size)

@@ -18,7 +18,8 @@ from irpe_ds.checkpoint.shards import whole_shapes
 from irpe_ds.config import ModelConfig, load_run_config
 from irpe_ds.errors import CheckpointError, UserError
 from irpe_ds.files import read_regular
-from irpe_ds.models.build import build_deferred, load_weights, meta_model
+from irpe_ds.models.build import build_deferred, load_weights
+from irpe_ds.models.create import meta_model
 from irpe_ds.models.deferred import materialize
 from irpe_ds.models.exported import LIMIT, Images, read_exported
 from irpe_ds.models.positions import Positions, check_encoding

@@ -98,7 +98,8 @@ def _from_url(url: str, path: Path, where: str, *others: Path) -> Path:
         raise ConfigError(where, f"a file at {url}", f"HTTP {error.code} {error.reason}") from None
     except (OSError, HTTPException) as error:
         places = " or ".join(str(place) for place in (*others, path))
-        raise ConfigError(where, f"a network, or {url} copied to {places}", error) from None
+        anew = " (or model.pretrained=false to start anew)" if where == "model.pretrained" else ""
+        raise ConfigError(where, f"a network, or {url} copied to {places}{anew}", error) from None
     return path
 
 

@@ -6,13 +6,14 @@ import torch
 
 from irpe_ds.checkpoint.manifest import read_manifest
 from irpe_ds.checkpoint.reader import SavedWeights
-from irpe_ds.checkpoint.shards import write_whole
+from irpe_ds.checkpoint.whole import write_whole
 from irpe_ds.config import RunConfig, validate
 from irpe_ds.environment import ENVIRONMENT, Environment, read_environment
 from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.files import atomic_write, replace_file
-from irpe_ds.models.build import meta_model, saved_positions
+from irpe_ds.models.build import saved_positions
 from irpe_ds.models.card import model_card
+from irpe_ds.models.create import meta_model
 from irpe_ds.models.exported import CONFIG, describe
 from irpe_ds.models.loading import run_classes
 from irpe_ds.models.positions import KEY

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from irpe_ds.checkpoint.shards import SHA256, check_whole
+from irpe_ds.checkpoint.whole import SHA256, check_whole
 from irpe_ds.errors import ConfigError
 from irpe_ds.files import open_regular
 from irpe_ds.models.positions import KEY, Positions

@@ -17,7 +17,8 @@ from irpe_ds.config import RunConfig
 from irpe_ds.data.rng import image_keys
 from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.models.attention import RPEAttention
-from irpe_ds.models.build import build_model, recompute_blocks
+from irpe_ds.models.build import build_model
+from irpe_ds.models.create import recompute_blocks
 from irpe_ds.models.flops import forward_flops
 from irpe_ds.ops.fused import kernel_shape, unsupported_reason
 from irpe_ds.training.batch import Normalize, build_augment, build_erase, build_mixup

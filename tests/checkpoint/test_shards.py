@@ -14,7 +14,8 @@ from torch import Tensor
 
 from irpe_ds.checkpoint import shards
 from irpe_ds.checkpoint.reader import SavedWeights, find_damage, open_files, read_manifest
-from irpe_ds.checkpoint.shards import Shard, ShardFiles, write_shards, write_whole
+from irpe_ds.checkpoint.shards import Shard, ShardFiles, write_shards
+from irpe_ds.checkpoint.whole import write_whole
 from irpe_ds.errors import CheckpointError
 
 SHAPES = {"a": (5, 7), "b": (3,), "count": (), "mask": (4,), "half": (6,)}

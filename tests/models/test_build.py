@@ -313,8 +313,8 @@ class TestLoad:
         options = NARROW if own else NARROW | {"pretrained": True}
         with pytest.raises(ConfigError) as caught:
             build_model(config(name, options=options, pretrained=own))
-        copy = f"model.weights=FILE, a copy of {name}'s weights"
-        expected = f"expected a network, or without it {copy}"
+        anew = f"model.{key}=false to start anew, or model.weights=FILE of {name}"
+        expected = f"expected a network, {anew}"
         assert str(caught.value) == f"model.{key}: {expected}, got <urlopen error no route>"
 
     def test_pretrained(

@@ -7,7 +7,8 @@ from torch import nn
 
 from irpe_ds.config import ModelConfig
 from irpe_ds.errors import ConfigError
-from irpe_ds.models.build import build_deferred, recompute_blocks
+from irpe_ds.models.build import build_deferred
+from irpe_ds.models.create import recompute_blocks
 from irpe_ds.models.freezing import freeze
 
 DEIT = "deit_tiny_patch16_224"

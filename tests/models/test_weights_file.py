@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from irpe_ds.checkpoint.shards import ShardFiles, write_whole
+from irpe_ds.checkpoint.shards import ShardFiles
+from irpe_ds.checkpoint.whole import write_whole
 from irpe_ds.config import ModelConfig
 from irpe_ds.errors import ConfigError
 from irpe_ds.models.build import build_model, load_weights
