@@ -142,13 +142,15 @@ BY_FILE = {
 
 
 @pytest.mark.slow
-def test_how_many_names_take_the_encoding() -> None:
+def test_how_many_names_take_the_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = (BucketMap.build("product", 1, 1),)
+    monkeypatch.setattr("irpe_ds.models.vision_transformer.build_maps", lambda *_: small)
     counts, answers = {}, []
     for file in timm.list_modules():
         if not re.search("vit|deit|beit|eva|transformer", file):
             continue
         taken, names = 0, timm.list_models(module=file)
-        for name in names:
+        for name in names if file in BY_FILE else names[:1]:
             with torch.device("meta"):
                 model = timm.create_model(name)
                 try:
