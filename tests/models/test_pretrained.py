@@ -135,7 +135,7 @@ def test_no_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"{zoo.RELEASES}/{ZOO_K}.pth"
     assert refusal(pretrained=True) == (
         f"model.pretrained: expected a network, or {url} copied to {ZOO_K}.pth or "
-        f"{cache / ZOO_K}.pth, got no route to host"
+        f"{cache / ZOO_K}.pth (or model.pretrained=false to start anew), got no route to host"
     )
     message = refusal(weights="https://example.org/vit-0123456789.pth")
     copied = f"https://example.org/vit-0123456789.pth copied to {cache}/vit-0123456789.pth"
