@@ -81,7 +81,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     classes = ("ant", "bee", "cat")
     monkeypatch.setattr(run_pictures, "dataset_info", lambda *_: SimpleNamespace(classes=classes))
     maps = {0: np.ones((1, 5, 5))}
-    monkeypatch.setattr(tables, "read_maps", lambda config, weights, on, *_: (on, maps))
+    monkeypatch.setattr(tables, "read_maps", lambda config, weights, on, *_: (on, maps, None))
 
 
 def test_everything_at_its_update(tmp_path: Path) -> None:

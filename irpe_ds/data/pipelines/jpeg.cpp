@@ -52,6 +52,7 @@ extern "C" int64_t decode_box(const uint8_t* data, uint64_t bytes, int64_t heigh
   jpeg_mem_src(&image, data, bytes);
   jpeg_read_header(&image, TRUE);
   image.out_color_space = JCS_RGB;
+  image.dct_method = JDCT_IFAST;  // as FFCV's own decoder
   image.scale_num = 1;
   image.scale_denom = static_cast<unsigned>(divisor);
   if (image.image_height != height || image.image_width != width) on_error((j_common_ptr)&image);
