@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import pytest
 
 from irpe_ds.__main__ import scripts
+from irpe_ds.benchmark.ablation import Ablation
 from irpe_ds.benchmark.experiment import Scaling
 from irpe_ds.config import load_config
 
@@ -23,6 +24,11 @@ QUICKSTART = ROOT / "launch/configs/quickstart.yaml"
 OUR_MODULES = ("irpe_ds", "tests")
 THEIR_CONFIGS = ("mine.yaml", "x.yaml")
 """YAML files that a page may name and that are a user's own."""
+MORE_SECTIONS = {
+    "launch/scaling.py": ("scaling", Scaling),
+    "launch/ablation.py": ("ablation", Ablation),
+}
+"""Of YAML files that are more than a run's, by script."""
 PROGRAMS = {
     *("source", "cd", "git", "pip", "apt-get", "sudo", "dnf", "docker", "conda", "diff", "cut"),
     *("sed", "scontrol", "kill", "ssh", "pytest", "sha256sum"),
@@ -109,15 +115,15 @@ def check_script(script: str, words: list[str]) -> None:
     path = ROOT / config if config is not None else QUICKSTART
     if path.name not in THEIR_CONFIGS:
         assert path.is_file(), config
-    scaling = script == "launch/scaling.py"
+    own, schema = MORE_SECTIONS.get(script, ("", None))
     overrides = []
     for override in getattr(arguments, "overrides", []):
         section, _, key = override.partition("=")[0].partition(".")
-        if scaling and section == "scaling":
-            assert key in Scaling.model_fields, override
+        if schema is not None and section == own:
+            assert key in schema.model_fields, override
         else:
             overrides.append(override.replace("%a", "0"))
-    load_config(QUICKSTART if scaling or path.name in THEIR_CONFIGS else path, overrides)
+    load_config(QUICKSTART if schema or path.name in THEIR_CONFIGS else path, overrides)
 
 
 def commands(text: str) -> Iterator[list[str]]:
