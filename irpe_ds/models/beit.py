@@ -18,7 +18,7 @@ class OffsetMap(BucketMap):
 
     def __init__(self, height: int, width: int) -> None:
         nn.Module.__init__(self)
-        self.method, self.grid, self.skip, self.ratio = "offset", (height, width), 1, 0.0
+        self.method, self.grid, self.skip, self._ratio = "offset", (height, width), 1, "0.0"
         ids = gen_relative_position_index(self.grid, device=torch.device("cpu"))
         self.num_buckets = (2 * height - 1) * (2 * width - 1) + 3
         self.register_buffer("ids", ids.int(), persistent=False)

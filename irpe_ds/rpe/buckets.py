@@ -55,7 +55,7 @@ class BucketMap(nn.Module):
 
     def __init__(self, method: str, height: int, width: int, skip: int, ratio: float) -> None:
         super().__init__()
-        self.method, self.grid, self.skip, self.ratio = method, (height, width), skip, ratio
+        self.method, self.grid, self.skip, self._ratio = method, (height, width), skip, repr(ratio)
         row = torch.arange(height, device="cpu").repeat_interleave(width)
         col = torch.arange(width, device="cpu").repeat(height)
         offsets = (torch.arange(1 - n, n, device="cpu") for n in (height, width))
@@ -71,6 +71,12 @@ class BucketMap(nn.Module):
             used = torch.cat([used, index[0, :1]])
         self.register_buffer("ids", index.int(), persistent=False)
         self.register_buffer("used_ids", used, persistent=False)
+
+    @property
+    def ratio(self) -> float:
+        """Kept as text, a constant to torch.compile, which takes for a variable any float of a
+        module that another call had otherwise; the choice of an implementation depends on it."""
+        return float(self._ratio)
 
     def reset_parameters(self) -> None:
         """Recompute the ids, for a model that was made on the meta device."""

@@ -318,17 +318,18 @@ class TestLowPrecision:
 
 
 def test_compiles_as_one_graph(irpe_attention: Attention, make_inputs: Callable) -> None:
-    inputs = make_inputs(RPEConfig(on="qkv", shared_heads=False), dtype=torch.float32)
-    leaves = [inputs[name] for name in "qkv"] + list(tables_of(inputs).values())
     compiled = torch.compile(irpe_attention, fullgraph=True, backend="aot_eager")
-    expected, out = irpe_attention(**inputs), compiled(**inputs)
-    torch.testing.assert_close(out, expected)
-    for got, want in zip(
-        torch.autograd.grad(out.sum(), leaves),
-        torch.autograd.grad(expected.sum(), leaves),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, want)
+    for rpe in (RPEConfig(on="qkv", shared_heads=False), RPEConfig(method="euclidean", on="qkv")):
+        inputs = make_inputs(rpe, dtype=torch.float32)
+        leaves = [inputs[name] for name in "qkv"] + list(tables_of(inputs).values())
+        expected, out = irpe_attention(**inputs), compiled(**inputs)
+        torch.testing.assert_close(out, expected)
+        for got, want in zip(
+            torch.autograd.grad(out.sum(), leaves),
+            torch.autograd.grad(expected.sum(), leaves),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, want)
 
 
 def test_bucket_sum() -> None:
