@@ -59,7 +59,7 @@ def test_load(data: Path, tmp_path: Path) -> None:
     tables = bench(data, tmp_path / "report.json", "load", "--batch", "8", "--size", "32")
     title = "load, workers 1, 32 pixels, batches of 8"
     assert list(tables) == [title, f"{title}, per second of CPU time"]
-    loaders = {"ours", "ffcv", "torchvision", "decode only", "ours, normalised"}
+    loaders = {"ours", "ours, scaled", "ffcv", "torchvision", "decode only", "ours, normalised"}
     for rows in tables.values():
         assert set(rows) == loaders | {"ours, 3a, normalised"}
 
