@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from irpe_ds.config import AugmentConfig
-from irpe_ds.data.beton.format import JPG, resize_crop
+from irpe_ds.data.beton.format import JPG, imdecode, resize_crop
 from irpe_ds.data.beton.reader import Beton, read_beton
 from irpe_ds.data.crops import Crops, center_crops, random_resized_crops, simple_crops
 from irpe_ds.data.order import Samples
@@ -25,7 +25,7 @@ from irpe_ds.data.parallel import local_share
 from irpe_ds.data.pipelines import jpeg
 from irpe_ds.data.pipelines.pipeline import Batches, Decoded
 from irpe_ds.data.rng import Keys
-from irpe_ds.errors import ConfigError, DataError
+from irpe_ds.errors import ConfigError, DataError, UserError
 
 _POLL_SECONDS = 0.1
 MARGIN = 64
@@ -34,7 +34,13 @@ MARGIN = 64
 # aborts the process when two threads enter it.
 _decoding = Lock()
 
-_decode_box = jpeg.load()
+WHY_WHOLE: str | None = None
+"""Why whole images are decoded, by FFCV's decoder, instead of crops; None where crops are."""
+try:
+    _decode_box = jpeg.load()
+except UserError as error:
+    WHY_WHOLE = str(error)
+_imdecode = numba.njit(nogil=True)(imdecode)
 _resize_crop = numba.njit(nogil=True)(resize_crop)
 
 
@@ -54,6 +60,8 @@ class FFCVPipeline:
         workers: int | None,
         is_scaled: bool = False,
     ) -> None:
+        if is_scaled and WHY_WHOLE:
+            raise ConfigError("data.scaled_decoding", "false", f"true, and {WHY_WHOLE}")
         self._is_scaled = is_scaled
         self._beton, self._augment = read_beton(path, where), augment
         self.num_samples = len(self._beton.entries)
@@ -304,7 +312,25 @@ def _shift(image_HWC: NDArray[np.uint8], down: int, right: int) -> None:
 
 
 @numba.njit(nogil=True)
-def _decode_jpeg(
+def _decode_whole(
+    data: NDArray[np.uint8],
+    entry: np.void,
+    box: NDArray[np.int64],
+    target: NDArray[np.uint8],
+    is_scaled: bool,
+    to_end: bool,
+) -> bool:
+    """As `_decode_crop`, by FFCV's decoder; always at full size and to the end."""
+    height, width = np.int64(entry["height"]), np.int64(entry["width"])
+    image = np.empty((height, width, 3), np.uint8)
+    if _imdecode(data, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
+        return False
+    _resize_crop(image, box[0], box[0] + box[2], box[1], box[1] + box[3], target)
+    return True
+
+
+@numba.njit(nogil=True)
+def _decode_crop(
     data: NDArray[np.uint8],
     entry: np.void,
     box: NDArray[np.int64],
@@ -341,6 +367,9 @@ def _decode_jpeg(
     right = min(-(-(box[1] + box[3]) // divisor) - placed[1], placed[3])
     _resize_crop(image, top, placed[2], left, right, target)
     return True
+
+
+_decode_jpeg = _decode_whole if WHY_WHOLE else _decode_crop
 
 
 @numba.njit(nogil=True)

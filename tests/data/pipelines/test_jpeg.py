@@ -9,8 +9,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-from irpe_ds.data.beton.format import imdecode
-from irpe_ds.data.pipelines import jpeg
+from irpe_ds.data.beton.format import JPG, imdecode
+from irpe_ds.data.beton.reader import ENTRY
+from irpe_ds.data.crops import CROP
+from irpe_ds.data.pipelines import ffcv, jpeg
 from irpe_ds.data.pipelines.ffcv import MARGIN
 from irpe_ds.errors import UserError
 
@@ -111,6 +113,28 @@ def test_another_size_than_the_table_says() -> None:
     data = encode(photograph(200, 100))
     assert decode(data, (100, 201), (0, 0, 100, 201)) is None
     assert decode(data, (99, 200), (0, 0, 99, 200)) is None
+
+
+def test_whole_images_give_the_same_crops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot be built, FFCV's decoder takes its place."""
+    random = np.random.default_rng(0)
+    payloads = [encode(photograph(width, height)) for height, width in SIZES]
+    entries, crops = np.zeros(len(SIZES), ENTRY), np.zeros(len(SIZES), CROP)
+    entries["bytes"] = [len(payload) for payload in payloads]
+    entries["start"] = np.cumsum(entries["bytes"]) - entries["bytes"]
+    entries["height"], entries["width"] = np.transpose(SIZES)
+    entries["mode"], crops["sample"] = JPG, range(len(SIZES))
+    for place, (height, width) in enumerate(SIZES):
+        rows, columns = random.integers(1, (height + 1, width + 1))
+        top, left = random.integers(0, (height - rows + 1, width - columns + 1))
+        crops[["top", "left", "height", "width"]][place] = top, left, rows, columns
+    images = np.zeros((2, len(SIZES), 8, 12, 3), np.uint8)
+    file = np.concatenate(payloads)
+    assert ffcv.decode_crops(file, entries, crops, images[0], False, True).all()
+    monkeypatch.setattr(ffcv, "_decode_jpeg", ffcv._decode_whole)
+    assert ffcv.decode_crops.py_func(file, entries, crops, images[1], False, True).all()
+    assert np.array_equal(images[0], images[1])
+    assert images.std() > 20
 
 
 def test_what_is_missing_to_build_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
