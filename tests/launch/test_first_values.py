@@ -17,7 +17,7 @@ from irpe_ds.planner.memory import memory
 from irpe_ds.planner.profile import profile
 from irpe_ds.planner.zero import read_zero
 from tests.launch.outcomes import saved, slow, zero
-from tests.launch.ranks import CONFIG, Ranks
+from tests.launch.ranks import CONFIG, Ranks, free_port
 from tests.planner.conftest import cluster
 
 pytestmark = pytest.mark.dist
@@ -155,9 +155,10 @@ def test_partitions_score_as_the_whole(
     Ranks(tmp_path, 2, [(training, "never")]).succeed()
     for ema in ((), ("--ema",)):
         evaluate = ("launch/evaluate.py", "--run", output / "scored", *ema, "--pipeline", "ffcv")
+        port = ("--master_port", str(free_port()))
         whole, parts = (
             run(*launcher, *evaluate)
-            for launcher in ((sys.executable,), ("deepspeed", "--num_accelerators", "2"))
+            for launcher in ((sys.executable,), ("deepspeed", "--num_accelerators", "2", *port))
         )
         (line,) = (line for line in whole.stdout.splitlines() if "top-1" in line)
         assert line in parts.stdout, parts.stderr

@@ -111,7 +111,8 @@ def test_a_mistake_is_one_message(
 
 def test_every_rank_says_it_once(run: Any, digits: Path, tmp_path: Path) -> None:
     done = run(
-        *("deepspeed", "--num_accelerators", 2, "launch/train.py", "--config", CONFIG),
+        *("deepspeed", "--num_accelerators", 2, "--master_port", free_port(), "launch/train.py"),
+        *("--config", CONFIG),
         *(f"data.train={digits}/train.beton", "data.val=nowhere.beton", f"output={tmp_path}"),
     )
     assert done.returncode == 2, done.stderr
