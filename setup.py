@@ -29,7 +29,7 @@ EXTRAS = {
     "log": ["matplotlib", "tensorboard", "wandb"],
     "dev": [
         *("mypy", "pytest>=8", "pytest-xdist", "ruff", "types-PyYAML"),
-        *("onnx", "onnxruntime", "onnxscript"),
+        *("onnx", "onnxruntime", "onnxscript", "transformers"),
     ],
     "all": ["irpe-ds[train,data,log,cuda,dev]"],
 }

@@ -6,6 +6,7 @@ import importlib
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +200,18 @@ class TestOperators:
         names: dict[str, torch.Tensor] = {}
         exec(lines, names)
         assert names["tokens"].shape == (2, 65, 64)
+
+    @pytest.mark.thorough
+    def test_the_vit_of_hugging_face_runs(self) -> None:
+        (lines,) = (b for p, b in blocks("python") if "AttentionInterface" in b)
+        names: dict[str, Any] = {}
+        exec(lines, names)
+        model, images = names["model"], torch.randn(1, 3, 224, 224)
+        logits = model(images).logits
+        logits.sum().backward()
+        assert model.vit.layers[0].attention.rpe_k.lookup_table_weight.grad.any()
+        model.set_attn_implementation("sdpa")
+        torch.testing.assert_close(model(images).logits, logits)
 
 
 def tree() -> list[str]:
