@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from irpe_ds.prediction import Prediction, Scores
 
 SHOWN = 20
-"""Images, or classes, that are printed at most."""
+"""Classes, and with --out images, that are printed at most."""
 CSV, JSON = "predictions.csv", "predictions.json"
 CONFUSION, MISTAKES = "confusion.png", "mistakes.png"
 
@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="run folder, export folder or exported file")
     add("images", type=Path, nargs="+", metavar="PHOTO|FOLDER", help="images, or folders of them")
-    add("--out", type=Path, default=Path("predictions"), help="folder to write (predictions)")
+    add("--out", type=Path, metavar="FOLDER", help="to write to; without it only print")
     add("--top", type=int, default=5, metavar="K", help="classes listed per image (5)")
     add("--batch-size", type=int, default=32, help="images per forward pass (32)")
     args = parser.parse_args()
@@ -76,13 +76,13 @@ def main() -> None:
     count = next((len(p.probabilities) for p in predictions if p.probabilities is not None), 0)
     classes = names or [str(number) for number in range(count)]
     scores = score(predictions, len(classes))
-    write(args.out, predictions, classes, min(args.top, len(classes)), scores)
+    if args.out is not None:
+        write(args.out, predictions, classes, min(args.top, len(classes)), scores)
     say(predictions, classes, scores, args.out)
     bad = sum(p.probabilities is None for p in predictions)
     if bad:
-        raise DataError(
-            f"{bad} of {len(images)} images cannot be read: the column error of {args.out / CSV}"
-        )
+        where = "" if args.out is None else f": the column error of {args.out / CSV}"
+        raise DataError(f"{bad} of {len(images)} images cannot be read{where}")
 
 
 def write(
@@ -119,9 +119,9 @@ def say(
     predictions: "Sequence[Prediction]",
     classes: "Sequence[str]",
     scores: "Scores | None",
-    out: Path,
+    out: Path | None,
 ) -> None:
-    for prediction in predictions if len(predictions) <= SHOWN else ():
+    for prediction in predictions if out is None or len(predictions) <= SHOWN else ():
         top = ", ".join(f"{classes[n]} {100 * x:.1f} %" for n, x in prediction.top(3))
         print(printable(f"{prediction.image.path}: {top or prediction.error}"))
     if scores is None:
@@ -137,8 +137,9 @@ def say(
             precision, recall, f1 = cells
             text = f"precision {precision}  recall {recall}  F1 {f1}  n {row['images']}"
             print(f"  {printable(name)[:24]:<24}  {text}")
-    made = [name for name in (CSV, JSON, CONFUSION, MISTAKES) if (out / name).exists()]
-    print(f"{out}: {', '.join(made)}")
+    if out is not None:
+        made = [name for name in (CSV, JSON, CONFUSION, MISTAKES) if (out / name).exists()]
+        print(f"{out}: {', '.join(made)}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from irpe_ds.config import load_config
 from irpe_ds.errors import ExitCode
 from tests.launch.ranks import Ranks, rows
 
+ROOT = Path(__file__).parents[2]
+
 RECIPE = "launch/configs/folder.yaml"
 CLASSES = ["one", "three", "two"]
 
@@ -60,9 +62,10 @@ def test_the_folder_was_converted_counted_and_shared(trained: Path, photos: Path
     assert rows(trained, "eval")[-1]["images"] == 6
 
 
-@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize(("bad", "writes"), [(0, True), (1, True), (1, False)])
 def test_it_predicts(
     bad: int,
+    writes: bool,
     trained: Path,
     photos: Path,
     tmp_path: Path,
@@ -73,17 +76,23 @@ def test_it_predicts(
     for number in range(bad):
         (tmp_path / "photos" / "one" / f"bad{number}.jpg").write_bytes(b"no image")
     out = tmp_path / "out"
-    words = ["--model", str(trained), str(tmp_path / "photos"), "--out", str(out)]
+    words = ["--model", str(trained), str(tmp_path / "photos"), *["--out", str(out)][: 2 * writes]]
+    monkeypatch.chdir(tmp_path)
+    before = {*tmp_path.iterdir()}
     monkeypatch.setattr(sys, "argv", ["launch/predict.py", *words])
     code = 0
     try:
-        runpy.run_path("launch/predict.py", run_name="__main__")
+        runpy.run_path(str(ROOT / "launch/predict.py"), run_name="__main__")
     except SystemExit as stopped:
         code = stopped.code
     assert code == (ExitCode.MISTAKE if bad else ExitCode.DONE)
     printed = capsys.readouterr()
     assert " of 30 images of known classes are predicted right" in printed.out
     assert ("error: 1 of 31 images cannot be read" in printed.err) == bool(bad)
+    if not writes:
+        assert f"{tmp_path / 'photos' / 'one' / 'bad0.jpg'}: not a JPEG" in printed.out
+        assert {*tmp_path.iterdir()} == before
+        return
     found = json.loads((out / "predictions.json").read_text())
     assert found["classes"] == CLASSES
     assert len(found["images"]) == 30 + bad
