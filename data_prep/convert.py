@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, get_args
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
-from irpe_ds.cli import run
+from irpe_ds.cli import command, run
 from irpe_ds.data.beton.journal import check_out
 from irpe_ds.data.beton.manifest import SKIPPED, DatasetManifest, beside
 from irpe_ds.data.beton.options import Check, Mode, OnBad, StorageOptions
@@ -122,7 +122,7 @@ def print_result(manifest: DatasetManifest, out: Path, seconds: float) -> None:
     if manifest.skipped:
         print(f"{manifest.skipped} bad images are listed in {beside(out, SKIPPED)}")
     if manifest.options["check"] == "header":
-        print(f"not decoded yet: python data_prep/verify.py {out}")
+        print(f"not decoded yet: {command('data_prep/verify.py')} {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":

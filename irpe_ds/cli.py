@@ -2,9 +2,12 @@
 
 import faulthandler
 import os
+import select
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NoReturn
 
 from irpe_ds.errors import ExitCode, TrainingError, UserError
@@ -15,6 +18,9 @@ EXTRAS = {
     "log": ("matplotlib", "tensorboard", "wandb"),
 }
 """Packages that `import irpe_ds` does without, by the extra of setup.py that installs them."""
+
+UNREAD = 128 + signal.SIGPIPE
+"""The exit code of a script whose output nobody reads any more, as a shell gives it."""
 
 
 def end_process(code: ExitCode) -> NoReturn:
@@ -30,11 +36,41 @@ def end_process(code: ExitCode) -> NoReturn:
     os._exit(code)
 
 
+def command(script: str) -> str:
+    """What a user types to start one of our scripts, such as launch/curves.py, from here.
+
+    Its path where that leads to it, in a clone of the repository; elsewhere the console command.
+    """
+    return f"python {script}" if Path(script).is_file() else f"irpe-ds {Path(script).stem}"
+
+
+@contextmanager
+def _while_read() -> Iterator[None]:
+    """End quietly once nobody reads what is printed, as in `irpe-ds zoo | head`."""
+    try:
+        try:
+            yield
+        finally:
+            print(end="", flush=True)  # now: at Python's shutdown it would be a traceback
+    except BrokenPipeError:
+        outputs = select.poll()
+        for number in (1, 2):
+            outputs.register(number, 0)
+        unread = [number for number, event in outputs.poll(0) if event & select.POLLERR]
+        if not unread:  # another pipe, or a socket
+            raise
+        for number in unread:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)  # Python flushes them again
+        sys.exit(UNREAD)
+
+
+@_while_read()
 def run(main: Callable[[], None]) -> None:
     """Call main; user errors become one message on stderr and an exit code, not a traceback.
 
-    Each rank prints its own error: a launcher may kill the others before they can. A crash, such as
-    SIGSEGV, shows the line that was running.
+    It ends quietly when what reads its output has ended, as `head` does. Each rank prints its own
+    error: a launcher may kill the others before they can. A crash, such as SIGSEGV, shows the line
+    that was running.
     """
     if not faulthandler.is_enabled():
         faulthandler.enable()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whatever is installed
 
-from irpe_ds.cli import run
+from irpe_ds.cli import command, run
 from irpe_ds.environment import read_environment
 from irpe_ds.errors import ConfigError, printable
 from irpe_ds.runlog import METRICS, read_rows
@@ -27,15 +27,19 @@ def main() -> None:
     if not speeds or not {"top1", "epoch"} <= last.keys():
         raise ConfigError(folder / METRICS, "images_per_s, top1 and epoch of a run", "others")
     environment, quoted = read_environment(folder), shlex.quote(str(folder))
+    curves, evaluate = command("launch/curves.py"), command("launch/evaluate.py")
+    first, start = "", "deepspeed --module irpe_ds train"
+    if curves.startswith("python"):  # in a clone
+        first, start = ", after `source .venv/bin/activate`", "deepspeed launch/train.py"
     text = f"""
 {folder}: top-1 {last["top1"]:.2f} % after {last["epoch"]:g} epochs, \
 {statistics.median(speeds):.0f} img/s on {environment.ranks} x {environment.device}
   metrics      {folder / METRICS}, train.csv, eval.csv
-  curves       python launch/curves.py {quoted} --out curves.png
-  evaluate     python launch/evaluate.py --run {quoted}
-Next, after `source .venv/bin/activate`: change something and compare, here without iRPE:
-  deepspeed launch/train.py --config {quoted}/config.yaml name=plain model.rpe=null
-  python launch/curves.py {quoted} runs/plain --out curves.png"""
+  curves       {curves} {quoted} --out curves.png
+  evaluate     {evaluate} --run {quoted}
+Next{first}: change something and compare, here without iRPE:
+  {start} --config {quoted}/config.yaml name=plain model.rpe=null
+  {curves} {quoted} runs/plain --out curves.png"""
     print(printable(text))
 
 

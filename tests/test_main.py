@@ -1,6 +1,7 @@
 """The command `irpe-ds`: every script of the repository, and what it says of a missing package."""
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from irpe_ds.config import load_config
 from irpe_ds.training.deepspeed_config import read_ds_config
 
 ROOT = Path(__file__).parents[1]
-NEEDED = ("train", "convert", "verify", "evaluate", "export", "plan", "ops", "zoo")
+NEEDED = ("train", "convert", "describe", "verify", "evaluate", "export", "plan", "ops", "zoo")
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | str | None:
@@ -38,6 +39,13 @@ def test_help_lists_every_script_without_importing_torch(tmp_path: Path) -> None
     assert {*listed} == scripts - {"synthetic_imagenet"} | {"ops"}
 
 
+def test_no_script_hides_a_module_of_pythons() -> None:
+    """Python puts a script's folder before its own: `import inspect` would find ours."""
+    for folder in ("launch", "data_prep"):
+        names = {path.stem for path in (ROOT / folder).glob("*.py")}
+        assert not names & sys.stdlib_module_names
+
+
 def test_a_script_gets_what_follows_its_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,6 +67,45 @@ def test_recipes_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.M
     own.parent.mkdir(parents=True)
     own.write_text("base: launch/configs/quickstart.yaml\nname: own\n")
     assert load_config(recipe).name == "own"
+
+
+@pytest.mark.parametrize(
+    ("main", "error"),
+    [
+        ("print('x' * 10**6)", ""),  # more than the pipe holds
+        ("print('x')", ""),  # written when the script ends
+        ("print('x'); sys.exit(0)", ""),  # as --help does
+        ("print('x'); raise UserError('no space')", "error: no space\n"),
+    ],
+)
+def test_a_reader_may_leave(main: str, error: str) -> None:
+    """As `head` does: the script ends without a traceback."""
+    source = "import sys\nfrom irpe_ds.cli import *\n"
+    source += f"def main():\n    input(); {main}\nrun(lambda: run(main))"
+    command = [sys.executable, "-c", source]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    env = os.environ | {"PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(command, cwd=ROOT, env=env, **pipes) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdout = None
+        _, errors = process.communicate(b"\n")
+    assert (process.returncode, errors.decode()) == (cli.UNREAD, error)
+
+
+def test_another_broken_pipe_is_a_bug() -> None:
+    def fail() -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        cli.run(fail)
+
+
+def test_a_command_as_it_can_be_typed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert cli.command("data_prep/verify.py") == "python data_prep/verify.py"
+    monkeypatch.chdir(tmp_path)
+    assert cli.command("data_prep/verify.py") == "irpe-ds verify"
 
 
 class TestMissingPackages:

@@ -1,6 +1,5 @@
 """Reports a scaling experiment: a CSV, figures, and one HTML file that has them all."""
 
-import base64
 import csv
 import html
 import io
@@ -13,8 +12,8 @@ from typing import Any
 from irpe_ds.benchmark.rows import INSTRUMENTED_STEP_MS, PHASES, CellRow, check_columns
 from irpe_ds.errors import ConfigError
 from irpe_ds.files import replace_file
+from irpe_ds.plots.page import page, picture, table
 from irpe_ds.plots.scaling import draw_figures, draw_links
-from irpe_ds.plots.style import FAINT, INK, PALE
 
 WHERE = ("device", "torch", "deepspeed_version")
 BASIC = ("model", "rpe", "precision", "impl", "accumulation", "network", *WHERE)
@@ -48,17 +47,17 @@ def write_report(
     check_columns(rows, FACTS, folder)
     check_columns(good, NEEDED, folder)
     _add_derived(good)
-    table = folder / "results.csv"
-    replace_file(table, to_csv(rows))
+    cells = folder / "results.csv"
+    replace_file(cells, to_csv(rows))
     name, suffixes = results["name"], (".png", *suffixes)
     figures = draw_figures(folder, name, _panels(good), suffixes) if good else []
     links = (results.get("links") or {}).get("rows")
     if links:
         check_columns(links, LINK, f"{folder}: links")
         figures += draw_links(folder, name, links, suffixes)
-    page = folder / "report.html"
-    replace_file(page, _page(results, rows, figures))
-    return [table, *figures, page]
+    report = folder / "report.html"
+    replace_file(report, _page(results, rows, figures))
+    return [cells, *figures, report]
 
 
 def _panels(rows: Sequence[CellRow]) -> dict[str, list[CellRow]]:
@@ -128,12 +127,7 @@ def _spell(name: str, value: Any) -> str:
 def _page(results: Mapping[str, Any], rows: Sequence[CellRow], figures: Sequence[Path]) -> str:
     good = [row for row in rows if "error" not in row]
     failed = [row for row in rows if "error" in row]
-    images = "".join(
-        f'<img alt="{path.stem}" src="data:image/png;base64,'
-        f'{base64.b64encode(path.read_bytes()).decode()}">'
-        for path in figures
-        if path.suffix == ".png"
-    )
+    images = "".join(picture(path) for path in figures if path.suffix == ".png")
     facts = {
         key: ", ".join(sorted({str(row.get(key)) for row in good}))
         for key in (*WHERE, "commit")
@@ -152,23 +146,7 @@ def _page(results: Mapping[str, Any], rows: Sequence[CellRow], figures: Sequence
         + html.escape(json.dumps(results["settings"], indent=1))
         + "</pre></details>",
     ]
-    return PAGE.format(title=html.escape(results["name"]), body="\n".join(parts))
-
-
-PAGE = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{title}}</title><style>
-body {{{{ font: 15px/1.5 system-ui, sans-serif; color: {INK}; margin: 2em auto; max-width: 1400px;
-  padding: 0 1em }}}}
-table {{{{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }}}}
-th, td {{{{ padding: .25em .6em; text-align: right; border-bottom: 1px solid {FAINT} }}}}
-td {{{{ white-space: nowrap }}}}
-th {{{{ font-weight: 600; vertical-align: bottom }}}} .text {{{{ text-align: left }}}}
-img {{{{ max-width: 100%; display: block; margin: 1.5em 0 }}}} .wide {{{{ overflow-x: auto }}}}
-pre {{{{ font-size: 12px }}}} p.note {{{{ color: {PALE}; font-size: 13px }}}}
-</style></head><body>
-{{body}}
-</body></html>
-"""
+    return page(results["name"], parts)
 
 
 def _runs(rows: Sequence[CellRow]) -> str:
@@ -198,7 +176,7 @@ def _runs(rows: Sequence[CellRow]) -> str:
         "collective's whole vector, per rank and update. The slowest rank is the one on which an "
         "update without communication takes longest, beside the median rank."
     )
-    return f'<h2>Runs</h2>{_table(head, lines)}<p class="note">{note}</p>'
+    return f'<h2>Runs</h2>{table(head, lines)}<p class="note">{note}</p>'
 
 
 def _slowest(row: CellRow) -> str:
@@ -224,7 +202,7 @@ def _links(links: Mapping[str, Any]) -> str:
         cells = [row["collective"].replace("_", "-"), row["where"], row["ranks"]]
         cells += [f"{row['bytes'] / 2**20:g}", f"{row['ms']:.3g}", f"{row['fastest_ms']:.3g}"]
         lines.append([*cells, f"{row['gb_s']:.3g}", row["slowest"]])
-    return f"<h2>Links</h2>{_table(head, lines)}"
+    return f"<h2>Links</h2>{table(head, lines)}"
 
 
 def _failures(rows: Sequence[CellRow]) -> str:
@@ -233,15 +211,4 @@ def _failures(rows: Sequence[CellRow]) -> str:
         [row["nodes"], row["ranks"], row["deepspeed"], json.dumps(row["axes"]), row["error"]]
         for row in rows
     ]
-    return f"<h2>Failed</h2>{_table(head, lines)}"
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    def cell(kind: str, x: Any) -> str:
-        text = html.escape(str(x))
-        left = ' class="text"' if any(c.isalpha() for c in text) else ""
-        return f"<{kind}{left}>{text}</{kind}>"
-
-    top = "".join(cell("th", name) for name in head)
-    body = "".join(f"<tr>{''.join(cell('td', x) for x in line)}</tr>" for line in lines)
-    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
+    return f"<h2>Failed</h2>{table(head, lines)}"

@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 )
 from torch.hub import get_dir
 
+from irpe_ds.cli import command
 from irpe_ds.config_types import HUB
 from irpe_ds.errors import ConfigError
 from irpe_ds.files import atomic_write, lock_file
@@ -65,7 +66,9 @@ def released(name: str) -> Path:
     where, known = "model.pretrained", timm.models.get_pretrained_cfg(name)
     url = getattr(known, "url", None)
     if not url:
-        raise ConfigError(where, "a model of which weights are released (launch/zoo.py)", name)
+        raise ConfigError(
+            where, f"a model of which weights are released ({command('launch/zoo.py')})", name
+        )
     beside = Path(f"{name}.pth")
     return beside if beside.is_file() else _from_url(url, _cache() / beside, where, beside)
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from irpe_ds.config import RunConfig
+from irpe_ds.data.loaders import Batch
 from irpe_ds.data.rng import image_keys
 from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.models.attention import RPEAttention
@@ -21,7 +22,7 @@ from irpe_ds.models.build import build_model
 from irpe_ds.models.create import recompute_blocks
 from irpe_ds.models.flops import forward_flops
 from irpe_ds.ops.fused import kernel_shape, unsupported_reason
-from irpe_ds.training.batch import Normalize, build_augment, build_erase, build_mixup
+from irpe_ds.training.batch import Inputs
 from irpe_ds.training.optim import parameter_groups
 from irpe_ds.training.precision import MODEL, PRODUCTS
 
@@ -189,13 +190,10 @@ def _call(model: nn.Module, config: RunConfig) -> Call:
 def _input_kernels(config: RunConfig) -> int:
     """Operators between decoded images and the model, with more images than any of them needs."""
     device, keys = torch.device("meta"), image_keys(np.arange(256), seed=0, epoch=0)
-    normalize, mixup = Normalize(config.data, device), build_mixup(config)
-    images = torch.empty(len(keys), 3, 32, 32, dtype=torch.uint8, device=device)
+    inputs, labels = Inputs(config, device), torch.empty(256, dtype=torch.int64, device=device)
+    images = torch.empty(256, 3, 32, 32, dtype=torch.uint8, device=device)
     with _Traffic() as counted:
-        shown = normalize(build_augment(config)(images, keys))
-        shown = build_erase(config.augment)(shown, keys)
-        if mixup is not None:
-            mixup(shown, torch.empty(len(keys), dtype=torch.int64, device=device))
+        inputs(Batch(images, labels, keys))
     return counted.kernels
 
 

@@ -10,7 +10,6 @@ from functools import partial
 from operator import methodcaller
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +24,6 @@ MOST_CLASSES = 1000
 """Of a confusion matrix."""
 TABLE_IMAGES = 16
 """Images of data.val over which a picture of the tables is a mean."""
-SURE = 0.85
-"""Share of a mixed label from which it is written as one class."""
 
 
 def fit(trainer: Trainer, log: RunLog) -> bool:
@@ -92,7 +89,7 @@ def class_names(config: RunConfig) -> list[str]:
 
 def send_inputs(trainer: Trainer, log: RunLog) -> None:
     """Send the first images of rank 0's next batch as the model will see them."""
-    from irpe_ds.plots.classes import draw_images
+    from irpe_ds.plots.classes import draw_images, label_texts, unnormalized
     from irpe_ds.plots.style import pixels
 
     config, length = trainer.config, trainer.length
@@ -103,23 +100,9 @@ def send_inputs(trainer: Trainer, log: RunLog) -> None:
     seed_step(config.seed, trainer.update * config.train.accumulation, trainer.ranks.rank)
     images, targets = trainer.inputs(batch)
     count = config.log.images
-    mean, std = (np.array(values) for values in (config.data.mean, config.data.std))
-    shown = images[:count].float().cpu().permute(0, 2, 3, 1).numpy() * std + mean
-    labels = label_texts(targets[:count].cpu(), class_names(config))
-    picture = pixels(draw_images(shown.clip(0, 1), labels))
+    shown = unnormalized(images[:count], config.data)
+    picture = pixels(draw_images(shown, label_texts(targets[:count].cpu(), class_names(config))))
     log.send(methodcaller("picture", "inputs", trainer.update, picture))
-
-
-def label_texts(targets: Tensor, names: list[str]) -> list[str]:
-    """Labels (B,), or mixed ones (B, C), in words: a class, or the two that were mixed."""
-    if targets.dim() == 1:
-        return [names[label] for label in targets.tolist()]
-    shares, labels = targets.float().topk(min(2, targets.shape[1]))
-    texts = []
-    for parts, found in zip(shares.tolist(), labels.tolist(), strict=True):
-        mixed = [f"{names[n]} {part:.2f}" for n, part in zip(found, parts, strict=True)]
-        texts.append(names[found[0]] if parts[0] >= SURE else "\n".join(mixed))
-    return texts
 
 
 def send_tables(config: RunConfig, log: RunLog, update: int, checkpoint: Path) -> None:

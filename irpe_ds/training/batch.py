@@ -7,6 +7,7 @@ from torch import Tensor
 
 from irpe_ds.config import AugmentConfig, DataConfig, RunConfig
 from irpe_ds.data.augment.policies import Augment, Erase
+from irpe_ds.data.loaders import Batch
 
 
 class Normalize:
@@ -54,6 +55,28 @@ def build_mixup(config: RunConfig) -> Mixup | None:
         label_smoothing=augment.label_smoothing,
         num_classes=config.model.class_count,
     )
+
+
+class Inputs:
+    """Training batches as the model takes them: augmented, normalised, erased and mixed.
+
+    Raises:
+        ConfigError: unknown augmentation name.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self._device = device
+        self._augment, self._normalize = build_augment(config), Normalize(config.data, device)
+        self._erase, self._mixup = build_erase(config.augment), build_mixup(config)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) float32, and labels (B,) or, mixed, their shares (B, classes)."""
+        images = batch.images.to(self._device, non_blocking=True)
+        images = self._erase(self._normalize(self._augment(images, batch.keys)), batch.keys)
+        targets = batch.labels.to(self._device, non_blocking=True)
+        if self._mixup is not None:
+            images, targets = self._mixup(images, targets)
+        return images, targets
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -26,7 +26,7 @@ from irpe_ds.models import flops
 from irpe_ds.models.deferred import Initial
 from irpe_ds.runlog import RunLog
 from irpe_ds.training import precision
-from irpe_ds.training.batch import Normalize, build_augment, build_erase, build_mixup, seed_step
+from irpe_ds.training.batch import Inputs, Normalize, seed_step
 from irpe_ds.training.compilation import compile_engine
 from irpe_ds.training.engine import FirstValues, build_engine
 from irpe_ds.training.engine_state import EngineState
@@ -90,10 +90,8 @@ class Trainer:
         self.val_batches = EvalLoader(config.data, **shared)
         self.setup_engine(start, model, initial, ds_config)
         self.schedule = build_schedule(self.engine.optimizer, config, length.updates_per_epoch)
-        self.augment = build_augment(config)
         self.normalize = Normalize(config.data, ranks.device)
-        self.erase = build_erase(config.augment)
-        self.mixup = build_mixup(config)
+        self.train_inputs = Inputs(config, ranks.device)
         self.lock = self.find_lock()
         own = start.path is not None and start.path.resolve().parent == self.folder.resolve()
         self.writer = CheckpointWriter(self.folder, ranks, config.train.keep_checkpoints)
@@ -272,12 +270,8 @@ class Trainer:
         return loss.detach()
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A batch as the model takes it: augmented, normalised, erased and mixed."""
-        images = batch.images.to(self.ranks.device, non_blocking=True)
-        images = self.erase(self.normalize(self.augment(images, batch.keys)), batch.keys)
-        targets = batch.labels.to(self.ranks.device, non_blocking=True)
-        if self.mixup is not None:
-            images, targets = self.mixup(images, targets)
+        """A batch as the model takes it, in its dtype."""
+        images, targets = self.train_inputs(batch)
         return images.to(self.dtype), targets
 
     def record_skip(self, log: RunLog) -> None:

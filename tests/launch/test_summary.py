@@ -39,6 +39,32 @@ def test_a_run(tmp_path: Path, text_of: TextOf) -> None:
     assert f"launch/curves.py '{tmp_path}/a run' --out curves.png" in text
 
 
+IN_THE_REPOSITORY = (
+    "python launch/curves.py",
+    "python launch/evaluate.py --run",
+    "deepspeed launch/train.py --config",
+)
+ELSEWHERE = (
+    "irpe-ds curves",
+    "irpe-ds evaluate --run",
+    "deepspeed --module irpe_ds train --config",
+)
+
+
+@pytest.mark.parametrize("is_clone", [True, False])
+def test_next_commands_can_be_typed_here(
+    is_clone: bool, tmp_path: Path, text_of: TextOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "run")
+    monkeypatch.chdir(Path(__file__).parents[2] if is_clone else tmp_path)
+    text = text_of(tmp_path / "run")
+    curves, evaluate, train = IN_THE_REPOSITORY if is_clone else ELSEWHERE
+    assert text.count(f"  {curves} {tmp_path}/run ") == 2
+    assert f"  {evaluate} {tmp_path}/run\n" in text
+    assert f"  {train} {tmp_path}/run/config.yaml " in text
+    assert ("source .venv" in text) == is_clone
+
+
 def test_a_name_cannot_steer_the_terminal(tmp_path: Path, text_of: TextOf) -> None:
     text = text_of(make_run(tmp_path / "\x1b]0;mine\x07"))
     assert all(character.isprintable() or character == "\n" for character in text)

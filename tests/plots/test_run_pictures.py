@@ -138,12 +138,3 @@ def test_what_fails_is_a_line_of_the_log(tmp_path: Path, monkeypatch: pytest.Mon
         f"no {what}: ImportError: no matplotlib"
         for what in ("picture of the inputs", "picture of the tables", "confusion matrix")
     ]
-
-
-def test_mixed_labels_are_named_with_their_shares() -> None:
-    names = ["ant", "bee", "cat"]
-    assert run_pictures.label_texts(torch.tensor([2, 0]), names) == ["cat", "ant"]
-    mixed = torch.tensor([[0.05, 0.9, 0.05], [0.0, 0.4, 0.6], [0.5, 0.5, 0.0]])
-    texts = run_pictures.label_texts(mixed, names)
-    assert texts[:2] == ["bee", "cat 0.60\nbee 0.40"]
-    assert run_pictures.label_texts(torch.tensor([[1.0]]), ["one"]) == ["one"]

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from irpe_ds.checkpoint.reader import EMA
 from irpe_ds.cluster.process_group import Ranks
 from irpe_ds.config import DistillConfig, RunConfig
-from irpe_ds.data.augment.policies import Erase
 from irpe_ds.data.loaders import Batch
 from irpe_ds.data.rng import image_keys
 from irpe_ds.models.build import build_model
 from irpe_ds.ops import dispatch
 from irpe_ds.training import precision
-from irpe_ds.training.batch import Normalize, build_augment, build_mixup
+from irpe_ds.training.batch import Inputs, Normalize
 from irpe_ds.training.evaluation import evaluate
 from irpe_ds.training.loss import DistillationLoss, Loss, build_loss
 from irpe_ds.training.metrics import Meter
@@ -68,10 +67,7 @@ def check_step(config: RunConfig, model: nn.Module, loss: Loss, images: int = 4)
             config=config,
             ranks=RANKS,
             update=0,
-            augment=build_augment(config),
-            normalize=Normalize(config.data, RANKS.device),
-            erase=Erase(config.augment.erase),
-            mixup=build_mixup(config),
+            train_inputs=Inputs(config, RANKS.device),
             dtype=precision.MODEL[config.train.precision],
             gradient_sums=None,
             loss=loss,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from irpe_ds.cli import command
 from irpe_ds.data.beton.convert import convert
 from irpe_ds.data.beton.journal import list_images
 from irpe_ds.data.beton.manifest import (
@@ -113,5 +114,6 @@ def _check_writable(out: Path, where: str) -> None:
     except OSError as error:
         raise DataError(
             f"{where}: cannot write {out}: {error.strerror}; convert the folder to another place "
-            "(data_prep/convert.py) and name that file, or data.pipeline=timm, which reads folders"
+            f"({command('data_prep/convert.py')}) and name that file, or data.pipeline=timm, which "
+            "reads folders"
         ) from None

@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from irpe_ds.cli import command
 from irpe_ds.data.beton.format import (
     ALLOC_TABLE_TYPE,
     CURRENT_VERSION,
@@ -162,7 +163,7 @@ def read_beton(path: Path, where: str) -> Beton:
 
 def _read_tables(path: Path, where: str) -> tuple[DatasetInfo, NDArray[np.void]]:
     """The contents of a file in brief, and ENTRY of each sample."""
-    expected = "a .beton file (data_prep/convert.py makes one)"
+    expected = f"a .beton file ({command('data_prep/convert.py')} makes one)"
     if path.is_dir():
         got = f"{path}, a folder"
         raise DataError(where, f"{expected}, or data.pipeline=timm, which reads folders", got)

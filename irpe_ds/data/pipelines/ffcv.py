@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from irpe_ds.cli import command
 from irpe_ds.config import AugmentConfig
 from irpe_ds.data.beton.format import JPG, imdecode, resize_crop
 from irpe_ds.data.beton.reader import Beton, read_beton
@@ -249,7 +250,7 @@ class BatchIterator:
 
 
 def _damage(beton: Beton, sample: int) -> DataError:
-    expected = "undamaged images (data_prep/verify.py checks them all)"
+    expected = f"undamaged images ({command('data_prep/verify.py')} checks them all)"
     return DataError(beton.info.path, expected, f"damage in sample {sample}")
 
 

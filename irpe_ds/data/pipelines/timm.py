@@ -56,6 +56,9 @@ class Images(Protocol):
     labels: NDArray[np.int64]
     """(num_samples,)."""
 
+    def read(self, sample: int) -> bytes | memoryview:
+        """Its stored bytes; ValueError or OSError if they cannot be read."""
+
     def open(self, sample: int) -> Image.Image:
         """One image; ValueError or OSError if it is damaged."""
 
@@ -67,14 +70,18 @@ class BetonImages:
     """The images of a .beton file."""
 
     def __init__(self, path: Path, where: str) -> None:
-        self._beton = read_beton(path, where)
-        self.info = self._beton.info
-        self.labels = self._beton.entries["label"]
+        self.beton = read_beton(path, where)
+        self.info = self.beton.info
+        self.labels = self.beton.entries["label"]
+
+    def read(self, sample: int) -> memoryview:
+        """Its stored bytes: a JPEG, or pixels."""
+        return self.beton.payload(sample).data
 
     def open(self, sample: int) -> Image.Image:
         """One image; ValueError if its bytes differ from those converted."""
-        entry, payload = self._beton.entries[sample], self._beton.payload(sample)
-        if not self._beton.is_intact(sample):
+        entry, payload = self.beton.entries[sample], self.beton.payload(sample)
+        if not self.beton.is_intact(sample):
             raise ValueError("bytes that differ from those converted")
         if entry["mode"] == JPG:
             return open_image(payload.data)
@@ -101,11 +108,14 @@ class SourceImages:
         self._names, self._ends = b"".join(names), np.cumsum([0, *map(len, names)])
         self._files = Files(source)
 
+    def read(self, sample: int) -> bytes:
+        """The bytes of its file; ValueError if they cannot be read."""
+        offset, size = self._extents[sample].tolist()
+        return self._files.read(Member("", "", self._file(sample), offset, size, 0))
+
     def open(self, sample: int) -> Image.Image:
         """One image; ValueError if it cannot be read."""
-        offset, size = self._extents[sample].tolist()
-        member = Member("", "", self._file(sample), offset, size, 0)
-        return open_image(self._files.read(member))
+        return open_image(self.read(sample))
 
     def name(self, sample: int) -> str:
         """Its name in messages."""
