@@ -5,7 +5,6 @@
     python data_prep/convert.py --source ILSVRC2012_img_val.tar \
         --labels ILSVRC2012_devkit_t12.tar.gz --out val.beton
     python data_prep/convert.py --source wds/train-*.tar --classes classes.txt --out train.beton
-
     srun python data_prep/convert.py --source imagenet/train --out train.beton --shards 64
 
 By default every JPEG is stored as it is. After a kill, the same command resumes. Writes a manifest

@@ -103,6 +103,9 @@ class Claims:
 
         Tasks that nobody has claimed come first: one that has failed elsewhere waits until the
         others are done.
+
+        Raises:
+            OSError: the folder cannot be written to, or has been removed.
         """
         told = False
         while not is_over() and (tasks := self._undone(tasks)):
@@ -116,15 +119,8 @@ class Claims:
             time.sleep(POLL_SECONDS)
 
     def _undone(self, tasks: Sequence[Task]) -> list[Task]:
-        found = self._names()
+        found = frozenset(os.listdir(self._folder))
         return [task for task in tasks if task.name + DONE not in found]
-
-    def _names(self) -> frozenset[str]:
-        """The entries of the folder, which the last process removes."""
-        try:
-            return frozenset(os.listdir(self._folder))
-        except FileNotFoundError:
-            return frozenset()
 
     def _do(self, task: Task, is_over: Callable[[], bool]) -> None:
         try:
@@ -136,13 +132,13 @@ class Claims:
                 raise
         finally:
             held, self._held = self._held, None
-            if held is not None and self._undone([task]):
-                with suppress(OSError):
+            with suppress(OSError):
+                if held is not None and self._undone([task]):
                     held.write_bytes(_GIVEN_UP)
 
     def _claim(self, tasks: Sequence[Task]) -> Task | None:
         """Claim one of the tasks, if one is free or its process is gone."""
-        taken = self._names()
+        taken = frozenset(os.listdir(self._folder))
         for task in tasks:
             if task.name + _CLAIM not in taken and self._create(self._path(task)):
                 return task

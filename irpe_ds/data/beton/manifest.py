@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
@@ -260,7 +261,7 @@ def hash_prefixes(beton: Path, sha256: str) -> NDArray[np.uint64]:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 whole, newline, rest = (rest + chunk).rpartition(b"\n")
-                prefixes = _prefixes(np.frombuffer(whole + newline, np.uint8))
+                prefixes = _prefixes(whole + newline)
                 if prefixes is None:
                     break
                 found.append(prefixes)
@@ -274,14 +275,15 @@ def hash_prefixes(beton: Path, sha256: str) -> NDArray[np.uint64]:
     return np.fromiter(exact, np.uint64)
 
 
-def _prefixes(text: NDArray[np.uint8]) -> NDArray[np.uint64] | None:
+def _prefixes(lines: bytes) -> NDArray[np.uint64] | None:
     """Those of some lines; None if one is not of digits, two spaces and a name without escapes."""
+    text = np.frombuffer(lines, np.uint8)
     ends = np.flatnonzero(text == ord("\n"))
     starts = np.concatenate([[0], ends[:-1] + 1])[: len(ends)]
-    if not len(ends) or (ends - starts < _NAME_AT + 1).any() or (text == ord("\\")).any():
+    if not len(ends) or (ends - starts).min() <= _NAME_AT or b"\\" in lines:
         return None
-    digits = _DIGITS[text[starts[:, None] + np.arange(16)]]
-    if (digits > 15).any() or (text[starts[:, None] + (_NAME_AT - 2, _NAME_AT - 1)] != 32).any():
+    heads = sliding_window_view(text, _NAME_AT)[starts]
+    digits = _DIGITS[heads[:, :16]]
+    if digits.max() > 15 or (heads[:, _NAME_AT - 2 :] != ord(" ")).any():
         return None
-    octets = digits[:, ::2] << 4 | digits[:, 1::2]
-    return octets.astype(np.uint8).view(">u8")[:, 0].astype(np.uint64)
+    return (digits[:, ::2] << 4 | digits[:, 1::2]).view(">u8")[:, 0].astype(np.uint64)

@@ -102,21 +102,22 @@ def convert_shards(
     folder = beside(out, SHARDING)
     settings = identity(source, options) | {"shards": shards}
     try:
-        if (finished := _finished(out, settings)) is not None:
-            return finished
-        folder.mkdir(parents=True, exist_ok=True)
-        with Claims(folder) as claims:
-            work = _Conversion(source, out, options, settings, claims, workers, on_bad, command)
-            work.run()
+        if not _is_complete(out, settings):
+            folder.mkdir(parents=True, exist_ok=True)
+            with Claims(folder) as claims:
+                work = _Conversion(source, out, options, settings, claims, workers, on_bad, command)
+                work.run()
         shutil.rmtree(folder, ignore_errors=True)
     except (OSError, sqlite3.Error) as error:
+        if beside(out, MANIFEST).exists():  # another process is done, and has removed the folder
+            return DatasetManifest.read(beside(out, MANIFEST))
         done = "finished shards are kept; rerun the same command to continue"
         raise DataError(f"--out: cannot write {out}: {error}; {done}") from None
     return DatasetManifest.read(beside(out, MANIFEST))
 
 
-def _finished(out: Path, settings: dict[str, Any]) -> DatasetManifest | None:
-    """The index of this very set, if it is complete.
+def _is_complete(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether this very set is.
 
     Raises:
         ConfigError: there is another data set of this name.
@@ -126,12 +127,12 @@ def _finished(out: Path, settings: dict[str, Any]) -> DatasetManifest | None:
         old_file = out if out.exists() else beside(out, MANIFEST)
         raise ConfigError("--out", _NEW, f"{old_file}, which exists")
     if manifest is None:
-        return None
+        return False
     old = {"source": manifest.source, "kind": manifest.kind, "ffcv": manifest.ffcv}
     old |= manifest.options | {"shards": len(manifest.shards)}
     if old != settings:
         raise of_another(f"--out: {out} (which exists; remove its files)", old, settings)
-    return manifest
+    return True
 
 
 class _Conversion:
@@ -248,7 +249,10 @@ class _Conversion:
         counts, changed, left = [0] * len(listing.classes), 0, 0
         with skipped.open("wb") as file:
             for shard in self._shards:
-                manifest = DatasetManifest.read(beside(shard, MANIFEST))
+                manifest = read_manifest(shard)
+                if manifest is None:
+                    expected = "the shards that are written (remove it to start over)"
+                    raise DataError(self._folder, expected, f"no {shard.name}")
                 record = {field.name: getattr(manifest, field.name) for field in fields(FileRecord)}
                 records.append(FileRecord(**record))
                 counts = [a + b for a, b in zip(counts, manifest.class_counts, strict=True)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -177,3 +178,11 @@ def test_claims_are_touched_while_their_task_is_done(
 
     with Claims(tmp_path) as beating:
         beating.share([Task("0", do)], never)
+
+
+def test_folder_that_is_removed_ends_the_wait(tmp_path: Path, processes: list[Claims]) -> None:
+    (task,) = tasks_of(tmp_path, 1, [])
+    assert processes[0]._claim([task]) == task
+    shutil.rmtree(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        processes[1].share([task], never)

@@ -1,9 +1,12 @@
 """A data set of several files: the samples of one file, written by any number of processes."""
 
+import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from irpe_ds.data.beton import shards
 from irpe_ds.data.beton.cached import converted
 from irpe_ds.data.beton.claims import Claims
 from irpe_ds.data.beton.convert import convert
-from irpe_ds.data.beton.format import Reader
+from irpe_ds.data.beton.format import ALLOC_TABLE_TYPE, ENTRY_TYPE, JPG, Reader
 from irpe_ds.data.beton.journal import check_out
 from irpe_ds.data.beton.manifest import (
     HASHES,
@@ -23,16 +26,19 @@ from irpe_ds.data.beton.manifest import (
     SHARDING,
     SKIPPED,
     DatasetManifest,
+    FileRecord,
     beside,
     file_sha256,
+    hash_line,
     read_hashes,
     shard_path,
 )
 from irpe_ds.data.beton.options import StorageOptions
-from irpe_ds.data.beton.reader import beton_info, read_beton
+from irpe_ds.data.beton.reader import beton_info, read_beton, tables_sha256
 from irpe_ds.data.beton.shards import convert_shards
 from irpe_ds.data.beton.sources import open_source
 from irpe_ds.data.beton.verify import verify
+from irpe_ds.data.beton.writer import BetonWriter, first_payload
 from irpe_ds.data.loaders import EvalLoader
 from irpe_ds.errors import ConfigError, DataError
 
@@ -312,3 +318,77 @@ def test_set_beside_a_folder_is_used_and_not_replaced(folder: Path, tmp_path: Pa
     with pytest.raises(DataError, match=r"photos\.beton to be of the images in .*another one"):
         converted(photos, "data.train", workers=1)
     assert contents(out) == before
+
+
+def test_shards_that_were_removed_too_early_are_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "set.beton"
+    with monkeypatch.context() as patch:
+        patch.setattr(shards._Conversion, "_write_index", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(folder, out)
+    beside(shard_path(out, 1, COUNT), MANIFEST).unlink()
+    with pytest.raises(DataError, match=r"remove it to start over\), got no set-00001-of-00003"):
+        make(folder, out)
+
+
+def test_folder_that_the_others_removed_is_no_error(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / whole.name
+
+    def enter(self: Claims) -> None:
+        shutil.rmtree(beside(out, SHARDING))
+        for path in whole.parent.iterdir():
+            shutil.copy(path, out.parent)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Claims, "__enter__", enter)
+    assert make(folder, out).num_samples == 37
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.slow
+def test_a_million_images_open_in_a_second(tmp_path: Path) -> None:
+    """Of processor time: what else runs on the machine does not count."""
+    out, records, each = tmp_path / "large.beton", list[FileRecord](), 62_500
+    for number in range(16):
+        path, start = shard_path(out, number, 16), first_payload(each)
+        table, entries = np.zeros(each, ALLOC_TABLE_TYPE), np.zeros(each, ENTRY_TYPE)
+        table["sample_id"], table["size"] = np.arange(each), 100
+        table["ptr"] = start + 100 * np.arange(each)
+        for name, value in (("data_ptr", table["ptr"]), ("height", 9), ("width", 9), ("mode", JPG)):
+            entries["f0"][name] = value
+        with closing(BetonWriter(path, room=each, end=start + 100 * each, largest=100)) as writer:
+            writer.finish([(entries, table)])
+        names = (f"n00000000/n00000000_{number}_{n}.JPEG" for n in range(each))
+        lines = [hash_line(hashlib.sha256(name.encode()).digest(), name) for name in names]
+        beside(path, HASHES).write_bytes(b"".join(lines))
+        record = FileRecord(
+            num_samples=each,
+            size=path.stat().st_size,
+            sha256="0" * 64,
+            tables_sha256=tables_sha256(path, each),
+            hashes_sha256=file_sha256(beside(path, HASHES)),
+        )
+        records.append(record)
+    sums = {"num_samples": 16 * each, "size": 16 * record.size}
+    none = dict.fromkeys(("changed", "skipped", "duplicates", "left_out"), 0)
+    DatasetManifest(
+        **vars(record) | sums | none | {"source": [], "kind": "", "options": {}},
+        ffcv="",
+        command="",
+        classes=("n00000000",),
+        class_counts=(16 * each,),
+        shards=tuple(records),
+    ).write(beside(out, MANIFEST))
+    seconds = []
+    for _ in range(3):
+        begin = time.process_time()
+        beton = read_beton(out, "data.train")
+        seconds.append(time.process_time() - begin)
+    assert beton.hashes is not None
+    assert len(beton.hashes) == len(beton.entries) == 1_000_000
+    assert int(beton.hashes[-1]) == int(lines[-1][:16], 16)
+    assert min(seconds) < 1
