@@ -5,6 +5,7 @@
     python data_prep/convert.py --source ILSVRC2012_img_val.tar \
         --labels ILSVRC2012_devkit_t12.tar.gz --out val.beton
     python data_prep/convert.py --source wds/train-*.tar --classes classes.txt --out train.beton
+    srun python data_prep/convert.py --source imagenet/train --out train.beton --shards 64
 
 By default every JPEG is stored as it is. After a kill, the same command resumes. Writes a manifest
 (FILE.beton.json) and the hash of each sample (FILE.beton.sha256) beside the file.
@@ -26,8 +27,8 @@ from irpe_ds.data.beton.journal import check_out
 from irpe_ds.data.beton.manifest import SKIPPED, DatasetManifest, beside
 from irpe_ds.data.beton.options import Check, Mode, OnBad, StorageOptions
 from irpe_ds.data.beton.sources import open_source
-from irpe_ds.data.parallel import check_workers
-from irpe_ds.errors import printable
+from irpe_ds.data.parallel import check_workers, local_share
+from irpe_ds.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from irpe_ds.data.beton.convert import Forecast
@@ -54,8 +55,15 @@ def arguments() -> argparse.Namespace:
     add("--proportion", type=float, default=defaults.proportion, help="share of JPEGs (0.5)")
     add("--check", choices=get_args(Check), default=defaults.check, help="header: verify later")
     add("--on-bad", choices=get_args(OnBad), default="error", help="skip: leave it out and list it")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads (all cores)")
+    cores = local_share(len(os.sched_getaffinity(0)))
+    add("--workers", type=int, default=cores, help="threads (this process's share of the cores)")
     add("--overwrite", action="store_true", help="replace an existing file")
+    add(
+        "--shards",
+        type=int,
+        metavar="N",
+        help="write N files and an index; processes that run the same command divide them up",
+    )
     add("--dry-run", action="store_true", help="estimate only; write nothing")
     return parser.parse_args()
 
@@ -71,25 +79,24 @@ def main() -> None:
         check=args.check,
     )
     check_workers(args.workers)
-    if not args.dry_run:
+    if args.shards is not None and args.overwrite:
+        raise ConfigError("--overwrite", "no --shards; remove the old files", "both")
+    if not args.dry_run and args.shards is None:
         check_out(args.out, overwrite=args.overwrite)
     source = open_source(args.source, labels=args.labels, classes=args.classes)
 
     from irpe_ds.data.beton.convert import convert, forecast  # PyTorch and FFCV: seconds
+    from irpe_ds.data.beton.shards import convert_shards
 
     if args.dry_run:
         print_forecast(forecast(source, args.out, options, workers=args.workers))
         return
-    start = time.monotonic()
-    manifest = convert(
-        source,
-        args.out,
-        options,
-        workers=args.workers,
-        on_bad=args.on_bad,
-        overwrite=args.overwrite,
-        command=shlex.join(["python", *sys.argv]),
-    )
+    start, how = time.monotonic(), {"workers": args.workers, "on_bad": args.on_bad}
+    how["command"] = shlex.join(["python", *sys.argv])
+    if args.shards is None:
+        manifest = convert(source, args.out, options, overwrite=args.overwrite, **how)
+    else:
+        manifest = convert_shards(source, args.out, options, args.shards, **how)
     print_result(manifest, args.out, time.monotonic() - start)
 
 

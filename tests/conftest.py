@@ -12,8 +12,9 @@ from torch import Tensor
 THOROUGH = (
     *("benchmark", "launch", "models", "planner", "plots", "test_docs", "test_runlog_wandb"),
     *("data/augment", "data/beton/test_convert", "data/beton/test_damage"),
-    *("data/beton/test_sources", "data/pipelines", "data/test_crops", "data/test_description"),
-    *("data/test_digits", "data/test_loaders", "data/test_offsets", "data/test_synthetic"),
+    *("data/beton/test_shards", "data/beton/test_sources", "data/pipelines", "data/test_crops"),
+    *("data/test_description", "data/test_digits", "data/test_loaders", "data/test_offsets"),
+    "data/test_synthetic",
     *("ops/build", "ops/test_bench", "ops/test_flex", "ops/test_fused", "ops/test_gather"),
     *("ops/test_implementations", "ops/test_low_rank", "ops/test_package", "ops/test_ptxsim"),
     "training/test_placement",

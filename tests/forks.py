@@ -16,7 +16,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "tests.launch.ranks",
-        "irpe_ds.data.beton.convert",
+        "irpe_ds.data.beton.shards",
         "irpe_ds.training.trainer",
         "tests.compiled",
     ]

@@ -32,9 +32,11 @@ THEIRS = set(THEIR_CONFIGS)
 MADE = {
     *("config.json", "config.yaml", "deepspeed.json", "environment.json", "metrics.jsonl"),
     *("skipped.jsonl", "checkpoint.json", "results.json", "FILE.beton.json", "classes.json"),
-    *("val_images.json", "predictions.json"),
+    *("val_images.json", "predictions.json", "train.beton.json"),
 }
 """Files that runs and conversions write."""
+MADE_OR_GIVEN = r"\.(?:csv|tar|txt|py|yaml|sbatch)$|\.beton"
+"""Of names that look like keys, such as train.beton, the end or middle."""
 
 
 @cache
@@ -115,7 +117,7 @@ class TestNames:
         sections = "model|data|augment|optim|train|distill|log|scaling"
         for text in spans(page):
             for word in re.findall(rf"(?<![\w./])((?:{sections})\.[\w.]+)", text):
-                assert word in keys() or re.search(r"\.(?:csv|tar|txt|py|yaml|sbatch)$", word), word
+                assert word in keys() or re.search(MADE_OR_GIVEN, word), word
 
 
 RUNNABLE = ("python launch/", "python data_prep/", "python -m ", "deepspeed ", "irpe-ds ", "make ")

@@ -16,6 +16,7 @@ from irpe_ds.data.beton.manifest import (
     MANIFEST,
     DatasetManifest,
     beside,
+    is_there,
     read_hashes,
     read_manifest,
 )
@@ -42,7 +43,7 @@ def converted(folder: Path, where: str, *, workers: int) -> Path:
         folder = folder.resolve()
     out = beside(folder, ".beton")
     _, classes, images = list_images(folder, where)
-    if out.exists():
+    if is_there(out):
         manifest = read_manifest(out)
         if manifest is not None and _fits(out, manifest, classes, images):
             return out
@@ -99,7 +100,8 @@ def _sha256(member: Member) -> bytes:
 def _is_ours(manifest: DatasetManifest, folder: Path) -> bool:
     """Whether `converted` would make such a file of this folder: nobody's choice is lost."""
     source = [os.fspath(folder.absolute())]
-    return manifest.source == source and manifest.options == asdict(StorageOptions())
+    options = asdict(StorageOptions())
+    return not manifest.shards and manifest.source == source and manifest.options == options
 
 
 def _command(folder: Path, out: Path) -> str:

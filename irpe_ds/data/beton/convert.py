@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,27 +78,22 @@ def convert(
     """
     check_out(out, overwrite=overwrite)
     journal_path, unfinished = beside(out, JOURNAL), beside(out, PARTIAL)
-    identity = {"source": [os.fspath(path) for path in source.paths], "kind": source.kind}
-    identity |= asdict(options) | {"ffcv": VERSION}
+    same = identity(source, options)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with closing(Journal(journal_path, identity, restart=overwrite)) as journal:
+        with closing(Journal(journal_path, same, restart=overwrite)) as journal:
             renamed = journal.finished and out.exists() and not unfinished.exists()
             if out.exists() and not overwrite and not renamed:
                 raise already_exists(out)
             if not renamed:
                 try:
-                    manifest = _convert(source, out, options, journal, workers, on_bad, command)
+                    _convert(source, out, options, journal, workers, on_bad, command)
                 except UserError:
                     if not unfinished.exists():  # nothing is done that could be continued
                         journal_path.unlink(missing_ok=True)
                     raise
-                manifest.write(beside(out, MANIFEST + PARTIAL))
-                DatasetManifest.read(beside(out, MANIFEST + PARTIAL))  # as its readers will
-                for suffix in (HASHES, SKIPPED):
-                    fsync(beside(out, suffix + PARTIAL))
                 journal.finish()
-            _publish(out)
+            publish(out)
         journal_path.unlink()
         return DatasetManifest.read(beside(out, MANIFEST))
     except (OSError, sqlite3.OperationalError) as error:
@@ -105,6 +101,12 @@ def convert(
         raise DataError(f"--out: cannot write {out}: {error}; {done}") from None
     except sqlite3.Error as error:
         raise damaged_journal(journal_path, error) from None
+
+
+def identity(source: Source, options: StorageOptions) -> dict[str, Any]:
+    """What must not change when a conversion resumes, as JSON gives it back."""
+    paths = [os.fspath(path) for path in source.paths]
+    return {"source": paths, "kind": source.kind} | asdict(options) | {"ffcv": VERSION}
 
 
 def _convert(
@@ -115,10 +117,9 @@ def _convert(
     workers: int,
     on_bad: OnBad,
     command: str,
-) -> DatasetManifest:
-    """Write all files but the manifest, under their unfinished names."""
+) -> None:
+    """Write all files under their unfinished names, from where an earlier call stopped."""
     classes, others = journal.list_source(source)
-    room, _ = journal.totals()
     if on_bad == "error":
         first_bad = next(journal.skipped(), None)  # of an earlier call with on_bad="skip"
         if first_bad is not None:
@@ -126,10 +127,42 @@ def _convert(
     _, begin, end, _ = journal.written()
     unfinished = beside(out, PARTIAL)
     in_place = unfinished.exists() and unfinished.stat().st_size >= end
-    if not in_place or begin != first_payload(room):
+    if not in_place or begin != first_payload(journal.totals()[0]):
         journal.discard()
     elif (damaged := _first_damaged(journal, unfinished)) is not None:
         journal.discard(damaged)
+    write_listed(
+        journal,
+        source,
+        out,
+        options,
+        workers=workers,
+        on_bad=on_bad,
+        classes=classes,
+        left_out=others,
+        command=command,
+    )
+
+
+def write_listed(
+    journal: Journal,
+    source: Source,
+    out: Path,
+    options: StorageOptions,
+    *,
+    workers: int,
+    on_bad: OnBad,
+    classes: tuple[str, ...],
+    left_out: int,
+    command: str,
+) -> None:
+    """Write what a journal lists, all files under their unfinished names, and to the disk.
+
+    Args:
+        classes: of the whole source, in label order.
+        left_out: recorded in the manifest, as is `command`.
+    """
+    unfinished, (room, _) = beside(out, PARTIAL), journal.totals()
     _, _, end, largest = journal.written()
     with (
         closing(BetonWriter(unfinished, room=room, end=end, largest=largest)) as writer,
@@ -146,11 +179,11 @@ def _convert(
         _write_lists(journal, out)
         writer.finish(_tables(journal))
         sha256 = file_sha256(unfinished, "hash")
-    return DatasetManifest(
+    manifest = DatasetManifest(
         source=[os.fspath(path) for path in source.paths],
         kind=source.kind,
         options=asdict(options),
-        left_out=others,
+        left_out=left_out,
         classes=classes,
         class_counts=journal.class_counts(len(classes)),
         size=unfinished.stat().st_size,
@@ -161,6 +194,10 @@ def _convert(
         command=command,
         **counts,  # type: ignore[arg-type]
     )
+    manifest.write(beside(out, MANIFEST + PARTIAL))
+    DatasetManifest.read(beside(out, MANIFEST + PARTIAL))  # as its readers will
+    for suffix in (HASHES, SKIPPED):
+        fsync(beside(out, suffix + PARTIAL))
 
 
 def _first_damaged(journal: Journal, unfinished: Path) -> int | None:
@@ -291,7 +328,7 @@ def _write_lists(journal: Journal, out: Path) -> None:
             file.write(os.fsencode(f"{shown}\t{done.reason}\n"))
 
 
-def _publish(out: Path) -> None:
+def publish(out: Path) -> None:
     """Rename the files, the manifest last; resumes after a kill."""
     if beside(out, MANIFEST + PARTIAL).exists():
         beside(out, MANIFEST).unlink(missing_ok=True)  # of the file that is replaced

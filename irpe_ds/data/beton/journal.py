@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from irpe_ds.data.beton.manifest import beside
+from irpe_ds.data.beton.manifest import beside, is_there
 from irpe_ds.data.beton.sources import Member, Source, is_image, open_source
 from irpe_ds.errors import ConfigError, DataError, UserError
 from irpe_ds.files import open_regular
@@ -63,7 +63,7 @@ def check_out(out: Path, *, overwrite: bool) -> None:
     Raises:
         ConfigError: `out` exists.
     """
-    if out.exists() and not overwrite and not beside(out, JOURNAL).exists():
+    if is_there(out) and not overwrite and not beside(out, JOURNAL).exists():
         raise already_exists(out)
 
 
@@ -75,6 +75,13 @@ def already_exists(out: Path) -> ConfigError:
 def damaged_journal(path: Path | None, found: object) -> DataError:
     """The error of a file that is no journal of ours, or a damaged one; it is left as it is."""
     return DataError(path, "the journal of a conversion (remove it to start over)", found)
+
+
+def of_another(where: str, old: dict[str, Any], new: dict[str, Any]) -> ConfigError:
+    """The error of a conversion that was begun with other settings: which differ."""
+    names = [name for name in new if old.get(name) != new[name]]
+    expected = ", ".join(f"{name} {old.get(name)}" for name in names)
+    return ConfigError(where, expected, ", ".join(str(new[name]) for name in names))
 
 
 class DoneImage(NamedTuple):
@@ -116,6 +123,7 @@ class Journal:
         self, path: Path | None, identity: dict[str, Any], *, restart: bool = False
     ) -> None:
         self._path, self._added = path, list[DoneImage]()
+        self._first = 0  # position of the first image in the whole source
         try:
             if path is not None and path.exists():
                 open_regular(path).close()
@@ -161,10 +169,8 @@ class Journal:
             old = dict(json.loads(str(stored)))
         except (ValueError, TypeError, RecursionError):
             return damaged_journal(self._path, "damaged settings")
-        names = [name for name in identity if old.get(name) != identity[name]]
         where = f"{self._path} (of an unfinished conversion; --overwrite starts over)"
-        expected = ", ".join(f"{name} {old.get(name)}" for name in names)
-        return ConfigError(where, expected, ", ".join(str(identity[name]) for name in names))
+        return of_another(where, old, identity)
 
     def discard(self, first: int = 0) -> None:
         """Mark the images from this position on as not done."""
@@ -245,12 +251,32 @@ class Journal:
             "ifnull(max(size), 0) FROM done"
         )
 
+    def listed(self, begin: int, end: int) -> Iterator[str]:
+        """The images listed at these positions, a line of JSON each, for `load`."""
+        query = "SELECT * FROM images WHERE position >= ? AND position < ? ORDER BY 1"
+        for row in self._query(query, begin, end):
+            values = [os.fsdecode(value) if isinstance(value, bytes) else value for value in row]
+            yield json.dumps(values) + "\n"
+
+    def load(self, lines: Iterable[str]) -> None:
+        """List, in place of a source, the images that `listed` gave; their positions begin at 0."""
+        for number, line in enumerate(lines):
+            position, *row = json.loads(line)
+            if number == 0:
+                self._first = position
+            values = [os.fsencode(value) if isinstance(value, str) else value for value in row]
+            places = ", ".join("?" * (1 + len(values)))
+            self._db.execute(f"INSERT INTO images VALUES ({places})", (number, *values))
+
     def images(self, first: int, step: int = 1) -> Iterator[tuple[int, Member, bool]]:
-        """Position, file, and whether its name repeats the previous one; every step-th image."""
+        """Position in the whole source, file, and whether its name repeats the previous one.
+
+        Of every step-th image.
+        """
         where = "position >= ? AND (position - ?) % ? = 0"
         rows = self._query(f"SELECT * FROM images WHERE {where} ORDER BY 1", first, first, step)
         for position, _, repeated, *member in rows:
-            yield position, _member(member), bool(repeated)
+            yield self._first + position, _member(member), bool(repeated)
 
     def members(self) -> Iterator[tuple[int, Member]]:
         """Label and file of every image, in order."""

@@ -3,6 +3,9 @@
 FILE.beton.json is the manifest. FILE.beton.sha256 has a line per sample, `hash  class/name`, in
 sha256sum's format: in the source folder, `sha256sum -c` compares it with images stored as they
 are. FILE.beton.skipped lists the images that the conversion left out, with the reasons.
+
+A sharded data set has no FILE.beton, but shards FILE-00000-of-00064.beton, each with such files of
+its own. FILE.beton.json is then the index: the manifest of all of them, with a record of each.
 """
 
 import dataclasses
@@ -15,6 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
 from irpe_ds.config_types import Count, Natural
@@ -23,10 +29,12 @@ from irpe_ds.errors import DataError
 from irpe_ds.files import open_regular, read_regular, replace_file
 from irpe_ds.schema import parse_json
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 MANIFEST = ".json"
 HASHES = ".sha256"
 SKIPPED = ".skipped"
+SHARDING = ".sharding"
+"""Of the folder of an unfinished sharded conversion."""
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """64 hexadecimal digits"""
@@ -34,17 +42,41 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _CHUNK_BYTES = 1 << 22
 _MANIFEST_BYTES = 1 << 24  # 100,000 classes need 3 MB
 _LINE = re.compile(rb"\\[0-9a-f]{64}  (?:[^\\\n]|\\[\\nr])+\n|[0-9a-f]{64}  [^\\\n]+\n")
+_NAME_AT = 66  # of 64 digits and two spaces
+_DIGITS = np.full(256, 255, np.uint8)
+_DIGITS[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
+_OF_MANIFEST = "the file of hashes in the manifest"
 _LINE_BYTES = 1 << 14  # a path has up to 4,096, and each may be escaped
 _ESCAPES = {b"\\": b"\\", b"n": b"\n", b"r": b"\r"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DatasetManifest:
-    """Contents and origin of one .beton file."""
+class FileRecord:
+    """What identifies one .beton file."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    format: Literal[2] = FORMAT
+    num_samples: Count
+    """Images in the file."""
+    size: Count
+    """Bytes of the file."""
+    sha256: Sha256
+    """Hash of the file."""
+    tables_sha256: Sha256
+    """Hash of its tables: header, metadata and allocation table."""
+    hashes_sha256: Sha256
+    """Hash of FILE.beton.sha256."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetManifest(FileRecord):
+    """Contents and origin of one .beton file, or of a sharded data set.
+
+    Of a set, `size` counts the bytes of all shards, and each hash is that of its shards' hashes, in
+    order, a line each.
+    """
+
+    format: Literal[2, 3] = FORMAT
     """Version of the manifest's format."""
     source: list[str]
     """Folder or archives that the images came from, as given."""
@@ -52,8 +84,6 @@ class DatasetManifest:
     """Kind of source, in words."""
     options: dict[str, Any]
     """The options of the conversion."""
-    num_samples: Count
-    """Images in the file."""
     changed: Natural
     """Images not stored as the bytes of their source file."""
     skipped: Natural
@@ -66,22 +96,24 @@ class DatasetManifest:
     """Class names in label order."""
     class_counts: tuple[Natural, ...]
     """Images of each class."""
-    size: Count
-    """Bytes of the file."""
-    sha256: Sha256
-    """Hash of the file."""
-    tables_sha256: Sha256
-    """Hash of its tables: header, metadata and allocation table."""
-    hashes_sha256: Sha256
-    """Hash of FILE.beton.sha256."""
     ffcv: str
     """Version of FFCV that converted."""
     command: str
     """Command that converted."""
+    shards: tuple[FileRecord, ...] = ()
+    """The files of a sharded data set, in order; none: it is one file."""
+
+    def files(self, path: Path) -> list[tuple[Path, FileRecord]]:
+        """The .beton files of the data set at `path`, in order, with their records."""
+        if not self.shards:
+            return [(path, self)]
+        count = len(self.shards)
+        return [(shard_path(path, n, count), record) for n, record in enumerate(self.shards)]
 
     def write(self, path: Path) -> None:
         """Write to `path`, atomically."""
-        replace_file(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        values = {"format": self.format} | dataclasses.asdict(self)
+        replace_file(path, json.dumps(values, indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "DatasetManifest":
@@ -119,6 +151,29 @@ class DatasetManifest:
             got = ", ".join(f"{name} {getattr(self, name)}" for name in numbers)
             expected = f"numbers of images in the manifest that go with class_counts of {total}"
             raise DataError(path, expected, got)
+        sums = {
+            name: sum(getattr(s, name) for s in self.shards) for name in ("num_samples", "size")
+        }
+        if self.shards and any(getattr(self, name) != found for name, found in sums.items()):
+            got = ", ".join(f"{name} {getattr(self, name)}" for name in sums)
+            expected = ", ".join(f"{name} {found}" for name, found in sums.items())
+            raise DataError(path, f"the sums of the manifest's shards, {expected}", got)
+
+
+def shard_path(path: Path, number: int, count: int) -> Path:
+    """A file of the data set at `path`: train-00000-of-00064.beton of train.beton."""
+    return path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a .beton file, or the index of a sharded data set, of this name."""
+    if path.exists():
+        return True
+    try:
+        manifest = read_manifest(path)
+    except DataError:
+        return False
+    return manifest is not None and bool(manifest.shards)
 
 
 def read_manifest(beton: Path) -> DatasetManifest | None:
@@ -168,22 +223,67 @@ def read_hashes(beton: Path, manifest: DatasetManifest) -> Iterator[SampleHash]:
     """The line of every sample, in order.
 
     Raises:
-        DataError: the file of hashes is not the one of the manifest.
+        DataError: a file of hashes is not the one of the manifest.
     """
+    for path, record in manifest.files(beton):
+        yield from file_hashes(path, record.hashes_sha256)
+
+
+def file_hashes(beton: Path, sha256: str) -> Iterator[SampleHash]:
+    """The lines of one file of hashes, which has this hash; errors as of `read_hashes`."""
     path, digest = beside(beton, HASHES), hashlib.sha256()
-    expected = "the file of hashes in the manifest"
     try:
         with open_regular(path) as file:
             for number, line in enumerate(iter(partial(file.readline, _LINE_BYTES), b""), 1):
                 if not _LINE.fullmatch(line):
-                    raise DataError(path, expected, f"damage in line {number}")
+                    raise DataError(path, _OF_MANIFEST, f"damage in line {number}")
                 digest.update(line)
-            if digest.hexdigest() != manifest.hashes_sha256:
-                raise DataError(path, expected, "another one")
+            if digest.hexdigest() != sha256:
+                raise DataError(path, _OF_MANIFEST, "another one")
             file.seek(0)
             for line in file:
                 text = line.lstrip(b"\\")
-                name = re.sub(rb"\\(.)", lambda found: _ESCAPES[found[1]], text[66:-1])
+                name = re.sub(rb"\\(.)", lambda found: _ESCAPES[found[1]], text[_NAME_AT:-1])
                 yield SampleHash(bytes.fromhex(text[:64].decode()), os.fsdecode(name))
     except OSError as error:
         raise DataError(path, "the file of sample hashes", error.strerror) from None
+
+
+def hash_prefixes(beton: Path, sha256: str) -> NDArray[np.uint64]:
+    """The first 64 bits of each hash in one file of hashes, (lines,); errors as of `read_hashes`.
+
+    Without a step per line, as a million of them would take seconds.
+    """
+    path, digest = beside(beton, HASHES), hashlib.sha256()
+    found, rest = list[NDArray[np.uint64]](), b""
+    try:
+        with open_regular(path) as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                whole, newline, rest = (rest + chunk).rpartition(b"\n")
+                prefixes = _prefixes(whole + newline)
+                if prefixes is None:
+                    break
+                found.append(prefixes)
+            else:
+                if not rest and digest.hexdigest() == sha256:
+                    return np.concatenate([np.empty(0, np.uint64), *found])
+    except OSError as error:
+        raise DataError(path, "the file of sample hashes", error.strerror) from None
+    # Damaged, or with escapes in a name.
+    exact = (int.from_bytes(line.sha256[:8], "big") for line in file_hashes(beton, sha256))
+    return np.fromiter(exact, np.uint64)
+
+
+def _prefixes(lines: bytes) -> NDArray[np.uint64] | None:
+    """Those of some lines; None if one is not of digits, two spaces and a name without escapes."""
+    text = np.frombuffer(lines, np.uint8)
+    ends = np.flatnonzero(text == ord("\n"))
+    starts = np.concatenate([[0], ends[:-1] + 1])[: len(ends)]
+    if not len(ends) or (ends - starts).min() <= _NAME_AT or b"\\" in lines:
+        return None
+    heads = sliding_window_view(text, _NAME_AT)[starts]
+    digits = _DIGITS[heads[:, :16]]
+    if digits.max() > 15 or (heads[:, _NAME_AT - 2 :] != ord(" ")).any():
+        return None
+    return (digits[:, ::2] << 4 | digits[:, 1::2]).view(">u8")[:, 0].astype(np.uint64)

@@ -1,14 +1,16 @@
-"""Opening a .beton file: whether it is complete, and what it contains."""
+"""Opening .beton files: whether they are complete, and what they contain."""
 
 import errno
 import hashlib
 import os
 import socket
 import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,13 +31,20 @@ from irpe_ds.data.beton.format import (
 )
 from irpe_ds.data.beton.manifest import (
     HASHES,
+    SHARDING,
     DatasetManifest,
+    FileRecord,
     beside,
-    read_hashes,
+    hash_prefixes,
     read_manifest,
 )
 from irpe_ds.errors import DataError
 from irpe_ds.files import open_regular
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_THREADS = 8  # that open the shards of a data set
 
 ENTRY = np.dtype(
     [
@@ -45,10 +54,12 @@ ENTRY = np.dtype(
         ("height", "<i4"),
         ("width", "<i4"),
         ("mode", "<i4"),
+        ("file", "<i4"),
     ],
     align=True,
 )
-"""One sample: extent of its payload in the file, label, size in pixels, FFCV's image mode."""
+"""One sample: extent of its payload in its file, label, size in pixels, FFCV's image mode, and the
+number of its file among the shards of its data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +67,7 @@ class DatasetInfo:
     """The contents of a data set."""
 
     path: Path
-    """The file or folder."""
+    """The file or folder, or the name of a sharded data set."""
     num_samples: int
     """Number of images."""
     classes: tuple[str, ...] | None
@@ -74,12 +85,12 @@ class DatasetInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Beton:
-    """An open .beton file: memory-mapped, with its tables in memory."""
+    """An open .beton file, or a sharded data set of several, with their tables in memory."""
 
     info: DatasetInfo
     """Its contents in brief."""
-    bytes: NDArray[np.uint8]
-    """The whole file, memory-mapped."""
+    files: tuple[Path, ...]
+    """The files; `entries["file"]` says in which of them a sample is."""
     entries: NDArray[np.void]
     """ENTRY of each sample."""
     hashes: NDArray[np.uint64] | None
@@ -88,10 +99,11 @@ class Beton:
     """Samples already compared with their hash, (num_samples,)."""
 
     @cached_property
-    def _descriptor(self) -> int:
-        descriptor = os.open(self.info.path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, descriptor)
-        return descriptor
+    def _descriptors(self) -> list[int]:
+        descriptors = list[int]()
+        weakref.finalize(self, _close, descriptors)
+        descriptors += (os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in self.files)
+        return descriptors
 
     def payload(self, sample: int) -> NDArray[np.uint8]:
         """The stored bytes of a sample; errors as of `read_into`."""
@@ -107,16 +119,18 @@ class Beton:
         Raises:
             DataError: they cannot be read any more; names file and sample.
         """
-        start, done = int(self.entries["start"][sample]), 0
+        start, file, done = int(self.entries["start"][sample]), self.entries["file"][sample], 0
         try:
+            descriptor = self._descriptors[file]
             while done < len(data):
-                some = os.preadv(self._descriptor, [data[done:].data], start + done)
+                some = os.preadv(descriptor, [data[done:].data], start + done)
                 if some == 0:
-                    size = os.fstat(self._descriptor).st_size
+                    size = os.fstat(descriptor).st_size
                     raise OSError(errno.EIO, f"it has {size} bytes: truncated after it was opened")
                 done += some
         except OSError as error:
-            expected = f"to read sample {sample} of {self.info.path}"
+            inside = f" (in {self.files[file].name})" if len(self.files) > 1 else ""
+            expected = f"to read sample {sample} of {self.info.path}{inside}"
             raise DataError(socket.gethostname(), expected, error.strerror) from None
 
     def is_intact(self, sample: int) -> bool:
@@ -127,56 +141,107 @@ class Beton:
         return int.from_bytes(digest[:8], "big") == int(self.hashes[sample])
 
 
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
 def beton_info(path: Path, where: str) -> DatasetInfo:
-    """Check a .beton file and return its contents; fast, since only its tables are read.
+    """Check a data set and return its contents; fast, since only tables are read.
 
     A file that FFCV's own writer made, without our manifest, is accepted if its tables fit it.
 
     Args:
-        where: the configuration key that names the file, for errors.
+        path: a .beton file, or the name of a sharded data set, of which only the index and the
+            shards exist.
+        where: the configuration key that names it, for errors.
 
     Raises:
-        DataError: the file is missing, truncated, incomplete, not FFCV's or has other fields, or
+        DataError: a file is missing, truncated, incomplete, not FFCV's or has other fields, or
             a sample has a label that is none or a size that no image has.
     """
     return _read_tables(path, where)[0]
 
 
 def read_beton(path: Path, where: str) -> Beton:
-    """Open a .beton file to read its samples; arguments and errors as of `beton_info`."""
+    """Open a data set to read its samples; arguments and errors as of `beton_info`."""
     info, entries = _read_tables(path, where)
-    hashes = None
+    hashes, files = None, [path]
     if info.manifest is not None:
-        prefixes = (int.from_bytes(h.sha256[:8], "big") for h in read_hashes(path, info.manifest))
-        hashes = np.fromiter(prefixes, np.uint64)
-        if len(hashes) != info.num_samples:
-            expected = f"{info.num_samples} lines, one for each image"
-            raise DataError(beside(path, HASHES), expected, len(hashes))
+        records = info.manifest.files(path)
+        files = [file for file, _ in records]
+        hashes = np.concatenate(list(_in_threads(_prefixes, records)))
     return Beton(
         info=info,
-        bytes=np.memmap(path, np.uint8, "r"),
+        files=tuple(files),
         entries=entries,
         hashes=hashes,
         checked=np.zeros(info.num_samples, np.bool_),
     )
 
 
+def _prefixes(file: tuple[Path, FileRecord]) -> NDArray[np.uint64]:
+    path, record = file
+    found = hash_prefixes(path, record.hashes_sha256)
+    if len(found) != record.num_samples:
+        expected = f"{record.num_samples} lines, one for each image"
+        raise DataError(beside(path, HASHES), expected, len(found))
+    return found
+
+
+def _in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """The results in order; hashing and reading release the GIL."""
+    with ThreadPoolExecutor(min(len(items), _THREADS)) as pool:
+        yield from pool.map(function, items)
+
+
 def _read_tables(path: Path, where: str) -> tuple[DatasetInfo, NDArray[np.void]]:
-    """The contents of a file in brief, and ENTRY of each sample."""
-    expected = f"a .beton file ({command('data_prep/convert.py')} makes one)"
+    """The contents of a data set in brief, and ENTRY of each sample."""
     if path.is_dir():
-        got = f"{path}, a folder"
-        raise DataError(where, f"{expected}, or data.pipeline=timm, which reads folders", got)
+        expected = f"{_expected()}, or data.pipeline=timm, which reads folders"
+        raise DataError(where, expected, f"{path}, a folder")
+    manifest = read_manifest(path)
+    if manifest is None and beside(path, SHARDING).is_dir():
+        expected = "a complete .beton file"
+        raise DataError(where, expected, f"{path}: the conversion of its shards is unfinished")
+    files = manifest.files(path) if manifest is not None else [(path, None)]
+    missing = [file for file, _ in files if not file.exists()]
+    if manifest is not None and manifest.shards and missing:
+        expected = f"the {len(files)} shards of {path}"
+        raise DataError(where, expected, f"{len(missing)} missing, such as {missing[0]}")
+    parts = list(_in_threads(lambda file: _read_file(*file, where), files))
+    for number, part in enumerate(parts):
+        part["file"] = number
+    entries = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    classes = manifest.classes if manifest else None
+    _check_samples(entries, None if classes is None else len(classes), path, where)
+    sample = int(entries["label"].argmax())
+    info = DatasetInfo(
+        path=path,
+        num_samples=len(entries),
+        classes=classes,
+        manifest=manifest,
+        largest_label=(int(entries["label"][sample]), sample),
+    )
+    return info, entries
+
+
+def _expected() -> str:
+    return f"a .beton file ({command('data_prep/convert.py')} makes one)"
+
+
+def _read_file(path: Path, record: FileRecord | None, where: str) -> NDArray[np.void]:
+    """ENTRY of each sample of one file, which is that of its record, if it has one."""
     try:
         with open_regular(path) as file:
-            size, manifest = os.fstat(file.fileno()).st_size, read_manifest(path)
-            if manifest is not None and manifest.size != size:
-                wanted = f"{manifest.size} bytes, as in the manifest of {path}"
+            size = os.fstat(file.fileno()).st_size
+            if record is not None and record.size != size:
+                wanted = f"{record.size} bytes, as in the manifest of {path}"
                 raise DataError(where, wanted, f"{size} bytes")
             num_samples, allocations = check_structure(file, path, where)
-            if manifest is not None and (
-                num_samples != manifest.num_samples
-                or tables_sha256(path, num_samples) != manifest.tables_sha256
+            if record is not None and (
+                num_samples != record.num_samples
+                or tables_sha256(path, num_samples) != record.tables_sha256
             ):
                 wanted = f"the tables (labels, offsets, sizes) of {path} to match its manifest"
                 raise DataError(where, wanted, "different tables: damaged or changed")
@@ -184,19 +249,8 @@ def _read_tables(path: Path, where: str) -> tuple[DatasetInfo, NDArray[np.void]]
             file.seek(allocations)
             table = np.fromfile(file, ALLOC_TABLE_TYPE, num_samples)
     except OSError as error:
-        raise DataError(where, expected, f"{path}: {error.strerror}") from None
-    entries = _entries(metadata, table, allocations, path, where)
-    classes = manifest.classes if manifest else None
-    _check_samples(entries, None if classes is None else len(classes), path, where)
-    sample = int(entries["label"].argmax())
-    info = DatasetInfo(
-        path=path,
-        num_samples=num_samples,
-        classes=classes,
-        manifest=manifest,
-        largest_label=(int(entries["label"][sample]), sample),
-    )
-    return info, entries
+        raise DataError(where, _expected(), f"{path}: {error.strerror}") from None
+    return _entries(metadata, table, allocations, path, where)
 
 
 def _entries(

@@ -1,5 +1,6 @@
-"""Check a .beton file against its manifest, and decode every image in it."""
+"""Check a data set against its manifest, and decode every image in it."""
 
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,9 @@ from irpe_ds.data.beton.format import JPG
 from irpe_ds.data.beton.images import check_jpeg
 from irpe_ds.data.beton.manifest import (
     MANIFEST,
-    DatasetManifest,
+    FileRecord,
     beside,
+    file_hashes,
     file_sha256,
     read_hashes,
     read_manifest,
@@ -29,7 +31,7 @@ from irpe_ds.files import open_regular
 
 
 def verify(path: Path, *, workers: int, needs_manifest: bool = True) -> DatasetInfo:
-    """Decode every image of a file, and compare the file with its manifest.
+    """Decode every image of a file or of a set's shards, and compare them with the manifest.
 
     Args:
         needs_manifest: whether a missing manifest is an error; if not, images are only decoded.
@@ -37,9 +39,10 @@ def verify(path: Path, *, workers: int, needs_manifest: bool = True) -> DatasetI
     Raises:
         DataError: names the first damaged sample, or what differs from the manifest.
     """
-    manifest = read_manifest(path) if path.exists() else None
+    manifest = read_manifest(path)
     if manifest is not None:
-        _check_labels(path, manifest)
+        for file, record in manifest.files(path):
+            _check_labels(file, record, manifest.classes)
     beton = read_beton(path, str(path))
     if manifest is not None:
         counts = np.bincount(beton.entries["label"], minlength=len(manifest.classes))
@@ -57,29 +60,30 @@ def verify(path: Path, *, workers: int, needs_manifest: bool = True) -> DatasetI
             if fault:
                 raise DataError(path, "undamaged images", f"{_name(beton, sample)}: {fault}")
             bar.update()
-    if manifest is not None and file_sha256(path, "hash") != manifest.sha256:
-        expected = f"the SHA-256 of its manifest, {manifest.sha256}"
-        got = "another, although every sample matches: header or padding changed"
-        raise DataError(path, expected, got)
+    for file, record in manifest.files(path) if manifest is not None else ():
+        if file_sha256(file, "hash") != record.sha256:
+            expected = f"the SHA-256 of its manifest, {record.sha256}"
+            got = "another, although every sample matches: header or padding changed"
+            raise DataError(file, expected, got)
     return beton.info
 
 
-def _check_labels(path: Path, manifest: DatasetManifest) -> None:
+def _check_labels(path: Path, record: FileRecord, classes: Sequence[str]) -> None:
     """Compare every label with the class in the sample's name."""
     try:
         with open_regular(path) as file:
             num_samples, _ = check_structure(file, path, str(path))
-            if num_samples != manifest.num_samples:
+            if num_samples != record.num_samples:
                 return  # read_beton has a better message
             labels = read_metadata(file, num_samples)["f1"]
     except (OSError, DataError):
         return  # likewise
     for sample, (label, line) in enumerate(
-        zip(labels.tolist(), read_hashes(path, manifest), strict=False)
+        zip(labels.tolist(), file_hashes(path, record.hashes_sha256), strict=False)
     ):
-        known = 0 <= label < len(manifest.classes)
-        if not known or not line.name.startswith(manifest.classes[label] + "/"):
-            name = f" ({manifest.classes[label]})" if known else ""
+        known = 0 <= label < len(classes)
+        if not known or not line.name.startswith(classes[label] + "/"):
+            name = f" ({classes[label]})" if known else ""
             got = f"label {label}{name} in sample {sample} ({line.name})"
             raise DataError(path, "the label of each image's class", got)
 

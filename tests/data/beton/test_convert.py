@@ -73,7 +73,7 @@ def test_manifest_says_what_is_in_the_file(mixed: Path) -> None:
     assert manifest.sha256 == file_sha256(out)
     assert manifest.options["mode"] == "passthrough"
     assert manifest.command == "python data_prep/convert.py"
-    assert json.loads(Path(f"{out}.json").read_text())["format"] == 2
+    assert json.loads(Path(f"{out}.json").read_text())["format"] == 3
 
 
 def test_ffcv_loader_reads_the_file_as_we_do(beton: Path) -> None:

@@ -61,7 +61,7 @@ def test_skipped_image_is_an_error_without_skip(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("irpe_ds.data.beton.convert._publish", killed)
+        patch.setattr("irpe_ds.data.beton.convert.publish", killed)
         with pytest.raises(KeyboardInterrupt):
             convert_folder(mixed, out, StorageOptions(), workers=1, on_bad="skip")
     with pytest.raises(DataError, match="0 bytes"):

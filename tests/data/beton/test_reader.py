@@ -5,7 +5,6 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +15,9 @@ from irpe_ds.data.beton.manifest import (
     HASHES,
     MANIFEST,
     beside,
+    file_hashes,
     file_sha256,
     hash_line,
-    read_hashes,
 )
 from irpe_ds.data.beton.reader import beton_info, read_beton, tables_sha256
 from irpe_ds.data.beton.verify import verify
@@ -60,8 +59,8 @@ def test_file_of_someone_elses_opens(folder: Path, tmp_path: Path, mode: str) ->
     verify(path, workers=1, needs_manifest=False)
     if mode == "raw":
         beton = read_beton(path, "data.train")
-        for (image, label), entry in zip(samples, beton.entries, strict=True):
-            stored = beton.bytes[entry["start"] : entry["start"] + entry["bytes"]]
+        for sample, ((image, label), entry) in enumerate(zip(samples, beton.entries, strict=True)):
+            stored = beton.payload(sample)
             assert np.array_equal(stored.reshape(entry["height"], entry["width"], 3), image)
             assert entry["label"] == label
 
@@ -206,8 +205,7 @@ def test_names_with_any_characters_come_back(tmp_path: Path) -> None:
     names = ["a b.jpg", "\udcff.jpg", "new\nline.jpg", "back\\slash\\n.jpg", "ünïcode.jpg"]
     path = beside(tmp_path / "x.beton", HASHES)
     path.write_bytes(b"".join(hash_line(bytes(range(32)), f"cat/{name}") for name in names))
-    manifest = SimpleNamespace(hashes_sha256=file_sha256(path))
-    found = list(read_hashes(tmp_path / "x.beton", manifest))
+    found = list(file_hashes(tmp_path / "x.beton", file_sha256(path)))
     assert [line.name for line in found] == [f"cat/{name}" for name in names]
     assert all(line.sha256 == bytes(range(32)) for line in found)
 
@@ -269,7 +267,7 @@ def edit_manifest(beton: Path, **values: object) -> None:
     [
         ("num_samples", "37", "num_samples of the manifest to be a valid integer, got '37'"),
         ("num_samples", 38, "class_counts of 37, got num_samples 38"),
-        ("format", 1, "format of the manifest to be 2, got 1"),
+        ("format", 1, "format of the manifest to be 2 or 3, got 1"),
         ("class_counts", [-1] * 37, "class_counts.0 of the manifest to be greater than or equal"),
         ("class_counts", [37], "as many classes as class_counts in the manifest, got 37 and 1"),
         ("classes", ["001"] * 37, "every class once in the manifest, got '001' twice"),
