@@ -156,7 +156,7 @@ def decode_only(spec: LoaderSpec) -> Epoch:
     from irpe_ds.data.beton.format import JPG, imdecode
     from irpe_ds.data.beton.reader import read_beton
 
-    beton = read_beton(spec.beton, "--data")
+    beton, stored = read_beton(spec.beton, "--data"), np.memmap(spec.beton, np.uint8, "r")
     jpegs = beton.entries[beton.entries["mode"] == JPG]
     native = numba.njit(nogil=True)(imdecode)
 
@@ -174,7 +174,7 @@ def decode_only(spec: LoaderSpec) -> Epoch:
 
     def epoch() -> int:
         numba.set_num_threads(spec.workers)
-        if decode(beton.bytes, jpegs):
+        if decode(stored, jpegs):
             raise DataError("--data", "undamaged images", spec.folder)
         return len(jpegs)
 

@@ -5,8 +5,10 @@ import hashlib
 import os
 import socket
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import BinaryIO
 
@@ -73,12 +75,10 @@ class DatasetInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Beton:
-    """An open .beton file: memory-mapped, with its tables in memory."""
+    """An open .beton file, with its tables in memory."""
 
     info: DatasetInfo
     """Its contents in brief."""
-    bytes: NDArray[np.uint8]
-    """The whole file, memory-mapped."""
     entries: NDArray[np.void]
     """ENTRY of each sample."""
     hashes: NDArray[np.uint64] | None
@@ -99,30 +99,59 @@ class Beton:
         return data
 
     def read_into(self, data: NDArray[np.uint8], sample: int) -> None:
-        """Copy the stored bytes of a sample.
+        """Copy the stored bytes of a sample; errors as of `read_run`."""
+        self.read_run(np.array([sample]), [data])
 
-        Not from the mapping: where the file has been truncated, or its disk fails, that is SIGBUS.
+    def extents(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of the file, first byte and number of bytes of each sample, (3, samples)."""
+        entries = self.entries[samples]
+        return np.stack([np.zeros(len(samples), np.int64), entries["start"], entries["bytes"]])
+
+    def read_run(self, samples: NDArray[np.int64], parts: Sequence[NDArray[np.uint8]]) -> None:
+        """Copy the stored bytes of samples that follow one another in a file, in one request.
+
+        What lies between them is read too, and dropped. The file is not mapped: where it has been
+        truncated, or its disk fails, that would be SIGBUS.
 
         Raises:
             DataError: they cannot be read any more; names file and sample.
         """
-        start, done = int(self.entries["start"][sample]), 0
+        _, starts, sizes = self.extents(samples).tolist()
+        views = list[memoryview]()
+        at = end = starts[0]
+        for part, start, size in zip(parts, starts, sizes, strict=True):
+            if start > end:
+                views.append(memoryview(bytearray(start - end)))
+            views.append(part.data)
+            end = start + size
         try:
-            while done < len(data):
-                some = os.preadv(self._descriptor, [data[done:].data], start + done)
+            while views:
+                some = os.preadv(self._descriptor, views, at)
                 if some == 0:
                     size = os.fstat(self._descriptor).st_size
                     raise OSError(errno.EIO, f"it has {size} bytes: truncated after it was opened")
-                done += some
+                at += some
+                while views and some >= len(views[0]):
+                    some -= len(views.pop(0))
+                if some:
+                    views[0] = views[0][some:]
         except OSError as error:
+            sample = samples[np.searchsorted(starts, at, "right") - 1]
             expected = f"to read sample {sample} of {self.info.path}"
             raise DataError(socket.gethostname(), expected, error.strerror) from None
 
-    def is_intact(self, sample: int) -> bool:
-        """Whether a payload matches its hash; True if there is no hash."""
+    def forget(self, samples: NDArray[np.int64]) -> None:
+        """Drop samples that follow one another in a file from the system's page cache."""
+        _, starts, sizes = self.extents(samples)
+        begin = int(starts[0]) // PAGESIZE * PAGESIZE  # the system leaves parts of pages
+        size = -(-int(starts[-1] + sizes[-1] - begin) // PAGESIZE) * PAGESIZE
+        os.posix_fadvise(self._descriptor, begin, size, os.POSIX_FADV_DONTNEED)
+
+    def is_intact(self, sample: int, payload: NDArray[np.uint8]) -> bool:
+        """Whether a payload matches the sample's hash; True if there is no hash."""
         if self.hashes is None:
             return True
-        digest = hashlib.sha256(self.payload(sample).data).digest()
+        digest = hashlib.sha256(payload.data).digest()
         return int.from_bytes(digest[:8], "big") == int(self.hashes[sample])
 
 
@@ -153,7 +182,6 @@ def read_beton(path: Path, where: str) -> Beton:
             raise DataError(beside(path, HASHES), expected, len(hashes))
     return Beton(
         info=info,
-        bytes=np.memmap(path, np.uint8, "r"),
         entries=entries,
         hashes=hashes,
         checked=np.zeros(info.num_samples, np.bool_),
