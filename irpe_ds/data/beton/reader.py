@@ -140,6 +140,10 @@ class Beton:
             expected = f"to read sample {sample} of {self.info.path}"
             raise DataError(socket.gethostname(), expected, error.strerror) from None
 
+    def disable_readahead(self) -> None:
+        """Have the system read what is asked for and no more."""
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
     def forget(self, samples: NDArray[np.int64]) -> None:
         """Drop samples that follow one another in a file from the system's page cache."""
         _, starts, sizes = self.extents(samples)
