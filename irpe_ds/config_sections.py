@@ -144,6 +144,15 @@ class DataConfig(Section):
     """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where the training crop is then still no smaller
     than the model's input: less work for large images, slightly other pixels. Pipeline `ffcv`.
     Pillow: draft."""
+    order: Literal["global", "blocks"] = "global"
+    """Of training images in an epoch. `global`: a permutation of all. `blocks`: a permutation of
+    blocks of 16 neighbours in the file, mixed within `window`, which slow storage reads faster."""
+    window: Count = 16384
+    """Images that order `blocks` mixes; all ranks together hold up to so many in memory. At least
+    16 times train.global_batch: otherwise an update has more images of the same class."""
+    os_cache: StrictBool = True
+    """Leave what has been read in the system's page cache. False: for data larger than the memory.
+    Pipeline `ffcv`. FFCV: os_cache."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means of the normalisation, for pixels in [0, 1]."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
@@ -156,6 +165,11 @@ class DataConfig(Section):
         if self.val is None and self.val_share is None:
             raise ConfigError("val", "a path, or data.val_share, a share of data.train", "nothing")
         return self
+
+    @property
+    def mixed(self) -> int | None:
+        """Images that the order of an epoch mixes; None: all."""
+        return self.window if self.order == "blocks" else None
 
     def path(self, part: Literal["train", "val"]) -> Path:
         """What the images of a part are read from."""

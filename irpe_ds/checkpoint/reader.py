@@ -173,7 +173,19 @@ def check_compatible(path: Path, present: CheckpointManifest) -> CheckpointManif
         there, here = getattr(saved, field), getattr(present, field)
         if here != there:
             raise CheckpointError(key, f"{there}{unit}, as in {path}", here)
+    for key, (there, here) in _data_order(saved, present).items():
+        if here != there:
+            raise CheckpointError(key, f"{there}, as in {path}", here)
     return saved
+
+
+def _data_order(*manifests: CheckpointManifest) -> dict[str, tuple[Any, ...]]:
+    """Of each manifest, the keys that the order of images depends on, as far as it does."""
+    data = [_flat(manifest.config) for manifest in manifests]
+    found = {"data.order": tuple(values.get("data.order", "global") for values in data)}
+    if set(found["data.order"]) == {"blocks"}:
+        found["data.window"] = tuple(values.get("data.window") for values in data)
+    return found
 
 
 def changes(saved: CheckpointManifest, present: CheckpointManifest) -> list[str]:

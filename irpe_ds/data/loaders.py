@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from irpe_ds.config import AugmentConfig, DataConfig
-from irpe_ds.data.order import eval_order, train_order
+from irpe_ds.data.order import TrainOrder, eval_order, train_order
 from irpe_ds.data.pipelines.pipeline import open_pipeline
 from irpe_ds.data.rng import Keys, image_keys
 from irpe_ds.errors import ConfigError
@@ -57,6 +57,7 @@ class TrainLoader:
         self._batch_size, self._accumulation = batch_size, accumulation
         self._rank, self._world_size = rank, world_size
         self._repeats, self._seed = augment.repeats, seed
+        self._window = data.mixed
         self._size, self.workers = img_size, self._pipeline.workers
         global_batch = batch_size * world_size * accumulation
         if global_batch > self._pipeline.num_samples:
@@ -78,7 +79,7 @@ class TrainLoader:
             first_pass: forward passes to skip at the beginning; the rest is unchanged.
             img_size: height and width in this epoch. None: the loader's.
         """
-        samples, repeats = train_order(
+        order = train_order(
             self._pipeline.num_samples,
             batch_size=self._batch_size,
             accumulation=self._accumulation,
@@ -87,10 +88,12 @@ class TrainLoader:
             seed=self._seed,
             epoch=epoch,
             repeats=self._repeats,
-        )[:, first_pass * self._batch_size :]
-        keys = image_keys(samples, seed=self._seed, epoch=epoch, repeats=repeats)
+            window=self._window,
+        )
+        order = TrainOrder(*(part[first_pass * self._batch_size :] for part in order))
+        keys = image_keys(order.samples, seed=self._seed, epoch=epoch, repeats=order.repetitions)
         size = img_size or self._size
-        batches = self._pipeline.train(samples, keys, batch_size=self._batch_size, size=size)
+        batches = self._pipeline.train(order, keys, batch_size=self._batch_size, size=size)
         with closing(batches):
             for number, (images, labels) in enumerate(batches):
                 first = number * self._batch_size

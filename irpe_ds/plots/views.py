@@ -12,6 +12,7 @@ from irpe_ds.config import RunConfig
 from irpe_ds.data.beton.images import DAMAGE
 from irpe_ds.data.description import choose, class_names
 from irpe_ds.data.loaders import Batch
+from irpe_ds.data.order import TrainOrder
 from irpe_ds.data.pipelines.pipeline import open_pipeline
 from irpe_ds.data.pipelines.timm import Images
 from irpe_ds.data.rng import image_keys
@@ -102,9 +103,10 @@ def _views(
     """Pixels (B, H, W, 3) in [0, 1] and labels of each epoch."""
     pipeline = open_pipeline(config.data, "train", config.augment)
     inputs = Inputs(config, torch.device("cpu"))
+    order = TrainOrder(samples, np.zeros_like(samples), samples)
     for epoch in range(EPOCHS):
         keys, size = image_keys(samples, seed=config.seed, epoch=epoch), config.model.size_at(epoch)
-        with closing(pipeline.train(samples, keys, batch_size=len(samples), size=size)) as batches:
+        with closing(pipeline.train(order, keys, batch_size=len(samples), size=size)) as batches:
             decoded = next(batches)
         seed_step(config.seed, epoch, rank=0)
         shown, targets = inputs(Batch(*decoded, keys))

@@ -299,7 +299,7 @@ class Trainer:
         """The samples of an update over all ranks; updates count from 1."""
         epoch, done = divmod(update - 1, self.length.updates_per_epoch)
         images = self.config.train.global_batch
-        samples, _ = train_order(
+        order = train_order(
             self.length.num_samples,
             batch_size=images,
             accumulation=1,
@@ -308,8 +308,9 @@ class Trainer:
             seed=self.config.seed,
             epoch=epoch,
             repeats=self.config.augment.repeats,
+            window=self.config.data.mixed,
         )
-        return samples[done * images : (done + 1) * images].tolist()
+        return order.samples[done * images : (done + 1) * images].tolist()
 
     def log_row(self, row: dict[str, float]) -> dict[str, float]:
         """The meter's row with the engine's numbers and the share of the hardware's FLOPs."""

@@ -1,5 +1,6 @@
 """checkpoint.json: what cannot be true is refused, also if its own hash is right."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -182,3 +183,31 @@ def test_a_rank_that_says_nonsense_of_its_file(record: str, tmp_path: Path) -> N
     file.with_suffix(".json").write_text(record)
     with pytest.raises((CheckpointError, OSError), match=r"rank-00000|bytes"):
         writer.read_record(file.with_suffix(".json"))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "refused"),
+    [
+        (None, {"order": "global", "window": 1}, None),
+        (None, {"order": "blocks"}, "data.order: expected global, as in .*, got blocks"),
+        ({"order": "blocks", "window": 64}, {"order": "blocks", "window": 64}, None),
+        (
+            {"order": "blocks", "window": 64},
+            {"order": "blocks", "window": 32},
+            "data.window: expected 64, as in .*, got 32",
+        ),
+        ({"order": "global", "window": 64}, {"order": "global", "window": 32}, None),
+    ],
+)
+def test_images_stay_in_the_order_that_the_run_began_with(
+    saved: Path, before: Any, now: Any, refused: str | None
+) -> None:
+    if before is not None:
+        seal(saved, lambda values: values["config"].update(data=before))
+    found = read_manifest(saved)
+    present = dataclasses.replace(found, config=found.config | {"data": now})
+    if refused is None:
+        assert reader.check_compatible(saved, present) == found
+    else:
+        with pytest.raises(CheckpointError, match=refused):
+            reader.check_compatible(saved, present)

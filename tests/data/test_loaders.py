@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,21 @@ DEFAULT = AugmentConfig()
 WHOLE = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
 
 
+ORDERS = pytest.mark.parametrize(
+    "order",
+    [{}, {"order": "blocks", "window": 32, "os_cache": False}],
+    ids=["global", "blocks"],
+)
+
+
 def train_loader(
-    path: Path, augment: AugmentConfig = DEFAULT, workers: int | None = 1, **options: Any
+    path: Path,
+    augment: AugmentConfig = DEFAULT,
+    workers: int | None = 1,
+    order: Mapping[str, Any] = {},
+    **options: Any,
 ) -> TrainLoader:
-    data = DataConfig(train=path, val=path, workers=workers)
+    data = DataConfig(train=path, val=path, workers=workers, **order)
     defaults = {"batch_size": 4, "img_size": (24, 24), "seed": 0, "rank": 0, "world_size": 1}
     return TrainLoader(data, augment, **defaults | options)
 
@@ -82,10 +93,14 @@ needs_two_cores = pytest.mark.skipif(config.NUMBA_NUM_THREADS < 2, reason="needs
 
 
 @needs_two_cores
-def test_epoch_is_bit_identical_for_any_number_of_threads(beton: Path) -> None:
-    one, two = train_loader(beton, workers=1), train_loader(beton, workers=2)
+@ORDERS
+def test_epoch_is_bit_identical_for_any_number_of_threads(
+    beton: Path, order: Mapping[str, Any]
+) -> None:
+    one, two = (train_loader(beton, workers=workers, order=order) for workers in (1, 2))
     images, labels = everything(one.epoch(3))
-    for other in (two, one, train_loader(beton)):
+    assert len(labels.unique()) == 36  # of the 37 images, in batches of 4
+    for other in (two, one, train_loader(beton, order=order)):
         other_images, other_labels = everything(other.epoch(3))
         assert torch.equal(images, other_images)
         assert torch.equal(labels, other_labels)
@@ -99,11 +114,12 @@ def test_augmentation_changes_with_the_epoch(beton: Path) -> None:
     assert same.sum() <= 1
 
 
+@ORDERS
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 2), (2, 1), (2, 2), (4, 1)])
 def test_update_has_the_same_pixels_for_every_layout(
-    beton: Path, world_size: int, accumulation: int
+    beton: Path, world_size: int, accumulation: int, order: Mapping[str, Any]
 ) -> None:
-    whole = train_loader(beton, batch_size=8).epoch(1)
+    whole = train_loader(beton, batch_size=8, order=order).epoch(1)
     batch_size = 8 // (world_size * accumulation)
     ranks = [
         train_loader(
@@ -112,32 +128,36 @@ def test_update_has_the_same_pixels_for_every_layout(
             rank=rank,
             world_size=world_size,
             accumulation=accumulation,
+            order=order,
         ).epoch(1)
         for rank in range(world_size)
     ]
     for images, labels, _ in whole:
         parts = [next(rank) for _ in range(accumulation) for rank in ranks]
         their_images, their_labels = everything(iter(parts))
-        order, their_order = labels.argsort(), their_labels.argsort()
-        assert torch.equal(labels[order], their_labels[their_order])
-        assert torch.equal(images[order], their_images[their_order])
+        by_label, theirs = labels.argsort(), their_labels.argsort()
+        assert torch.equal(labels[by_label], their_labels[theirs])
+        assert torch.equal(images[by_label], their_images[theirs])
     for rank in ranks:
         assert next(rank, None) is None
 
 
-def test_rest_of_an_epoch_is_its_tail(beton: Path) -> None:
-    loader = train_loader(beton)
+@ORDERS
+def test_rest_of_an_epoch_is_its_tail(beton: Path, order: Mapping[str, Any]) -> None:
+    loader = train_loader(beton, order=order)
     images, labels = everything(loader.epoch(2))
-    rest_images, rest_labels = everything(loader.epoch(2, first_pass=5))
-    assert torch.equal(images[20:], rest_images)
-    assert torch.equal(labels[20:], rest_labels)
+    for first in range(len(loader)):
+        rest_images, rest_labels = everything(loader.epoch(2, first_pass=first))
+        assert torch.equal(images[4 * first :], rest_images)
+        assert torch.equal(labels[4 * first :], rest_labels)
     assert list(loader.epoch(2, first_pass=len(loader))) == []
 
 
+@ORDERS
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_rest_of_an_epoch_on_another_number_of_ranks(
-    beton: Path, world_size: int, accumulation: int
+    beton: Path, world_size: int, accumulation: int, order: Mapping[str, Any]
 ) -> None:
     """With all that is drawn per image: crops, repeats, augmentation, erasing."""
     config = AugmentConfig(auto="rand-m9-mstd0.5-inc1", erase=0.5, repeats=3)
@@ -148,7 +168,7 @@ def test_rest_of_an_epoch_on_another_number_of_ranks(
         passes = layout["accumulation"]
         found: list[dict[int, torch.Tensor]] = [{} for _ in range(4 - first)]
         for rank in range(layout["world_size"]):
-            loader = train_loader(beton, augment=config, rank=rank, **layout)
+            loader = train_loader(beton, augment=config, rank=rank, order=order, **layout)
             for number, batch in enumerate(loader.epoch(5, first_pass=first * passes)):
                 images = erase(augment(batch.images, batch.keys).float(), batch.keys)
                 found[number // passes] |= dict(zip(batch.keys.tolist(), images, strict=True))

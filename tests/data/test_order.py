@@ -3,12 +3,20 @@
 import numpy as np
 import pytest
 
-from irpe_ds.data.order import eval_order, split, train_order
+from irpe_ds.data.order import BLOCK, block_order, eval_order, split, train_order
 
 LAYOUTS = [(1, 1, 8), (2, 1, 4), (4, 1, 2), (1, 2, 4), (2, 2, 2), (4, 2, 1)]
+WINDOWS = [None, 1, 2 * BLOCK, 1000]  # all, one block, two of the three, more than there are
 
 
-def updates(world_size: int, accumulation: int, batch_size: int, epoch: int = 0) -> np.ndarray:
+def updates(
+    world_size: int,
+    accumulation: int,
+    batch_size: int,
+    epoch: int = 0,
+    window: int | None = None,
+    repeats: int = 1,
+) -> np.ndarray:
     """The 8 images of each update, (updates, 8), of 37 images."""
     ranks = [
         train_order(
@@ -19,30 +27,38 @@ def updates(world_size: int, accumulation: int, batch_size: int, epoch: int = 0)
             world_size=world_size,
             seed=3,
             epoch=epoch,
-        )[0].reshape(-1, accumulation * batch_size)
+            window=window,
+            repeats=repeats,
+        ).samples.reshape(-1, accumulation * batch_size)
         for rank in range(world_size)
     ]
     return np.concatenate(ranks, axis=1)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(("world_size", "accumulation", "batch_size"), LAYOUTS)
 def test_images_of_an_update_do_not_depend_on_the_layout(
-    world_size: int, accumulation: int, batch_size: int
+    world_size: int, accumulation: int, batch_size: int, window: int | None
 ) -> None:
-    found = updates(world_size, accumulation, batch_size)
+    found = updates(world_size, accumulation, batch_size, window=window)
     assert found.shape == (4, 8)
     assert len(np.unique(found)) == 32  # each at most once
-    assert np.array_equal(np.sort(found), np.sort(updates(1, 1, 8)))
+    assert np.array_equal(np.sort(found), np.sort(updates(1, 1, 8, window=window)))
+    repeated = updates(world_size, accumulation, batch_size, window=window, repeats=3)
+    expected = np.repeat(updates(1, 1, 8, window=window), 3)[:32].reshape(4, 8)
+    assert np.array_equal(np.sort(repeated), np.sort(expected))
 
 
-def test_epochs_and_seeds_differ() -> None:
-    assert np.array_equal(updates(1, 1, 8), updates(1, 1, 8))
-    assert not np.array_equal(updates(1, 1, 8, epoch=0), updates(1, 1, 8, epoch=1))
-    orders = [
-        train_order(37, batch_size=1, accumulation=1, rank=0, world_size=1, seed=s, epoch=0)
-        for s in (0, 1)
-    ]
-    assert not np.array_equal(*orders)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_epochs_and_seeds_differ(window: int | None) -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        layout = {"batch_size": 1, "accumulation": 1, "rank": 0, "world_size": 1}
+        found = train_order(37, **layout, seed=seed, epoch=epoch, window=window).samples
+        assert sorted(found) == [*range(37)]
+        return found.tolist()
+
+    assert order(3, 0) == order(3, 0)
+    assert len({tuple(order(*key)) for key in ((3, 0), (3, 1), (4, 0))}) == 3
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
@@ -69,7 +85,7 @@ def test_repeats_are_those_of_deits_sampler(world_size: int, global_batch: int) 
     for rank in range(world_size):
         theirs = repeated[rank::world_size][:kept]
         theirs = theirs[: len(theirs) // batch_size * batch_size]  # in whole batches
-        samples, numbers = train_order(
+        samples, numbers, _ = train_order(
             num_samples,
             batch_size=batch_size,
             accumulation=1,
@@ -83,7 +99,8 @@ def test_repeats_are_those_of_deits_sampler(world_size: int, global_batch: int) 
         assert set(numbers.tolist()) == {0, 1, 2}
 
 
-def test_repetitions_of_an_image_are_told_apart() -> None:
+@pytest.mark.parametrize("window", [None, 32])
+def test_repetitions_of_an_image_are_told_apart(window: int | None) -> None:
     ranks = [
         train_order(
             100,
@@ -94,12 +111,47 @@ def test_repetitions_of_an_image_are_told_apart() -> None:
             seed=0,
             epoch=0,
             repeats=3,
-        )
+            window=window,
+        )[:2]
         for rank in range(2)
     ]
     pairs = np.concatenate(ranks, axis=1)
     assert pairs.shape == (2, 100)
     assert len(np.unique(pairs, axis=1).T) == 100
+
+
+class TestBlocks:
+    """Of 20,000 images in 200 classes, one after the other; a window of 1,024."""
+
+    LABELS = np.arange(20_000) // 100
+    ORDER = block_order(20_000, 1024, np.random.default_rng(0))[0]
+
+    def classes(self, order: np.ndarray, batch: int) -> float:
+        """Mean number of classes in a batch."""
+        rows = self.LABELS[order[: len(order) // batch * batch]].reshape(-1, batch)
+        return float(np.mean([len(np.unique(row)) for row in rows]))
+
+    def test_a_batch_of_the_window_over_16_is_as_mixed_as_one_of_a_permutation(self) -> None:
+        permutation = np.random.default_rng(0).permutation(20_000)
+        for batch in (16, 64):
+            mixed = self.classes(self.ORDER, batch) / self.classes(permutation, batch)
+            assert 0.96 < mixed < 1.02
+        assert self.classes(self.ORDER, 512) < 0.7 * self.classes(permutation, 512)
+
+    def test_a_block_is_shown_within_a_window(self) -> None:
+        places = np.empty(20_000, int)
+        places[self.ORDER] = np.arange(20_000)
+        span = np.ptp(places.reshape(-1, BLOCK), axis=1)
+        assert 0.9 * 1024 < np.median(span) < span.max() < 1.1 * 1024
+
+    @pytest.mark.parametrize("world_size", [1, 4])
+    def test_a_rank_reads_mostly_whole_blocks(self, world_size: int) -> None:
+        layout = {"batch_size": 64 // world_size, "accumulation": 1, "world_size": world_size}
+        for rank in range(world_size):
+            own = train_order(20_000, **layout, rank=rank, seed=0, epoch=0, window=1024)
+            images = np.unique(own.blocks, return_counts=True)[1]
+            assert (own.samples // BLOCK == own.blocks).all()
+            assert np.average(images, weights=images) > (15.9 if world_size == 1 else 13)
 
 
 class TestSplit:

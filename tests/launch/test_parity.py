@@ -127,7 +127,7 @@ def test_ranks_and_stages_change_on_the_way(
     for update in range(UPDATES):
         epoch, done = divmod(update, PER_EPOCH)
         order = {"batch_size": BATCH, "accumulation": 1, "rank": 0, "world_size": 1}
-        samples, repeats = train_order(1438, **order, seed=0, epoch=epoch)
+        samples, repeats, _ = train_order(1438, **order, seed=0, epoch=epoch)
         keys = image_keys(samples, seed=0, epoch=epoch, repeats=repeats)
         assert len(np.unique(samples)) == PER_EPOCH * BATCH
         expected += [(update, int(key)) for key in keys[done * BATCH : (done + 1) * BATCH]]

@@ -3,10 +3,11 @@
     python data_prep/synthetic.py --out data/synthetic
     python -m irpe_ds.data.bench convert --data data/synthetic --workers 2
     python -m irpe_ds.data.bench load --data data/synthetic --workers 1 2
+    python -m irpe_ds.data.bench storage --beton /mnt/slow/train.beton --workers 2
 
---data is a folder whose folder/train is an ImageFolder without damaged files. Every round runs
-each candidate once, in rotated order. Prints images per second and their ratios within a round, as
-medians over the rounds.
+--data is a folder whose folder/train is an ImageFolder without damaged files, --beton a file on the
+storage that is to be measured. Every round runs each candidate once, in rotated order. Prints
+images per second and their ratios within a round, as medians over the rounds.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from irpe_ds.cli import run
 from irpe_ds.data.bench.loaders import LOADERS, LoaderSpec, started
+from irpe_ds.data.bench.storage import STORAGE
 from irpe_ds.errors import ConfigError
 from irpe_ds.files import fsync
 from irpe_ds.provenance import benchmark_info
@@ -73,6 +75,25 @@ def bench_load(args: argparse.Namespace) -> Iterator[Table]:
                 }
                 results = _interleave(calls, args.rounds)
             yield from _tables((title, f"{title}, {PER_CPU}"), results, LOAD_REFERENCES)
+
+
+def bench_storage(args: argparse.Namespace) -> Iterator[Table]:
+    """Images per second of an epoch that begins with a cold cache, for each number of workers."""
+    for workers in args.workers:
+        spec = LoaderSpec(
+            folder=args.beton.parent,
+            beton=args.beton,
+            workers=workers,
+            size=args.size,
+            batch=args.batch,
+            window=args.window,
+        )
+        title = f"storage, workers {workers}, {args.size} pixels, window {args.window}"
+        rates: dict[str, list[tuple[float, float]]] = {}
+        for name in args.loaders:  # one process after the other: each needs memory
+            with started(name, STORAGE[name], spec) as call:
+                rates[name] = [call() for _ in range(args.rounds)]
+        yield from _tables((title, f"{title}, {PER_CPU}"), rates, args.loaders[:1])
 
 
 def bench_convert(args: argparse.Namespace) -> Iterator[Table]:
@@ -202,18 +223,27 @@ def _print(title: str, references: Sequence[str], rows: Mapping[str, dict[str, A
 
 def check(args: argparse.Namespace) -> None:
     """Raise ConfigError for mistakes that would fail minutes later."""
-    folder, cores = args.data / "folder/train", len(os.sched_getaffinity(0))
-    images = len(_files(folder))
-    if not images:
-        raise ConfigError("--data", "a folder with folder/train, an ImageFolder", args.data)
+    cores, images = len(os.sched_getaffinity(0)), len(_images(args))
     if not all(1 <= workers <= cores for workers in args.workers):
         raise ConfigError("--workers", f"1 to {cores}, the cores", args.workers)
     if args.rounds < 1:
         raise ConfigError("--rounds", "at least 1", args.rounds)
-    if args.part == "load" and not 1 <= args.batch <= images:
+    if args.part != "convert" and not 1 <= args.batch <= images:
         raise ConfigError("--batch", f"1 to {images}, the number of images", args.batch)
     if args.out and not args.out.parent.is_dir():
         raise ConfigError("--out", "a file in an existing folder", args.out)
+
+
+def _images(args: argparse.Namespace) -> list[int]:
+    """Bytes of every image that is converted or loaded."""
+    if args.part == "storage":
+        from irpe_ds.data.beton.reader import read_beton
+
+        return read_beton(args.beton, "--beton").entries["bytes"].tolist()
+    found = [path.stat().st_size for path in _files(args.data / "folder/train")]
+    if not found:
+        raise ConfigError("--data", "a folder with folder/train, an ImageFolder", args.data)
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -221,17 +251,26 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = parser.add_subparsers(dest="part", required=True)
-    for name, workers, text in (
-        ("convert", 1, "ImageFolder to .beton; limit: copying the bytes"),
-        ("load", "+", "training batches; limit: decoding the JPEGs"),
+    data = "--data", "folder with folder/train"
+    for name, workers, text, (option, meaning) in (
+        ("convert", 1, "ImageFolder to .beton; limit: copying the bytes", data),
+        ("load", "+", "training batches; limit: decoding the JPEGs", data),
+        ("storage", "+", "from a cold cache; limit: reading the file", ("--beton", "file to read")),
     ):
         part = parts.add_parser(name, help=text)
-        part.add_argument("--data", type=Path, required=True, help="folder with folder/train")
+        part.add_argument(option, type=Path, required=True, help=meaning)
         part.add_argument("--workers", type=int, nargs=workers, default=[1])
         part.add_argument("--rounds", type=int, default=5)
         part.add_argument("--out", type=Path, help="JSON file to write")
-    part.add_argument("--size", type=int, default=224, help="of the images, pixels")
-    part.add_argument("--batch", type=int, default=128, help="images")
+        if name != "convert":
+            part.add_argument("--size", type=int, default=224, help="of the images, pixels")
+            part.add_argument("--batch", type=int, default=128, help="images")
+    text = f"which, of {', '.join(STORAGE)}; compared with the first"
+    part.add_argument(
+        "--loaders", nargs="+", choices=STORAGE, default=[*STORAGE], metavar="NAME", help=text
+    )
+    part.add_argument("--window", type=int, default=2048, help="images that `blocks` mixes")
+    part.add_argument("--about", help="what storage this is, for the report")
     part = parts.add_parser("recipe", help="only ffcv-imagenet's conversion")
     part.add_argument("--source", type=Path, required=True, help="folder of class folders")
     part.add_argument("--out", type=Path, required=True, help="the .beton file to write")
@@ -245,17 +284,20 @@ def main() -> None:
         convert_as_the_recipe(args)
         return
     check(args)
-    files = _files(args.data / "folder/train")
+    images = _images(args)
     report = benchmark_info("irpe_ds.data.bench", PACKAGES)
     report |= {
         "rounds": args.rounds,
-        "images": len(files),
-        "bytes_per_image": round(statistics.mean(path.stat().st_size for path in files)),
+        "images": len(images),
+        "bytes_per_image": round(statistics.mean(images)),
     }
+    if args.part == "storage":
+        report["storage"] = args.about
     for name, value in report.items():
         print(f"{name}: {value}")
     report["tables"] = {}
-    for table in (bench_convert if args.part == "convert" else bench_load)(args):
+    parts = {"convert": bench_convert, "load": bench_load, "storage": bench_storage}
+    for table in parts[args.part](args):
         rows = report["tables"][table.title] = _summary(table)
         _print(table.title, table.references, rows)
         if args.out:  # after every table: a run that is cut short keeps what it has

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from irpe_ds.errors import DataError
 
@@ -38,6 +38,10 @@ class LoaderSpec:
     """Images per batch; an incomplete one is left out."""
     is_scaled: bool = False
     """Whether our loader decodes large images at a part of their size."""
+    order: Literal["global", "blocks"] = "global"
+    window: int = 1
+    os_cache: bool = True
+    """Keys of the section `data` for our loader."""
 
     @property
     def data(self) -> Any:
@@ -49,6 +53,9 @@ class LoaderSpec:
             val=self.beton,
             workers=self.workers,
             scaled_decoding=self.is_scaled,
+            order=self.order,
+            window=self.window,
+            os_cache=self.os_cache,
         )
 
 
@@ -104,7 +111,7 @@ def _normalize(spec: LoaderSpec) -> Any:
     return Normalize(spec.data, torch.device("cpu"))
 
 
-def ffcv_loader(spec: LoaderSpec) -> Epoch:
+def ffcv_loader(spec: LoaderSpec, order: str = "RANDOM", os_cache: bool = True) -> Epoch:
     """FFCV's own Loader on the same file."""
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -115,8 +122,8 @@ def ffcv_loader(spec: LoaderSpec) -> Epoch:
         os.fspath(spec.beton),
         batch_size=spec.batch,
         num_workers=spec.workers,
-        os_cache=True,
-        order=OrderOption.RANDOM,
+        os_cache=os_cache,
+        order=OrderOption[order],
         drop_last=True,
         pipelines={
             "image": [crop, RandomHorizontalFlip(), ToTensor(), ToTorchImage()],

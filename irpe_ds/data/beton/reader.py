@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -112,32 +113,66 @@ class Beton:
         return data
 
     def read_into(self, data: NDArray[np.uint8], sample: int) -> None:
-        """Copy the stored bytes of a sample.
+        """Copy the stored bytes of a sample; errors as of `read_run`."""
+        self.read_run(np.array([sample]), [data])
 
-        Not from the mapping: where the file has been truncated, or its disk fails, that is SIGBUS.
+    def extents(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of the file, first byte and number of bytes of each sample, (3, samples)."""
+        entries = self.entries[samples]
+        return np.stack([entries[name].astype(np.int64) for name in ("file", "start", "bytes")])
+
+    def read_run(self, samples: NDArray[np.int64], parts: Sequence[NDArray[np.uint8]]) -> None:
+        """Copy the stored bytes of samples that follow one another in a file, in one request.
+
+        What lies between them is read too, and dropped. The file is not mapped: where it has been
+        truncated, or its disk fails, that would be SIGBUS.
 
         Raises:
             DataError: they cannot be read any more; names file and sample.
         """
-        start, file, done = int(self.entries["start"][sample]), self.entries["file"][sample], 0
+        file, starts, sizes = self.extents(samples).tolist()
+        views = list[memoryview]()
+        at = end = starts[0]
+        for part, start, size in zip(parts, starts, sizes, strict=True):
+            if start > end:
+                views.append(memoryview(bytearray(start - end)))
+            views.append(part.data)
+            end = start + size
         try:
-            descriptor = self._descriptors[file]
-            while done < len(data):
-                some = os.preadv(descriptor, [data[done:].data], start + done)
+            descriptor = self._descriptors[file[0]]
+            while views:
+                some = os.preadv(descriptor, views, at)
                 if some == 0:
                     size = os.fstat(descriptor).st_size
                     raise OSError(errno.EIO, f"it has {size} bytes: truncated after it was opened")
-                done += some
+                at += some
+                while views and some >= len(views[0]):
+                    some -= len(views.pop(0))
+                if some:
+                    views[0] = views[0][some:]
         except OSError as error:
-            inside = f" (in {self.files[file].name})" if len(self.files) > 1 else ""
+            sample = samples[np.searchsorted(starts, at, "right") - 1]
+            inside = f" (in {self.files[file[0]].name})" if len(self.files) > 1 else ""
             expected = f"to read sample {sample} of {self.info.path}{inside}"
             raise DataError(socket.gethostname(), expected, error.strerror) from None
 
-    def is_intact(self, sample: int) -> bool:
-        """Whether a payload matches its hash; True if there is no hash."""
+    def disable_readahead(self) -> None:
+        """Have the system read what is asked for and no more."""
+        for descriptor in self._descriptors:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def forget(self, samples: NDArray[np.int64]) -> None:
+        """Drop samples that follow one another in a file from the system's page cache."""
+        file, starts, sizes = self.extents(samples)
+        begin = int(starts[0]) // PAGESIZE * PAGESIZE  # the system leaves parts of pages
+        size = -(-int(starts[-1] + sizes[-1] - begin) // PAGESIZE) * PAGESIZE
+        os.posix_fadvise(self._descriptors[file[0]], begin, size, os.POSIX_FADV_DONTNEED)
+
+    def is_intact(self, sample: int, payload: NDArray[np.uint8]) -> bool:
+        """Whether a payload matches the sample's hash; True if there is no hash."""
         if self.hashes is None:
             return True
-        digest = hashlib.sha256(self.payload(sample).data).digest()
+        digest = hashlib.sha256(payload.data).digest()
         return int.from_bytes(digest[:8], "big") == int(self.hashes[sample])
 
 

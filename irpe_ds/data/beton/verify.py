@@ -104,7 +104,7 @@ def _fault(beton: Beton, sample: int) -> str | None:
     entry = beton.entries[sample]
     size = int(entry["height"]), int(entry["width"])
     payload = beton.payload(sample)
-    if not beton.is_intact(sample):
+    if not beton.is_intact(sample, payload):
         return "bytes that differ from those converted"
     if entry["mode"] != JPG:
         return None if payload.size == 3 * size[0] * size[1] else "bytes that do not fit its size"

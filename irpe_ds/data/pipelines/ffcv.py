@@ -5,7 +5,6 @@ the crops.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from queue import Full, Queue
@@ -16,17 +15,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from irpe_ds.cli import command
 from irpe_ds.config import AugmentConfig
 from irpe_ds.data.beton.format import JPG, imdecode, resize_crop
 from irpe_ds.data.beton.reader import Beton, read_beton
 from irpe_ds.data.crops import Crops, center_crops, random_resized_crops, simple_crops
-from irpe_ds.data.order import Samples
+from irpe_ds.data.order import BLOCK, Samples, TrainOrder
 from irpe_ds.data.parallel import local_share
 from irpe_ds.data.pipelines import jpeg
 from irpe_ds.data.pipelines.pipeline import Batches, Decoded
+from irpe_ds.data.pipelines.reading import damage, read_ahead
 from irpe_ds.data.rng import Keys
-from irpe_ds.errors import ConfigError, DataError, UserError
+from irpe_ds.errors import ConfigError, UserError
 
 _POLL_SECONDS = 0.1
 MARGIN = 64
@@ -51,6 +50,7 @@ class FFCVPipeline:
     Args:
         workers: decoding threads. None: this rank's share of the cores.
         is_scaled: decode large training images at a part of their size; see `decode_crops`.
+        os_cache: whether what has been read stays in the page cache.
     """
 
     def __init__(
@@ -60,20 +60,21 @@ class FFCVPipeline:
         augment: AugmentConfig,
         workers: int | None,
         is_scaled: bool = False,
+        os_cache: bool = True,
     ) -> None:
         if is_scaled and WHY_WHOLE:
             raise ConfigError("data.scaled_decoding", "false", f"true, and {WHY_WHOLE}")
-        self._is_scaled = is_scaled
+        self._is_scaled, self._os_cache = is_scaled, os_cache
         self._beton, self._augment = read_beton(path, where), augment
         self.num_samples = len(self._beton.entries)
         self.labels = self._beton.entries["label"]
         self.workers = _num_threads(workers)
 
     def train(
-        self, samples: Samples, keys: Keys, *, batch_size: int, size: tuple[int, int]
+        self, order: TrainOrder, keys: Keys, *, batch_size: int, size: tuple[int, int]
     ) -> Batches:
         """Random crops, some of them flipped."""
-        entries, augment = self._beton.entries, self._augment
+        entries, augment, samples = self._beton.entries, self._augment, order.samples
         images = samples, entries["height"][samples], entries["width"][samples], keys
         if augment.crop == "simple":
             crops = simple_crops(*images, size=size, hflip=augment.hflip)
@@ -81,7 +82,7 @@ class FFCVPipeline:
             crops = random_resized_crops(
                 *images, scale=augment.scale, ratio=augment.ratio, hflip=augment.hflip
             )
-        return self._decode(crops, batch_size, size, self._is_scaled)
+        return self._decode(crops, order.blocks, batch_size, size, self._is_scaled)
 
     def evaluate(
         self, samples: Samples, *, batch_size: int, size: tuple[int, int], crop: float
@@ -95,18 +96,25 @@ class FFCVPipeline:
             aspect=size[1] / size[0],
             share=crop,
         )
-        return self._decode(crops, batch_size, size)
+        return self._decode(crops, samples // BLOCK, batch_size, size)
 
     def _decode(
-        self, crops: Crops, batch_size: int, size: tuple[int, int], is_scaled: bool = False
+        self,
+        crops: Crops,
+        blocks: NDArray[np.int64],
+        batch_size: int,
+        size: tuple[int, int],
+        is_scaled: bool = False,
     ) -> Batches:
         batches = BatchIterator(
             self._beton,
             crops,
+            blocks,
             batch_size=batch_size,
             size=size,
             workers=self.workers,
             is_scaled=is_scaled,
+            os_cache=self._os_cache,
         )
         with closing(batches):
             yield from batches
@@ -135,10 +143,12 @@ class BatchIterator:
 
     Args:
         crops: the images to decode, cut into batches; the last batch may be smaller.
+        blocks: which of them to read together; see `read_ahead`.
         batch_size: images per batch.
         size: height and width of the batch's images, pixels.
         workers: threads that decode one batch.
         is_scaled: as in `decode_crops`.
+        os_cache: as in `read_ahead`.
         ahead: batches that may wait for the consumer.
     """
 
@@ -146,16 +156,18 @@ class BatchIterator:
         self,
         beton: Beton,
         crops: Crops,
+        blocks: NDArray[np.int64],
         *,
         batch_size: int,
         size: tuple[int, int],
         workers: int,
         is_scaled: bool = False,
+        os_cache: bool = True,
         ahead: int = 3,
     ) -> None:
-        self._beton, self._crops = beton, crops
+        self._beton, self._crops, self._blocks = beton, crops, blocks
         self._batch_size, self._size, self._workers = batch_size, size, workers
-        self._is_scaled = is_scaled
+        self._is_scaled, self._os_cache = is_scaled, os_cache
         self._pinned = torch.cuda.is_available()
         self._queue: Queue[Decoded | BaseException | None] = Queue(ahead)
         self._closed = Event()
@@ -184,44 +196,26 @@ class BatchIterator:
     def _run(self) -> None:
         try:
             numba.set_num_threads(self._workers)  # of this thread only
-            with ThreadPoolExecutor(self._workers) as pool:
-                for first in range(0, len(self._crops), self._batch_size):
+            stored = read_ahead(
+                self._beton,
+                self._crops["sample"],
+                self._blocks,
+                batch_size=self._batch_size,
+                os_cache=self._os_cache,
+            )
+            with closing(stored):
+                for number, batch in enumerate(stored):
+                    first = number * self._batch_size
                     crops = self._crops[first : first + self._batch_size]
-                    self._check_hashes(crops["sample"], pool)
-                    if not self._put(self._decode(crops, pool)):
+                    if not self._put(self._decode(crops, *batch)):
                         return
             self._put(None)
         except BaseException as error:  # whatever it is, the consumer gets it
             self._put(error)
 
-    def _check_hashes(self, samples: NDArray[np.int64], pool: ThreadPoolExecutor) -> None:
-        """Compare samples with their hashes, each at its first use in this process."""
-        new = samples[~self._beton.checked[samples]]
-        for sample, intact in zip(new, pool.map(self._beton.is_intact, new), strict=True):
-            if not intact:
-                raise _damage(self._beton, sample)
-        self._beton.checked[new] = True
-
-    def _read(
-        self, samples: NDArray[np.int64], pool: ThreadPoolExecutor
-    ) -> tuple[NDArray[np.uint8], NDArray[np.void]]:
-        """The payloads of a batch, one after the other, and ENTRY of each sample in them."""
-        entries = self._beton.entries[samples]
-        ends = np.cumsum(entries["bytes"])
-        entries["start"] = ends - entries["bytes"]
-        payloads = np.empty(ends[-1], np.uint8)
-
-        def read(positions: range) -> None:
-            for n in positions:
-                self._beton.read_into(payloads[entries["start"][n] : ends[n]], int(samples[n]))
-
-        count = len(samples)
-        shares = [range(first, count, self._workers) for first in range(self._workers)]
-        list(pool.map(read, shares))  # raises a thread's error
-        return payloads, entries
-
-    def _decode(self, crops: Crops, pool: ThreadPoolExecutor) -> Decoded:
-        payloads, entries = self._read(crops["sample"], pool)
+    def _decode(
+        self, crops: Crops, payloads: NDArray[np.uint8], entries: NDArray[np.void]
+    ) -> Decoded:
         images_BHWC = torch.empty(
             (len(crops), *self._size, 3), dtype=torch.uint8, pin_memory=self._pinned
         )
@@ -235,7 +229,7 @@ class BatchIterator:
                 payloads, entries, in_batch, images_BHWC.numpy(), self._is_scaled, unhashed
             )
         if not clean.all():
-            raise _damage(self._beton, crops["sample"][np.flatnonzero(~clean)[0]])
+            raise damage(self._beton, crops["sample"][np.flatnonzero(~clean)[0]])
         return images_BHWC.permute(0, 3, 1, 2), labels
 
     def _put(self, item: Decoded | BaseException | None) -> bool:
@@ -247,11 +241,6 @@ class BatchIterator:
                 continue
             return True
         return False
-
-
-def _damage(beton: Beton, sample: int) -> DataError:
-    expected = f"undamaged images ({command('data_prep/verify.py')} checks them all)"
-    return DataError(beton.info.path, expected, f"damage in sample {sample}")
 
 
 @numba.njit(nogil=True, parallel=True)

@@ -13,7 +13,7 @@ from irpe_ds.config import AugmentConfig, DataConfig
 from irpe_ds.data.beton.journal import list_images
 from irpe_ds.data.beton.manifest import read_hashes, read_manifest
 from irpe_ds.data.beton.reader import DatasetInfo, beton_info
-from irpe_ds.data.order import Samples, split
+from irpe_ds.data.order import Samples, TrainOrder, split
 from irpe_ds.data.rng import Keys
 from irpe_ds.errors import DataError
 
@@ -36,7 +36,7 @@ class Pipeline(Protocol):
     """Threads or processes that decode."""
 
     def train(
-        self, samples: Samples, keys: Keys, *, batch_size: int, size: tuple[int, int]
+        self, order: TrainOrder, keys: Keys, *, batch_size: int, size: tuple[int, int]
     ) -> Batches:
         """A random crop of each sample, drawn from its key, in order; size is (height, width)."""
 
@@ -67,7 +67,8 @@ def _open(data: DataConfig, path: Path, where: str, augment: AugmentConfig) -> P
     if data.pipeline == "ffcv":
         from irpe_ds.data.pipelines.ffcv import FFCVPipeline
 
-        return FFCVPipeline(path, where, augment, data.workers, data.scaled_decoding)
+        options = data.workers, data.scaled_decoding, data.os_cache
+        return FFCVPipeline(path, where, augment, *options)
     from irpe_ds.data.pipelines.timm import TimmPipeline
 
     return TimmPipeline(path, where, augment, data.mean, data.workers)
@@ -82,10 +83,11 @@ class Subset:
         self.workers = whole.workers
 
     def train(
-        self, samples: Samples, keys: Keys, *, batch_size: int, size: tuple[int, int]
+        self, order: TrainOrder, keys: Keys, *, batch_size: int, size: tuple[int, int]
     ) -> Batches:
         """As `Pipeline.train`."""
-        return self._whole.train(self._samples[samples], keys, batch_size=batch_size, size=size)
+        order = order._replace(samples=self._samples[order.samples])
+        return self._whole.train(order, keys, batch_size=batch_size, size=size)
 
     def evaluate(
         self, samples: Samples, *, batch_size: int, size: tuple[int, int], crop: float

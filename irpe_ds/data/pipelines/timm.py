@@ -36,7 +36,7 @@ from irpe_ds.data.beton.journal import list_images
 from irpe_ds.data.beton.reader import DatasetInfo, read_beton
 from irpe_ds.data.beton.sources import Files, Member
 from irpe_ds.data.crops import PADDING
-from irpe_ds.data.order import Samples
+from irpe_ds.data.order import Samples, TrainOrder
 from irpe_ds.data.parallel import local_share
 from irpe_ds.data.pipelines.pipeline import BETON, Batches
 from irpe_ds.data.rng import Keys
@@ -81,7 +81,7 @@ class BetonImages:
     def open(self, sample: int) -> Image.Image:
         """One image; ValueError if its bytes differ from those converted."""
         entry, payload = self.beton.entries[sample], self.beton.payload(sample)
-        if not self.beton.is_intact(sample):
+        if not self.beton.is_intact(sample, payload):
             raise ValueError("bytes that differ from those converted")
         if entry["mode"] == JPG:
             return open_image(payload.data)
@@ -154,7 +154,7 @@ class TimmPipeline:
         self.workers = workers or local_share(len(os.sched_getaffinity(0)))
 
     def train(
-        self, samples: Samples, keys: Keys, *, batch_size: int, size: tuple[int, int]
+        self, order: TrainOrder, keys: Keys, *, batch_size: int, size: tuple[int, int]
     ) -> Batches:
         """Bicubic random crops, flipped and augmented as timm does."""
         augment = self._augment
@@ -173,7 +173,7 @@ class TimmPipeline:
         if augment.crop == "simple":  # in the place of the random resized crop
             crop = RandomCrop(size, padding=PADDING, padding_mode="reflect")
             transform.transforms[:1] = [ResizeKeepRatio(size, interpolation="bicubic"), crop]
-        return self._load(Transformed(self._images, samples, transform, keys), batch_size)
+        return self._load(Transformed(self._images, order.samples, transform, keys), batch_size)
 
     def evaluate(
         self, samples: Samples, *, batch_size: int, size: tuple[int, int], crop: float
