@@ -37,7 +37,7 @@ _decoding = Lock()
 WHY_WHOLE: str | None = None
 """Why whole images are decoded, by FFCV's decoder, instead of crops; None where crops are."""
 try:
-    _decode_box = jpeg.load()
+    _decode_box, _decode_reduced, _reduce = jpeg.load()
 except UserError as error:
     WHY_WHOLE = str(error)
 _imdecode = numba.njit(nogil=True)(imdecode)
@@ -252,7 +252,7 @@ def decode_crops(
     is_scaled: bool,
     to_end: bool,
 ) -> NDArray[np.bool_]:
-    """Decode each image, crop it, resize the crop by area, shift and flip it where asked.
+    """Decode each image, crop it, resize the crop by area, flip and shift it where asked.
 
     Compiled at the first call in a process, which takes seconds.
 
@@ -276,15 +276,16 @@ def decode_crops(
         box = np.array((crop["top"], crop["left"], crop["height"], crop["width"]), np.int64)
         target = images_BHWC[position]
         if entry["mode"] == JPG:
-            clean[position] = _decode_jpeg(data, entry, box, target, is_scaled, to_end)
+            clean[position] = _decode_jpeg(
+                data, entry, box, target, crop["flip"], is_scaled, to_end
+            )
         elif data.size == np.int64(entry["height"]) * np.int64(entry["width"]) * 3:
             image = data.reshape((np.int64(entry["height"]), np.int64(entry["width"]), 3))
-            _resize_crop(image, box[0], box[0] + box[2], box[1], box[1] + box[3], target)
+            _resize_pixels(image, box, target, crop["flip"])
             clean[position] = True
         if crop["shift_down"] or crop["shift_right"]:
-            _shift(target, crop["shift_down"], crop["shift_right"])
-        if crop["flip"]:
-            _mirror(target)
+            right = -crop["shift_right"] if crop["flip"] else crop["shift_right"]
+            _shift(target, crop["shift_down"], right)  # of what is flipped already
     return clean
 
 
@@ -307,6 +308,7 @@ def _decode_whole(
     entry: np.void,
     box: NDArray[np.int64],
     target: NDArray[np.uint8],
+    flip: int,
     is_scaled: bool,
     to_end: bool,
 ) -> bool:
@@ -315,7 +317,7 @@ def _decode_whole(
     image = np.empty((height, width, 3), np.uint8)
     if _imdecode(data, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
         return False
-    _resize_crop(image, box[0], box[0] + box[2], box[1], box[1] + box[3], target)
+    _resize_by_opencv(image, box, target, flip)
     return True
 
 
@@ -325,6 +327,7 @@ def _decode_crop(
     entry: np.void,
     box: NDArray[np.int64],
     target: NDArray[np.uint8],
+    flip: int,
     is_scaled: bool,
     to_end: bool,
 ) -> bool:
@@ -335,6 +338,21 @@ def _decode_crop(
         box[2] < divisor * target.shape[0] or box[3] < divisor * target.shape[1]
     ):
         divisor //= 2
+    status = _decode_reduced(
+        data.ctypes.data,
+        data.size,
+        height,
+        width,
+        box.ctypes.data,
+        divisor,
+        to_end,
+        target.ctypes.data,
+        target.shape[0],
+        target.shape[1],
+        flip,
+    )
+    if status >= 0:
+        return status == 0
     rows, columns = min(height, box[2]) // divisor, min(width, box[3]) // divisor
     pixels = np.empty((rows + MARGIN) * (columns + 2 * MARGIN) * 3, np.uint8)
     placed = np.empty(4, np.int64)
@@ -355,11 +373,33 @@ def _decode_crop(
     image = pixels[: placed[2] * placed[3] * 3].reshape((placed[2], placed[3], 3))
     top, left = box[0] // divisor - placed[0], box[1] // divisor - placed[1]
     right = min(-(-(box[1] + box[3]) // divisor) - placed[1], placed[3])
-    _resize_crop(image, top, placed[2], left, right, target)
+    inner = np.array((top, left, placed[2] - top, right - left), np.int64)
+    _resize_by_opencv(image, inner, target, flip)
     return True
 
 
+@numba.njit(nogil=True)
+def _resize_by_opencv(
+    image: NDArray[np.uint8], box: NDArray[np.int64], target: NDArray[np.uint8], flip: int
+) -> None:
+    """Resize a box of an image (H, W, 3) by area, and flip it where asked."""
+    _resize_crop(image, box[0], box[0] + box[2], box[1], box[1] + box[3], target)
+    if flip:
+        _mirror(target)
+
+
+@numba.njit(nogil=True)
+def _resize_by_rows(
+    image: NDArray[np.uint8], box: NDArray[np.int64], target: NDArray[np.uint8], flip: int
+) -> None:
+    """The same pixels, sooner, where a box becomes smaller."""
+    to = (target.ctypes.data, target.shape[0], target.shape[1])
+    if _reduce(image.ctypes.data, image.shape[1], box.ctypes.data, to[0], to[1], to[2], flip) < 0:
+        _resize_by_opencv(image, box, target, flip)
+
+
 _decode_jpeg = _decode_whole if WHY_WHOLE else _decode_crop
+_resize_pixels = _resize_by_opencv if WHY_WHOLE else _resize_by_rows
 
 
 @numba.njit(nogil=True)

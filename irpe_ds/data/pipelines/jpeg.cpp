@@ -1,14 +1,17 @@
 // A box of a JPEG, by libjpeg-turbo: of what lies outside of it, entropy coding alone is undone, and
-// below it nothing. At 1, 1/2, 1/4 or 1/8 of the size.
+// below it nothing. At 1, 1/2, 1/4 or 1/8 of the size; as it is, or reduced by area on the way.
 
 #include <algorithm>
 #include <csetjmp>
 #include <cstdint>
 #include <cstdio>
+#include <vector>
 
 #include <jpeglib.h>
 
 #include <jerror.h>
+
+#include "area.h"
 
 namespace {
 
@@ -27,17 +30,27 @@ void on_message(j_common_ptr image, int level) {
   if (level < 0 && image->err->msg_code != JWRN_JFIF_MAJOR) errors_of(image).damaged = true;
 }
 
-}  // namespace
+// What is wanted of which JPEG.
+struct Task {
+  const uint8_t* data;
+  uint64_t bytes;
+  int64_t height, width;  // of the whole image, pixels
+  const int64_t* box;     // top, left, height, width
+  int64_t divisor;        // of the sides: 1, 2, 4 or 8
+  int64_t to_end;         // whether to look below the box too
 
-// Decodes the box of a JPEG of height x width pixels, each side divided by `divisor`: 1, 2, 4 or 8.
-//
-// Receives, in `placed`, top, left, height and width of what `pixels` holds (RGB, at most
-// `capacity` bytes): the box and a margin, without which upsampled colours at its edges would be
-// other than in the whole image. Returns 0, or 1 if the data are damaged; `to_end` looks below the
-// box too.
-extern "C" int64_t decode_box(const uint8_t* data, uint64_t bytes, int64_t height, int64_t width,
-                              const int64_t* box, int64_t divisor, int64_t to_end, uint8_t* pixels,
-                              int64_t capacity, int64_t* placed) {
+  int64_t top() const { return box[0] / divisor; }
+  int64_t left() const { return box[1] / divisor; }
+  int64_t bottom() const { return std::min(ended(box[0] + box[2]), ended(height)); }
+  int64_t right() const { return std::min(ended(box[1] + box[3]), ended(width)); }
+  int64_t ended(int64_t place) const { return (place + divisor - 1) / divisor; }
+};
+
+// Decodes the box and a margin, without which upsampled colours at its edges would be other than
+// in the whole image. `rows` says where a row of RGB goes, and is told when it is there: place(row,
+// first column, columns), placed(row). Returns 0, or 1 if data are damaged or there is no place.
+template <class Rows>
+int64_t decode(const Task& task, Rows& rows) {
   jpeg_decompress_struct image;
   Errors errors;
   image.err = jpeg_std_error(&errors.manager);
@@ -49,39 +62,109 @@ extern "C" int64_t decode_box(const uint8_t* data, uint64_t bytes, int64_t heigh
     return 1;
   }
   jpeg_create_decompress(&image);
-  jpeg_mem_src(&image, data, bytes);
+  jpeg_mem_src(&image, task.data, task.bytes);
   jpeg_read_header(&image, TRUE);
   image.out_color_space = JCS_RGB;
   image.dct_method = JDCT_IFAST;  // as FFCV's own decoder
   image.scale_num = 1;
-  image.scale_denom = static_cast<unsigned>(divisor);
-  if (image.image_height != height || image.image_width != width) on_error((j_common_ptr)&image);
+  image.scale_denom = static_cast<unsigned>(task.divisor);
+  if (image.image_height != task.height || image.image_width != task.width) {
+    on_error((j_common_ptr)&image);
+  }
   jpeg_start_decompress(&image);
 
   const int64_t unit = image.min_DCT_scaled_size, margin = image.max_h_samp_factor * unit;
-  const int64_t top = std::max<int64_t>(0, box[0] / divisor - image.max_v_samp_factor * unit);
-  const int64_t bottom = std::min<int64_t>((box[0] + box[2] + divisor - 1) / divisor, image.output_height);
-  const int64_t first = std::max<int64_t>(0, box[1] / divisor - margin);
-  const int64_t last =
-      std::min<int64_t>((box[1] + box[3] + divisor - 1) / divisor + margin, image.output_width);
+  const int64_t top = std::max<int64_t>(0, task.top() - image.max_v_samp_factor * unit);
+  const int64_t first = std::max<int64_t>(0, task.left() - margin);
+  const int64_t last = std::min<int64_t>(task.right() + margin, image.output_width);
   JDIMENSION left = static_cast<JDIMENSION>(first), columns = static_cast<JDIMENSION>(last - first);
   jpeg_crop_scanline(&image, &left, &columns);  // to whole units
   if (top > 0) jpeg_skip_scanlines(&image, static_cast<JDIMENSION>(top));
 
-  const int64_t row_bytes = int64_t{3} * image.output_width;
-  if ((bottom - top) * row_bytes > capacity) on_error((j_common_ptr)&image);
-  while (image.output_scanline < bottom) {
-    JSAMPROW row = pixels + (image.output_scanline - top) * row_bytes;
-    jpeg_read_scanlines(&image, &row, 1);
+  for (int64_t row = top; row < task.bottom(); ++row) {
+    JSAMPROW place = rows.place(row, left, image.output_width);
+    if (!place) on_error((j_common_ptr)&image);
+    jpeg_read_scanlines(&image, &place, 1);
+    rows.placed(row);
   }
-  if (to_end) {
+  if (task.to_end) {
     const JDIMENSION below = image.output_height - image.output_scanline;
     if (below > 1) jpeg_skip_scanlines(&image, below - 1);  // skipping all would read nothing
-    JSAMPARRAY last_row = image.mem->alloc_sarray((j_common_ptr)&image, JPOOL_IMAGE, row_bytes, 1);
+    JSAMPARRAY last_row = image.mem->alloc_sarray((j_common_ptr)&image, JPOOL_IMAGE,
+                                                  3 * image.output_width, 1);
     if (below > 0) jpeg_read_scanlines(&image, last_row, 1);
     jpeg_finish_decompress(&image);
   }
-  placed[0] = top, placed[1] = left, placed[2] = bottom - top, placed[3] = image.output_width;
   jpeg_destroy_decompress(&image);
   return errors.damaged;
+}
+
+// Rows one after the other in memory.
+struct Stored {
+  uint8_t* pixels;
+  int64_t capacity;  // bytes
+  int64_t* box;      // receives top, left, height and width of what there is
+  bool begun = false;
+
+  JSAMPROW place(int64_t row, int64_t left, int64_t columns) {
+    if (!begun) box[0] = row, box[1] = left, box[3] = columns, begun = true;
+    box[2] = row + 1 - box[0];
+    return box[2] * 3 * columns <= capacity ? pixels + (row - box[0]) * 3 * columns : nullptr;
+  }
+  void placed(int64_t) {}
+};
+
+// Rows reduced as they come.
+struct Reduced {
+  const Task& task;
+  area::Resizer resizer;
+  std::vector<uint8_t> pixels = {};
+  int64_t before = 0;  // pixels of a row left of the box
+
+  JSAMPROW place(int64_t, int64_t left, int64_t columns) {
+    pixels.resize(3 * columns);
+    before = task.left() - left;
+    return pixels.data();
+  }
+  void placed(int64_t row) {
+    if (row >= task.top()) resizer.add(pixels.data() + 3 * before);
+  }
+};
+
+}  // namespace
+
+// Decodes the box of a JPEG of height x width pixels, each side divided by `divisor`: 1, 2, 4 or 8.
+//
+// Receives, in `placed`, top, left, height and width of what `pixels` holds (RGB, at most
+// `capacity` bytes): the box and a margin. Returns 0, or 1 if the data are damaged; `to_end` looks
+// below the box too.
+extern "C" int64_t decode_box(const uint8_t* data, uint64_t bytes, int64_t height, int64_t width,
+                              const int64_t* box, int64_t divisor, int64_t to_end, uint8_t* pixels,
+                              int64_t capacity, int64_t* placed) {
+  Stored rows{pixels, capacity, placed};
+  return decode(Task{data, bytes, height, width, box, divisor, to_end}, rows);
+}
+
+// The same, reduced by area to target_height x target_width RGB pixels, and mirrored if asked.
+// Returns -1 without doing anything where area::applies is false.
+extern "C" int64_t decode_reduced(const uint8_t* data, uint64_t bytes, int64_t height,
+                                  int64_t width, const int64_t* box, int64_t divisor,
+                                  int64_t to_end, uint8_t* target, int64_t target_height,
+                                  int64_t target_width, int64_t is_mirrored) {
+  const Task task{data, bytes, height, width, box, divisor, to_end};
+  const int64_t rows = task.bottom() - task.top(), columns = task.right() - task.left();
+  if (!area::applies(rows, columns, target_height, target_width)) return -1;
+  Reduced reduced{task, {rows, columns, target, target_height, target_width, is_mirrored != 0}};
+  return decode(task, reduced);
+}
+
+// Pixels instead of a JPEG: a box of `pixels`, whose rows have `width` pixels.
+extern "C" int64_t reduce(const uint8_t* pixels, int64_t width, const int64_t* box, uint8_t* target,
+                          int64_t target_height, int64_t target_width, int64_t is_mirrored) {
+  if (!area::applies(box[2], box[3], target_height, target_width)) return -1;
+  area::Resizer resizer(box[2], box[3], target, target_height, target_width, is_mirrored != 0);
+  for (int64_t row = box[0]; row < box[0] + box[2]; ++row) {
+    resizer.add(pixels + 3 * (row * width + box[1]));
+  }
+  return 0;
 }

@@ -14,35 +14,43 @@ from irpe_ds.ops.build import folders, toolchain
 from irpe_ds.ops.build.toolchain import Unavailable
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-OPTIONS = ("-O2", "-shared", "-fPIC")
+HEADERS = (SOURCE.with_name("area.h"),)
+OPTIONS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")
 LIBRARY = "jpeg.so"
 HINT = "install libjpeg-turbo with its headers: libjpeg-dev or libjpeg-turbo-devel"
 
 
-def load() -> Any:
-    """The C function `decode_box`, which numba calls without Python's lock.
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+_JPEG = (_POINTER, ctypes.c_uint64, _NUMBER, _NUMBER, _POINTER, _NUMBER, _NUMBER)
+_TARGET = (_POINTER, _NUMBER, _NUMBER, _NUMBER)
+FUNCTIONS = {
+    "decode_box": (*_JPEG, _POINTER, _NUMBER, _POINTER),
+    "decode_reduced": (*_JPEG, *_TARGET),
+    "reduce": (_POINTER, _NUMBER, _POINTER, *_TARGET),
+}
+"""The C functions and the types of their arguments."""
+
+
+def load() -> list[Any]:
+    """The FUNCTIONS, which numba calls without Python's lock.
 
     Raises:
-        UserError: it cannot be compiled, or not be kept.
+        UserError: they cannot be compiled, or not be kept.
     """
     try:
-        return _typed(ctypes.CDLL(str(_library())).decode_box)
+        library = ctypes.CDLL(str(_library()))
     except (Unavailable, OSError) as error:
         raise UserError(f"cannot build the JPEG decoder: {error}") from None
-
-
-def _typed(function: Any) -> Any:
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    image, box = [pointer, ctypes.c_uint64, number, number], [pointer, number, number]
-    function.argtypes = [*image, *box, pointer, number, pointer]
-    function.restype = number
-    return function
+    functions = [getattr(library, name) for name in FUNCTIONS]
+    for function, types in zip(functions, FUNCTIONS.values(), strict=True):
+        function.argtypes, function.restype = types, _NUMBER
+    return functions
 
 
 def _library() -> Path:
     """The compiled library: from the cache, or compiled now by one process at a time."""
     root = toolchain.cache_root()
-    key = hashlib.sha256(SOURCE.read_bytes())
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in (SOURCE, *HEADERS)))
     key.update(repr((OPTIONS, platform.machine(), os.environ.get("CXX"))).encode())
     file = root / f"irpe_jpeg_{key.hexdigest()[:16]}" / LIBRARY
     if not folders.is_complete(file):

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-from irpe_ds.data.beton.format import JPG, imdecode
+from irpe_ds.data.beton.format import JPG, RAW, imdecode
 from irpe_ds.data.beton.reader import ENTRY
 from irpe_ds.data.crops import CROP
 from irpe_ds.data.pipelines import ffcv, jpeg
@@ -17,7 +17,7 @@ from irpe_ds.data.pipelines.ffcv import MARGIN
 from irpe_ds.errors import UserError
 
 ImageFile.MAXBLOCK = 1 << 20  # Pillow cannot write a small progressive JPEG in less
-DECODE = jpeg.load()
+DECODE = jpeg.load()[0]
 Pixels = NDArray[np.uint8]
 
 
@@ -116,25 +116,51 @@ def test_another_size_than_the_table_says() -> None:
 
 
 def test_whole_images_give_the_same_crops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it cannot be built, FFCV's decoder takes its place."""
+    """Where it cannot be built, FFCV's decoder and OpenCV's INTER_AREA take its place."""
     random = np.random.default_rng(0)
-    payloads = [encode(photograph(width, height)) for height, width in SIZES]
-    entries, crops = np.zeros(len(SIZES), ENTRY), np.zeros(len(SIZES), CROP)
+    photographs = [photograph(width, height) for height, width in SIZES]
+    jpegs = [encode(image) for image in photographs]
+    payloads = jpegs + [np.asarray(image).ravel() for image in photographs]
+    entries = np.zeros(2 * len(SIZES), ENTRY)
     entries["bytes"] = [len(payload) for payload in payloads]
     entries["start"] = np.cumsum(entries["bytes"]) - entries["bytes"]
-    entries["height"], entries["width"] = np.transpose(SIZES)
-    entries["mode"], crops["sample"] = JPG, range(len(SIZES))
-    for place, (height, width) in enumerate(SIZES):
+    entries["height"], entries["width"] = np.transpose(SIZES * 2)
+    entries["mode"] = [JPG] * len(SIZES) + [RAW] * len(SIZES)
+    crops = np.zeros(20 * len(entries), CROP)
+    crops["sample"] = np.arange(len(crops)) % len(entries)
+    for crop in crops:
+        height, width = SIZES[crop["sample"] % len(SIZES)]
         rows, columns = random.integers(1, (height + 1, width + 1))
-        top, left = random.integers(0, (height - rows + 1, width - columns + 1))
-        crops[["top", "left", "height", "width"]][place] = top, left, rows, columns
-    images = np.zeros((2, len(SIZES), 8, 12, 3), np.uint8)
+        if random.random() < 0.2:  # the kind of OpenCV's INTER_AREA that is left to it
+            rows, columns = 8 * max(1, rows // 8), 12 * max(1, columns // 12)
+        crop["height"], crop["width"] = min(rows, height), min(columns, width)
+        crop["top"] = random.integers(height - crop["height"] + 1)
+        crop["left"] = random.integers(width - crop["width"] + 1)
+        crop["flip"], crop["shift_down"], crop["shift_right"] = random.integers(
+            (0, -4, -4), (2, 5, 5)
+        )
+    images = np.zeros((2, len(crops), 8, 12, 3), np.uint8)
     file = np.concatenate(payloads)
     assert ffcv.decode_crops(file, entries, crops, images[0], False, True).all()
     monkeypatch.setattr(ffcv, "_decode_jpeg", ffcv._decode_whole)
+    monkeypatch.setattr(ffcv, "_resize_pixels", ffcv._resize_by_opencv)
     assert ffcv.decode_crops.py_func(file, entries, crops, images[1], False, True).all()
     assert np.array_equal(images[0], images[1])
     assert images.std() > 20
+
+
+def test_flips_and_shifts() -> None:
+    """The shifted window of a box is flipped, not the box alone."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 20, 30, 3), np.uint8)
+    entries, crops = np.zeros(1, ENTRY), np.zeros(4, CROP)
+    entries["bytes"], entries["height"], entries["width"] = pixels.size, 20, 30
+    entries["mode"] = RAW
+    crops["height"], crops["width"], crops["flip"] = 20, 30, (0, 1, 0, 1)
+    crops["shift_down"], crops["shift_right"] = 2, (3, 3, -3, -3)
+    images = np.zeros((4, 7, 13, 3), np.uint8)
+    assert ffcv.decode_crops(pixels.ravel(), entries, crops, images, False, False).all()
+    assert np.array_equal(images[::2, :, ::-1], images[1::2])
+    assert not np.array_equal(images[0], images[2])
 
 
 def test_what_is_missing_to_build_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
