@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whate
 from irpe_ds.cli import run
 from irpe_ds.data.beton.journal import check_out
 from irpe_ds.data.beton.manifest import SKIPPED, DatasetManifest, beside
-from irpe_ds.data.beton.options import Check, Mode, OnBad, StorageOptions
+from irpe_ds.data.beton.options import MAX_BAD, Check, Mode, OnBad, StorageOptions, check_share
 from irpe_ds.data.beton.sources import open_source
 from irpe_ds.data.parallel import check_workers
 from irpe_ds.errors import printable
@@ -54,6 +54,7 @@ def arguments() -> argparse.Namespace:
     add("--proportion", type=float, default=defaults.proportion, help="share of JPEGs (0.5)")
     add("--check", choices=get_args(Check), default=defaults.check, help="header: verify later")
     add("--on-bad", choices=get_args(OnBad), default="error", help="skip: leave it out and list it")
+    add("--max-bad", type=float, default=MAX_BAD, help="share that may be skipped (default: 0.01)")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads (all cores)")
     add("--overwrite", action="store_true", help="replace an existing file")
     add("--dry-run", action="store_true", help="estimate only; write nothing")
@@ -71,6 +72,7 @@ def main() -> None:
         check=args.check,
     )
     check_workers(args.workers)
+    check_share("--max-bad", args.max_bad)
     if not args.dry_run:
         check_out(args.out, overwrite=args.overwrite)
     source = open_source(args.source, labels=args.labels, classes=args.classes)
@@ -87,6 +89,7 @@ def main() -> None:
         options,
         workers=args.workers,
         on_bad=args.on_bad,
+        max_bad=args.max_bad,
         overwrite=args.overwrite,
         command=shlex.join(["python", *sys.argv]),
     )

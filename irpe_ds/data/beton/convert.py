@@ -36,8 +36,9 @@ from irpe_ds.data.beton.manifest import (
     file_sha256,
     hash_line,
 )
-from irpe_ds.data.beton.options import OnBad, StorageOptions
+from irpe_ds.data.beton.options import MAX_BAD, OnBad, StorageOptions, check_share
 from irpe_ds.data.beton.reader import tables_sha256
+from irpe_ds.data.beton.skipping import BadImages
 from irpe_ds.data.beton.sources import Files, Member, Source
 from irpe_ds.data.beton.writer import BetonWriter, file_size, first_payload
 from irpe_ds.data.parallel import map_in_order, progress
@@ -56,6 +57,7 @@ def convert(
     *,
     workers: int,
     on_bad: OnBad = "error",
+    max_bad: float = MAX_BAD,
     overwrite: bool = False,
     command: str = "",
 ) -> DatasetManifest:
@@ -68,14 +70,17 @@ def convert(
     Args:
         workers: reading and encoding threads.
         on_bad: what to do with an image that cannot be stored: stop, or skip and list it.
+        max_bad: share of the images that may be skipped; a few always may.
         overwrite: replace `out`, and discard an unfinished conversion with other options.
         command: recorded in the manifest.
 
     Raises:
-        ConfigError: `out` exists, or an unfinished conversion has other options.
-        DataError: the source has no images or a damaged one, or `out` cannot be written.
+        ConfigError: `out` exists, an unfinished conversion has other options, or `max_bad` is none.
+        DataError: the source has no images, a damaged one or too many, it has changed since it was
+            listed, or `out` cannot be written.
     """
     check_out(out, overwrite=overwrite)
+    check_share("--max-bad", max_bad)
     journal_path, unfinished = beside(out, JOURNAL), beside(out, PARTIAL)
     identity = {"source": [os.fspath(path) for path in source.paths], "kind": source.kind}
     identity |= asdict(options) | {"ffcv": VERSION}
@@ -87,7 +92,8 @@ def convert(
                 raise already_exists(out)
             if not renamed:
                 try:
-                    manifest = _convert(source, out, options, journal, workers, on_bad, command)
+                    bad = on_bad, max_bad
+                    manifest = _convert(source, out, options, journal, workers, bad, command)
                 except UserError:
                     if not unfinished.exists():  # nothing is done that could be continued
                         journal_path.unlink(missing_ok=True)
@@ -113,13 +119,13 @@ def _convert(
     options: StorageOptions,
     journal: Journal,
     workers: int,
-    on_bad: OnBad,
+    bad: tuple[OnBad, float],
     command: str,
 ) -> DatasetManifest:
     """Write all files but the manifest, under their unfinished names."""
     classes, others = journal.list_source(source)
     room, _ = journal.totals()
-    if on_bad == "error":
+    if bad[0] == "error":
         first_bad = next(journal.skipped(), None)  # of an earlier call with on_bad="skip"
         if first_bad is not None:
             journal.discard(first_bad[-1].position)
@@ -135,14 +141,12 @@ def _convert(
         closing(BetonWriter(unfinished, room=room, end=end, largest=largest)) as writer,
         _Commits(journal, writer) as commits,
     ):
-        _store(journal, writer, commits, Files(source), options, workers, on_bad)
+        _store(journal, writer, commits, Files(source), options, workers, BadImages(journal, *bad))
         counts = journal.counts()
         entered, skipped = counts["num_samples"], counts["skipped"]
         if entered + skipped != room:
             found = f"{entered} images in the file and {skipped} skipped, of {room} listed"
             raise damaged_journal(beside(out, JOURNAL), found)
-        if not counts["num_samples"]:
-            raise DataError("--source", "an image that can be stored", "only bad ones")
         _write_lists(journal, out)
         writer.finish(_tables(journal))
         sha256 = file_sha256(unfinished, "hash")
@@ -180,18 +184,19 @@ def _store(
     files: Files,
     options: StorageOptions,
     workers: int,
-    on_bad: OnBad,
+    bad: BadImages,
 ) -> None:
     """Read, check and write the images that are not done yet."""
     first, total = journal.written()[0], journal.totals()[0]
     work = map_in_order(partial(_read, files, options), journal.images(first), workers=workers)
     with closing(files), closing(work), progress("convert", total, first) as bar:
         for position, (member, result) in enumerate(work, first):
+            bad.enter(member.category)
             if isinstance(result, str):
-                if on_bad == "error":
-                    raise DataError(member, "an undamaged image, or --on-bad skip", result)
+                bad.skip(member, result)
                 journal.add(DoneImage.skipped(position, result))
             else:
+                bad.keep()
                 image, sha256 = result
                 start = writer.append(image.payload)
                 size = image.height, image.width
@@ -199,6 +204,7 @@ def _store(
                 journal.add(DoneImage(position, *stored, sha256, None))
             bar.update()
             commits.advance()
+    bad.enter(None)
     commits.begin()
 
 
@@ -259,6 +265,8 @@ def _read(
         return member, "an image with the name of another one in its class"
     try:
         image = store_image(files.read(member), position, options)
+    except UserError:
+        raise  # of the source, not of this image
     except ValueError as error:
         return member, str(error)
     return member, (image, image.sha256)

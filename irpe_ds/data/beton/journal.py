@@ -245,6 +245,16 @@ class Journal:
             "ifnull(max(size), 0) FROM done"
         )
 
+    def last_class(self) -> tuple[str | None, bool]:
+        """Class of the last image done (None: none is), and whether one of it is in the file."""
+        query = """
+            SELECT category, EXISTS (SELECT * FROM done JOIN images USING (position)
+                                     WHERE label = last.label AND reason IS NULL)
+            FROM images last WHERE position = (SELECT max(position) FROM done)"""
+        for category, good in self._query(query):
+            return os.fsdecode(category), bool(good)
+        return None, False
+
     def images(self, first: int, step: int = 1) -> Iterator[tuple[int, Member, bool]]:
         """Position, file, and whether its name repeats the previous one; every step-th image."""
         where = "position >= ? AND (position - ?) % ? = 0"

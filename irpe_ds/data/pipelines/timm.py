@@ -302,6 +302,8 @@ class Transformed(Dataset):
         sample = int(self._samples[position])
         try:
             image = self._images.open(sample).convert("RGB")
+        except DataError as error:  # of the source, not of this image
+            return error
         except DAMAGE as error:
             return DataError(self._images.name(sample), "an undamaged image", error)
         pixels = torch.as_tensor(self._transform(image))
