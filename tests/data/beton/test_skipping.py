@@ -109,7 +109,7 @@ def test_archive_that_changes_after_it_was_listed_stops(
     photos: Path, happens: Callable[[Path], object], got: str
 ) -> None:
     source = open_source(
-        [Path(shutil.make_archive(str(photos), "tar", photos.parent, "mixed/cat"))]
+        [Path(shutil.make_archive(str(photos), "tar", photos.parent, "mixed/dog"))]
     )
     member = next(member for member in source.members() if member.name == "f03.jpg")
     happens(source.path)
