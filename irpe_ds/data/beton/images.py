@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from irpe_ds.data.beton.format import JPG, MAX_PIXELS, RAW, imdecode
 from irpe_ds.data.beton.options import StorageOptions
+from irpe_ds.data.rgb import to_rgb
 
 MAX_SIDE = 65535  # pixels; the format has 16 bits for each side
 
@@ -69,7 +70,7 @@ def store_image(data: bytes, position: int, options: StorageOptions) -> StoredIm
                     check_jpeg(data)  # Pillow 12 accepts damage that libjpeg-turbo reports
                 if options.mode == "passthrough":
                     return StoredImage(data, JPG, image.height, image.width, True)
-            pixels = _reduced(np.asarray(image.convert("RGB")), options)
+            pixels = _reduced(np.asarray(to_rgb(image)), options)
     except DAMAGE as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
     as_jpeg = options.mode == "reencode"
