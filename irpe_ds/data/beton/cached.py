@@ -19,6 +19,7 @@ from irpe_ds.data.beton.manifest import (
     read_manifest,
 )
 from irpe_ds.data.beton.options import StorageOptions
+from irpe_ds.data.beton.places import target
 from irpe_ds.data.beton.sources import Member, open_source
 from irpe_ds.errors import DataError, UserError
 from irpe_ds.files import open_regular
@@ -39,7 +40,7 @@ def converted(folder: Path, where: str, *, workers: int) -> Path:
     """
     if folder.name in ("", ".."):
         folder = folder.resolve()
-    out = beside(folder, ".beton")
+    out = target(beside(folder, ".beton"))
     _, classes, images = list_images(folder, where)
     if out.exists():
         manifest = read_manifest(out)

@@ -27,8 +27,10 @@ from irpe_ds.data.beton.journal import (
     check_out,
     damaged_journal,
 )
+from irpe_ds.data.beton.lists import count_extensions, list_line
 from irpe_ds.data.beton.manifest import (
     HASHES,
+    LEFT_OUT,
     MANIFEST,
     SKIPPED,
     DatasetManifest,
@@ -37,16 +39,18 @@ from irpe_ds.data.beton.manifest import (
     hash_line,
 )
 from irpe_ds.data.beton.options import MAX_BAD, OnBad, StorageOptions, check_share
+from irpe_ds.data.beton.places import cannot_write, existing, target, temporary_folder
 from irpe_ds.data.beton.reader import tables_sha256
 from irpe_ds.data.beton.skipping import BadImages
 from irpe_ds.data.beton.sources import Files, Member, Source
 from irpe_ds.data.beton.writer import BetonWriter, file_size, first_payload
 from irpe_ds.data.parallel import map_in_order, progress
-from irpe_ds.errors import DataError, UserError
+from irpe_ds.errors import UserError
 from irpe_ds.files import fsync, open_regular
 
 _COMMIT_SECONDS = 2.0  # between commits: what a kill loses at most
 _CHUNK = 1 << 12  # rows of the tables in memory at a time
+_LISTS = (SKIPPED, LEFT_OUT)
 _TRIALS = 100  # images that a dry run converts at most
 
 
@@ -79,6 +83,7 @@ def convert(
         DataError: the source has no images, a damaged one or too many, it has changed since it was
             listed, or `out` cannot be written.
     """
+    out = target(out)
     check_out(out, overwrite=overwrite)
     check_share("--max-bad", max_bad)
     journal_path, unfinished = beside(out, JOURNAL), beside(out, PARTIAL)
@@ -100,15 +105,14 @@ def convert(
                     raise
                 manifest.write(beside(out, MANIFEST + PARTIAL))
                 DatasetManifest.read(beside(out, MANIFEST + PARTIAL))  # as its readers will
-                for suffix in (HASHES, SKIPPED):
+                for suffix in (HASHES, *_LISTS):
                     fsync(beside(out, suffix + PARTIAL))
                 journal.finish()
             _publish(out)
         journal_path.unlink()
         return DatasetManifest.read(beside(out, MANIFEST))
     except (OSError, sqlite3.OperationalError) as error:
-        done = "what is done is kept; rerun the same command to continue"
-        raise DataError(f"--out: cannot write {out}: {error}; {done}") from None
+        raise cannot_write(out, error) from None
     except sqlite3.Error as error:
         raise damaged_journal(journal_path, error) from None
 
@@ -289,27 +293,28 @@ def _tables(journal: Journal) -> Iterator[tuple[NDArray[np.void], NDArray[np.voi
 
 
 def _write_lists(journal: Journal, out: Path) -> None:
-    """Write the hashes of the samples, and the skipped images with their reasons."""
+    """Write the hashes of the samples, the skipped images and other files left out."""
     with beside(out, HASHES + PARTIAL).open("wb") as file:
         for _, category, name, done in journal.kept():
             file.write(hash_line(done.sha256, f"{category}/{name}"))
     with beside(out, SKIPPED + PARTIAL).open("wb") as file:
         for _, category, name, done in journal.skipped():
-            shown = f"{category}/{name}".replace("\n", "\\n").replace("\t", "\\t")
-            file.write(os.fsencode(f"{shown}\t{done.reason}\n"))
+            file.write(list_line(f"{category}/{name}", done.reason or ""))
+    with beside(out, LEFT_OUT + PARTIAL).open("wb") as file:
+        file.writelines(list_line(*left_out) for left_out in journal.left_out())
 
 
 def _publish(out: Path) -> None:
     """Rename the files, the manifest last; resumes after a kill."""
     if beside(out, MANIFEST + PARTIAL).exists():
         beside(out, MANIFEST).unlink(missing_ok=True)  # of the file that is replaced
-    for suffix in ("", HASHES, SKIPPED, MANIFEST):
+    for suffix in ("", HASHES, *_LISTS, MANIFEST):
         unfinished = beside(out, suffix + PARTIAL)
         if unfinished.exists():
             os.replace(unfinished, beside(out, suffix))
-    skipped = beside(out, SKIPPED)
-    if skipped.exists() and not skipped.stat().st_size:
-        skipped.unlink()
+    for path in (beside(out, suffix) for suffix in _LISTS):
+        if path.exists() and not path.stat().st_size:
+            path.unlink()
     fsync(out.parent)
 
 
@@ -323,10 +328,18 @@ class Forecast:
     """Number of classes."""
     left_out: int
     """Source files without an image extension."""
+    extensions: str
+    """How many of them have which."""
     size: int
     """Expected bytes of the .beton file."""
     free: int
     """Bytes free on its disk."""
+    journal: int
+    """Bytes of the journal beside it, until the end."""
+    temporary: int
+    """Bytes in `temporary_folder` while images are listed."""
+    temporary_free: int
+    """Bytes free there."""
     seconds: float
     """Expected duration, from the speed of the trial."""
     bad: dict[str, str]
@@ -354,13 +367,18 @@ def forecast(source: Source, out: Path, options: StorageOptions, *, workers: int
                 read += member.size
                 stored += len(result[0].payload)
         each = (time.monotonic() - since) / len(trials)
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
+        extensions = count_extensions(name for name, _ in journal.left_out())
+        journal_bytes, temporary = journal.needs()
     return Forecast(
         images=count,
         classes=len(classes),
         left_out=others,
+        extensions=extensions,
         size=file_size(count, round(listed * (stored / read if read else 1))),
-        free=shutil.disk_usage(parent).free,
+        free=shutil.disk_usage(existing(target(out).parent)).free,
+        journal=journal_bytes,
+        temporary=temporary,
+        temporary_free=shutil.disk_usage(temporary_folder()).free,
         seconds=count * each / workers,
         bad=bad,
     )
