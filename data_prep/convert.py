@@ -24,14 +24,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whate
 
 from irpe_ds.cli import command, run
 from irpe_ds.data.beton.journal import check_out
-from irpe_ds.data.beton.manifest import SKIPPED, DatasetManifest, beside
-from irpe_ds.data.beton.options import Check, Mode, OnBad, StorageOptions
+from irpe_ds.data.beton.left_out import by_extension
+from irpe_ds.data.beton.manifest import LEFT_OUT, SKIPPED, DatasetManifest, beside
+from irpe_ds.data.beton.options import MAX_BAD, Check, Mode, OnBad, StorageOptions, check_share
+from irpe_ds.data.beton.places import target, temporary_folder
 from irpe_ds.data.beton.sources import open_source
 from irpe_ds.data.parallel import check_workers, local_share
 from irpe_ds.errors import ConfigError, printable
 
 if TYPE_CHECKING:
-    from irpe_ds.data.beton.convert import Forecast
+    from irpe_ds.data.beton.forecast import Forecast
 
 
 def arguments() -> argparse.Namespace:
@@ -56,6 +58,7 @@ def arguments() -> argparse.Namespace:
     add("--check", choices=get_args(Check), default=defaults.check, help="header: verify later")
     add("--on-bad", choices=get_args(OnBad), default="error", help="skip: leave it out and list it")
     cores = local_share(len(os.sched_getaffinity(0)))
+    add("--max-bad", type=float, default=MAX_BAD, help="share that may be skipped (default: 0.01)")
     add("--workers", type=int, default=cores, help="threads (this process's share of the cores)")
     add("--overwrite", action="store_true", help="replace an existing file")
     add(
@@ -81,30 +84,38 @@ def main() -> None:
     check_workers(args.workers)
     if args.shards is not None and args.overwrite:
         raise ConfigError("--overwrite", "no --shards; remove the old files", "both")
+    check_share("--max-bad", args.max_bad)
+    out = target(args.out)
     if not args.dry_run and args.shards is None:
-        check_out(args.out, overwrite=args.overwrite)
+        check_out(out, overwrite=args.overwrite)
     source = open_source(args.source, labels=args.labels, classes=args.classes)
 
-    from irpe_ds.data.beton.convert import convert, forecast  # PyTorch and FFCV: seconds
+    from irpe_ds.data.beton.convert import convert  # PyTorch and FFCV: seconds
+    from irpe_ds.data.beton.forecast import forecast
     from irpe_ds.data.beton.shards import convert_shards
 
     if args.dry_run:
-        print_forecast(forecast(source, args.out, options, workers=args.workers))
+        print_forecast(forecast(source, out, options, workers=args.workers))
         return
     start, how = time.monotonic(), {"workers": args.workers, "on_bad": args.on_bad}
-    how["command"] = shlex.join(["python", *sys.argv])
+    how |= {"max_bad": args.max_bad, "command": shlex.join(["python", *sys.argv])}
     if args.shards is None:
-        manifest = convert(source, args.out, options, overwrite=args.overwrite, **how)
+        manifest = convert(source, out, options, overwrite=args.overwrite, **how)
     else:
-        manifest = convert_shards(source, args.out, options, args.shards, **how)
-    print_result(manifest, args.out, time.monotonic() - start)
+        manifest = convert_shards(source, out, options, args.shards, **how)
+    print_result(manifest, out, time.monotonic() - start)
 
 
 def print_forecast(coming: "Forecast") -> None:
     print(
         f"{coming.images} images of {coming.classes} classes, {coming.left_out} other files left "
-        f"out; about {coming.size / 1e9:.3g} GB, {coming.free / 1e9:.3g} GB free; about "
+        f"out{_counted(coming.extensions)}; about {_size(coming.size)}, and beside it "
+        f"{_size(coming.journal)} until the end, {_size(coming.free)} free; about "
         f"{max(0.1, coming.seconds / 60):.2g} minutes if the disk is fast enough"
+    )
+    print(
+        f"while images are listed, {_size(coming.temporary)} in {temporary_folder()} (TMPDIR), "
+        f"{_size(coming.temporary_free)} free"
     )
     for name, reason in coming.bad.items():
         print(_shown(f"bad: {name}: {reason}"))
@@ -115,19 +126,31 @@ def _names(classes: Sequence[str]) -> str:
     return f" ({_shown(', '.join(classes))})" if len(classes) <= 5 else ""
 
 
+def _size(bytes_: int) -> str:
+    return f"{bytes_ / 1e9:.3g} GB" if bytes_ >= 1e9 else f"{bytes_ / 1e6:.3g} MB"
+
+
+def _counted(extensions: str) -> str:
+    return f" ({_shown(extensions)})" if extensions else ""
+
+
 def _shown(names: str) -> str:
     return printable(names).replace("\n", "\\n")  # a name shall not look like a line of ours
 
 
 def print_result(manifest: DatasetManifest, out: Path, seconds: float) -> None:
+    others = f"{manifest.left_out} other files left out"
+    others += _counted(by_extension(beside(out, LEFT_OUT)))
     print(
         f"{out}: {manifest.num_samples} images of {len(manifest.classes)} classes"
         f"{_names(manifest.classes)} from {manifest.kind}, {manifest.size / 1e6:.1f} MB; "
-        f"{manifest.changed} converted, not stored as they were, {manifest.left_out} other files "
-        f"left out, {manifest.duplicates} duplicates; {manifest.num_samples / seconds:.0f} img/s"
+        f"{manifest.changed} converted, not stored as they were, {others}, "
+        f"{manifest.duplicates} duplicates; {manifest.num_samples / seconds:.0f} img/s"
     )
     if manifest.skipped:
         print(f"{manifest.skipped} bad images are listed in {beside(out, SKIPPED)}")
+    if manifest.left_out:
+        print(f"files left out are listed in {beside(out, LEFT_OUT)}")
     if manifest.options["check"] == "header":
         print(f"not decoded yet: {command('data_prep/verify.py')} {shlex.quote(str(out))}")
 

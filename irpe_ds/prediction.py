@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from irpe_ds.data.beton.images import DAMAGE, open_image
 from irpe_ds.data.beton.sources import IMAGE_BYTES, is_image
 from irpe_ds.data.parallel import map_in_order, progress
+from irpe_ds.data.rgb import to_rgb
 from irpe_ds.errors import ConfigError
 from irpe_ds.files import read_regular
 
@@ -92,7 +93,7 @@ def read_image(path: Path) -> Image.Image:
         Those of DAMAGE: it cannot be read, or is no image, or a damaged one.
     """
     with open_image(read_regular(path, IMAGE_BYTES)) as image:
-        return image.convert("RGB")
+        return to_rgb(image)
 
 
 @torch.inference_mode()

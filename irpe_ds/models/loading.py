@@ -16,6 +16,7 @@ from irpe_ds.checkpoint.manifest import EMA
 from irpe_ds.checkpoint.reader import SavedWeights
 from irpe_ds.checkpoint.shards import whole_shapes
 from irpe_ds.config import ModelConfig, load_run_config
+from irpe_ds.data.rgb import to_rgb
 from irpe_ds.errors import CheckpointError, UserError
 from irpe_ds.files import read_regular
 from irpe_ds.models.build import build_deferred, load_weights
@@ -46,7 +47,7 @@ class Transform:
         )
 
     def __call__(self, image: Image.Image) -> Tensor:
-        pixels: Tensor = self._timm(image.convert("RGB"))
+        pixels: Tensor = self._timm(to_rgb(image))
         return pixels
 
 

@@ -57,7 +57,7 @@ def mixed(tmp_path: Path, pixels: Pixels) -> Path:
     for name in ("cat", "dog"):
         (root / name / "deeper").mkdir(parents=True)
     Image.fromarray(pixels(0, 30, 40)).save(root / "cat" / "a.jpg", quality=90)
-    Image.fromarray(pixels(1, 120, 90)).save(root / "cat" / "deeper" / "b.JPEG", quality=90)
+    Image.fromarray(pixels(7, 120, 90)).save(root / "cat" / "deeper" / "b.JPEG", quality=90)
     Image.fromarray(pixels(2, 30, 40)).save(root / "dog" / "c.png")
     Image.fromarray(pixels(3, 30, 40)).convert("CMYK").save(root / "dog" / "d.jpg", quality=95)
     (root / "dog" / "notes.txt").write_text("not an image")

@@ -21,6 +21,7 @@ from irpe_ds.data.beton.manifest import (
     read_manifest,
 )
 from irpe_ds.data.beton.options import StorageOptions
+from irpe_ds.data.beton.places import target
 from irpe_ds.data.beton.sources import Member, open_source
 from irpe_ds.errors import DataError, UserError
 from irpe_ds.files import open_regular
@@ -41,7 +42,7 @@ def converted(folder: Path, where: str, *, workers: int) -> Path:
     """
     if folder.name in ("", ".."):
         folder = folder.resolve()
-    out = beside(folder, ".beton")
+    out = target(beside(folder, ".beton"))
     _, classes, images = list_images(folder, where)
     if is_there(out):
         manifest = read_manifest(out)

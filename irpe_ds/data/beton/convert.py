@@ -2,13 +2,12 @@
 
 import hashlib
 import os
-import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,8 +27,10 @@ from irpe_ds.data.beton.journal import (
     check_out,
     damaged_journal,
 )
+from irpe_ds.data.beton.left_out import list_line
 from irpe_ds.data.beton.manifest import (
     HASHES,
+    LEFT_OUT,
     MANIFEST,
     SKIPPED,
     DatasetManifest,
@@ -37,17 +38,19 @@ from irpe_ds.data.beton.manifest import (
     file_sha256,
     hash_line,
 )
-from irpe_ds.data.beton.options import OnBad, StorageOptions
+from irpe_ds.data.beton.options import MAX_BAD, OnBad, StorageOptions, check_share
+from irpe_ds.data.beton.places import cannot_write, target
 from irpe_ds.data.beton.reader import tables_sha256
+from irpe_ds.data.beton.skipping import BadImages
 from irpe_ds.data.beton.sources import Files, Member, Source
-from irpe_ds.data.beton.writer import BetonWriter, file_size, first_payload
+from irpe_ds.data.beton.writer import BetonWriter, first_payload
 from irpe_ds.data.parallel import map_in_order, progress
 from irpe_ds.errors import DataError, UserError
 from irpe_ds.files import fsync, open_regular
 
 _COMMIT_SECONDS = 2.0  # between commits: what a kill loses at most
 _CHUNK = 1 << 12  # rows of the tables in memory at a time
-_TRIALS = 100  # images that a dry run converts at most
+_LISTS = (SKIPPED, LEFT_OUT)
 
 
 def convert(
@@ -57,6 +60,7 @@ def convert(
     *,
     workers: int,
     on_bad: OnBad = "error",
+    max_bad: float = MAX_BAD,
     overwrite: bool = False,
     command: str = "",
 ) -> DatasetManifest:
@@ -69,14 +73,18 @@ def convert(
     Args:
         workers: reading and encoding threads.
         on_bad: what to do with an image that cannot be stored: stop, or skip and list it.
+        max_bad: share of the images that may be skipped; a few always may.
         overwrite: replace `out`, and discard an unfinished conversion with other options.
         command: recorded in the manifest.
 
     Raises:
-        ConfigError: `out` exists, or an unfinished conversion has other options.
-        DataError: the source has no images or a damaged one, or `out` cannot be written.
+        ConfigError: `out` exists, an unfinished conversion has other options, or `max_bad` is none.
+        DataError: the source has no images, a damaged one or too many, it has changed since it was
+            listed, or `out` cannot be written.
     """
+    out = target(out)
     check_out(out, overwrite=overwrite)
+    check_share("--max-bad", max_bad)
     journal_path, unfinished = beside(out, JOURNAL), beside(out, PARTIAL)
     same = identity(source, options)
     try:
@@ -87,7 +95,8 @@ def convert(
                 raise already_exists(out)
             if not renamed:
                 try:
-                    _convert(source, out, options, journal, workers, on_bad, command)
+                    bad = on_bad, max_bad
+                    _convert(source, out, options, journal, workers, bad, command)
                 except UserError:
                     if not unfinished.exists():  # nothing is done that could be continued
                         journal_path.unlink(missing_ok=True)
@@ -97,8 +106,7 @@ def convert(
         journal_path.unlink()
         return DatasetManifest.read(beside(out, MANIFEST))
     except (OSError, sqlite3.OperationalError) as error:
-        done = "what is done is kept; rerun the same command to continue"
-        raise DataError(f"--out: cannot write {out}: {error}; {done}") from None
+        raise cannot_write(out, error) from None
     except sqlite3.Error as error:
         raise damaged_journal(journal_path, error) from None
 
@@ -115,12 +123,12 @@ def _convert(
     options: StorageOptions,
     journal: Journal,
     workers: int,
-    on_bad: OnBad,
+    bad: tuple[OnBad, float],
     command: str,
 ) -> None:
     """Write all files under their unfinished names, from where an earlier call stopped."""
     classes, others = journal.list_source(source)
-    if on_bad == "error":
+    if bad[0] == "error":
         first_bad = next(journal.skipped(), None)  # of an earlier call with on_bad="skip"
         if first_bad is not None:
             journal.discard(first_bad[-1].position)
@@ -136,8 +144,8 @@ def _convert(
         source,
         out,
         options,
+        BadImages(journal, *bad),
         workers=workers,
-        on_bad=on_bad,
         classes=classes,
         left_out=others,
         command=command,
@@ -149,9 +157,9 @@ def write_listed(
     source: Source,
     out: Path,
     options: StorageOptions,
+    bad: BadImages,
     *,
     workers: int,
-    on_bad: OnBad,
     classes: tuple[str, ...],
     left_out: int,
     command: str,
@@ -168,13 +176,13 @@ def write_listed(
         closing(BetonWriter(unfinished, room=room, end=end, largest=largest)) as writer,
         _Commits(journal, writer) as commits,
     ):
-        _store(journal, writer, commits, Files(source), options, workers, on_bad)
+        _store(journal, writer, commits, Files(source), options, workers, bad)
         counts = journal.counts()
         entered, skipped = counts["num_samples"], counts["skipped"]
         if entered + skipped != room:
             found = f"{entered} images in the file and {skipped} skipped, of {room} listed"
             raise damaged_journal(beside(out, JOURNAL), found)
-        if not counts["num_samples"]:
+        if not entered:
             raise DataError("--source", "an image that can be stored", "only bad ones")
         _write_lists(journal, out)
         writer.finish(_tables(journal))
@@ -196,7 +204,7 @@ def write_listed(
     )
     manifest.write(beside(out, MANIFEST + PARTIAL))
     DatasetManifest.read(beside(out, MANIFEST + PARTIAL))  # as its readers will
-    for suffix in (HASHES, SKIPPED):
+    for suffix in (HASHES, *_LISTS):
         fsync(beside(out, suffix + PARTIAL))
 
 
@@ -217,18 +225,19 @@ def _store(
     files: Files,
     options: StorageOptions,
     workers: int,
-    on_bad: OnBad,
+    bad: BadImages,
 ) -> None:
     """Read, check and write the images that are not done yet."""
     first, total = journal.written()[0], journal.totals()[0]
-    work = map_in_order(partial(_read, files, options), journal.images(first), workers=workers)
+    work = map_in_order(partial(read_image, files, options), journal.images(first), workers=workers)
     with closing(files), closing(work), progress("convert", total, first) as bar:
         for position, (member, result) in enumerate(work, first):
+            bad.enter(member.category)
             if isinstance(result, str):
-                if on_bad == "error":
-                    raise DataError(member, "an undamaged image, or --on-bad skip", result)
+                bad.skip(member, result)
                 journal.add(DoneImage.skipped(position, result))
             else:
+                bad.keep()
                 image, sha256 = result
                 start = writer.append(image.payload)
                 size = image.height, image.width
@@ -236,6 +245,7 @@ def _store(
                 journal.add(DoneImage(position, *stored, sha256, None))
             bar.update()
             commits.advance()
+    bad.enter(None)
     commits.begin()
 
 
@@ -287,7 +297,7 @@ ReadResult = tuple[StoredImage, bytes] | str
 """An image and its hash, or why it cannot be stored."""
 
 
-def _read(
+def read_image(
     files: Files, options: StorageOptions, item: tuple[int, Member, bool]
 ) -> tuple[Member, ReadResult]:
     """Read, check and encode one image."""
@@ -296,6 +306,8 @@ def _read(
         return member, "an image with the name of another one in its class"
     try:
         image = store_image(files.read(member), position, options)
+    except UserError:
+        raise  # of the source, not of this image
     except ValueError as error:
         return member, str(error)
     return member, (image, image.sha256)
@@ -318,78 +330,26 @@ def _tables(journal: Journal) -> Iterator[tuple[NDArray[np.void], NDArray[np.voi
 
 
 def _write_lists(journal: Journal, out: Path) -> None:
-    """Write the hashes of the samples, and the skipped images with their reasons."""
+    """Write the hashes of the samples, the skipped images and other files left out."""
     with beside(out, HASHES + PARTIAL).open("wb") as file:
         for _, category, name, done in journal.kept():
             file.write(hash_line(done.sha256, f"{category}/{name}"))
     with beside(out, SKIPPED + PARTIAL).open("wb") as file:
         for _, category, name, done in journal.skipped():
-            shown = f"{category}/{name}".replace("\n", "\\n").replace("\t", "\\t")
-            file.write(os.fsencode(f"{shown}\t{done.reason}\n"))
+            file.write(list_line(f"{category}/{name}", done.reason or ""))
+    with beside(out, LEFT_OUT + PARTIAL).open("wb") as file:
+        file.writelines(list_line(*left_out) for left_out in journal.left_out())
 
 
 def publish(out: Path) -> None:
     """Rename the files, the manifest last; resumes after a kill."""
     if beside(out, MANIFEST + PARTIAL).exists():
         beside(out, MANIFEST).unlink(missing_ok=True)  # of the file that is replaced
-    for suffix in ("", HASHES, SKIPPED, MANIFEST):
+    for suffix in ("", HASHES, *_LISTS, MANIFEST):
         unfinished = beside(out, suffix + PARTIAL)
         if unfinished.exists():
             os.replace(unfinished, beside(out, suffix))
-    skipped = beside(out, SKIPPED)
-    if skipped.exists() and not skipped.stat().st_size:
-        skipped.unlink()
+    for path in (beside(out, suffix) for suffix in _LISTS):
+        if path.exists() and not path.stat().st_size:
+            path.unlink()
     fsync(out.parent)
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """An estimate of a conversion."""
-
-    images: int
-    """Images in the source."""
-    classes: int
-    """Number of classes."""
-    left_out: int
-    """Source files without an image extension."""
-    size: int
-    """Expected bytes of the .beton file."""
-    free: int
-    """Bytes free on its disk."""
-    seconds: float
-    """Expected duration, from the speed of the trial."""
-    bad: dict[str, str]
-    """Bad images among those tried, with reasons."""
-
-
-def forecast(source: Source, out: Path, options: StorageOptions, *, workers: int) -> Forecast:
-    """Convert some images of a source, spread evenly, without writing anything.
-
-    Raises:
-        DataError: the source has no images.
-    """
-    with closing(Journal(None, {})) as journal, closing(Files(source)) as files:
-        classes, others = journal.list_source(source)
-        count, listed = journal.totals()
-        trials = list(journal.images(0, step=-(-count // _TRIALS)))
-        read = stored = 0
-        bad = {}
-        since = time.monotonic()
-        for item in trials:
-            member, result = _read(files, options, item)
-            if isinstance(result, str):
-                bad[f"{member.category}/{member.name}"] = result
-            else:
-                read += member.size
-                stored += len(result[0].payload)
-        each = (time.monotonic() - since) / len(trials)
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    return Forecast(
-        images=count,
-        classes=len(classes),
-        left_out=others,
-        size=file_size(count, round(listed * (stored / read if read else 1))),
-        free=shutil.disk_usage(parent).free,
-        seconds=count * each / workers,
-        bad=bad,
-    )

@@ -6,6 +6,7 @@ the tallest height times the widest width, and builds 600 MB of tables in every 
 set of ImageNet's size (1.28 million images). data/pipelines/ffcv.py replaces it.
 """
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -36,7 +37,7 @@ def _light_import() -> Iterator[None]:
 with _light_import():
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.rgb_image import IMAGE_MODES
-    from ffcv.libffcv import imdecode, resize_crop
+    from ffcv.libffcv import imdecode, lib, resize_crop
     from ffcv.reader import Reader
     from ffcv.types import (
         ALLOC_TABLE_TYPE,
@@ -50,6 +51,10 @@ with _light_import():
 VERSION = metadata.version("ffcv")  # ffcv.__version__ of 1.0.2 says 0.0.3rc1
 JPG: int = IMAGE_MODES["jpg"]
 RAW: int = IMAGE_MODES["raw"]
+
+error_message = lib.tjGetErrorStr
+"""Why the last `imdecode` of this thread did not return 0, as a C string: TurboJPEG's words."""
+error_message.argtypes, error_message.restype = [], ctypes.c_void_p
 
 MAX_PIXELS = 89_478_485
 """Of one image, 268 MB decoded: where Pillow begins to warn of decompression bombs."""
@@ -76,6 +81,7 @@ __all__ = [
     "HeaderType",
     "RGBImageField",
     "Reader",
+    "error_message",
     "imdecode",
     "resize_crop",
 ]

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from irpe_ds.data.beton.format import JPG, MAX_PIXELS, RAW, imdecode
+from irpe_ds.data.beton.format import JPG, MAX_PIXELS, RAW
+from irpe_ds.data.beton.jpeg import DAMAGED, LEFTOVER, decode, ends_as_encoders_end
 from irpe_ds.data.beton.options import StorageOptions
+from irpe_ds.data.rgb import to_rgb
 
 MAX_SIDE = 65535  # pixels; the format has 16 bits for each side
 
@@ -69,7 +71,7 @@ def store_image(data: bytes, position: int, options: StorageOptions) -> StoredIm
                     check_jpeg(data)  # Pillow 12 accepts damage that libjpeg-turbo reports
                 if options.mode == "passthrough":
                     return StoredImage(data, JPG, image.height, image.width, True)
-            pixels = _reduced(np.asarray(image.convert("RGB")), options)
+            pixels = _reduced(np.asarray(to_rgb(image)), options)
     except DAMAGE as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
     as_jpeg = options.mode == "reencode"
@@ -104,7 +106,7 @@ def check_jpeg(data: bytes | NDArray[np.uint8]) -> tuple[int, int]:
     """Decode a JPEG with the decoder that training uses; return its height and width.
 
     Raises:
-        ValueError: it does not decode, or only with a warning, when part of the image is garbage.
+        ValueError: it does not decode, or with a warning that says that pixels are garbage.
     """
     array = np.frombuffer(data, np.uint8)
     try:
@@ -114,7 +116,8 @@ def check_jpeg(data: bytes | NDArray[np.uint8]) -> tuple[int, int]:
         raise ValueError(f"no JPEG header: {error}") from None
     pixels = np.empty((-(-height // _EIGHTH), -(-width // _EIGHTH), 3), np.uint8)
     size = height, width
-    if imdecode(array, pixels, *size, *size, 0, 0, 1, _EIGHTH, False, False) != 0:
+    found = decode(array, pixels, *size, _EIGHTH)
+    if found == DAMAGED or (found == LEFTOVER and not ends_as_encoders_end(array, *size)):
         raise ValueError("JPEG data that does not decode cleanly")
     return size
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from irpe_ds.data.beton.manifest import beside, is_there
+from irpe_ds.data.beton.places import failed_place
 from irpe_ds.data.beton.sources import Member, Source, is_image, open_source
 from irpe_ds.errors import ConfigError, DataError, UserError
 from irpe_ds.files import open_regular
@@ -35,6 +36,7 @@ _TEMPORARY = (
     """CREATE TEMP TABLE found (
     category BLOB, name BLOB, file BLOB, offset INTEGER, size INTEGER, stamp INTEGER)""",
     "CREATE TEMP TABLE classes (category BLOB PRIMARY KEY, label INTEGER)",
+    "CREATE TEMP TABLE left_out (category BLOB, name BLOB, reason TEXT)",
     "CREATE TEMP TABLE fresh AS SELECT * FROM images WHERE 0",
 )
 
@@ -55,6 +57,12 @@ DELETE FROM done WHERE position >= (
     WHERE (old.label, old.category, old.name, old.file, old.offset, old.size, old.stamp)
        IS NOT (new.label, new.category, new.name, new.file, new.offset, new.size, new.stamp))
 """
+
+
+_HIDDEN, _NO_IMAGE = "a hidden file", "no extension of an image"
+
+_DONE_BYTES = 75  # of an image in the table of what is done
+_SORTING = 3  # times the size of the temporary tables while they are sorted; measured
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:
@@ -116,6 +124,7 @@ class Journal:
 
     Raises:
         DataError: the file is no journal, or another conversion is using it.
+        OSError: it cannot be written.
         ConfigError: the state has another identity.
     """
 
@@ -124,18 +133,21 @@ class Journal:
     ) -> None:
         self._path, self._added = path, list[DoneImage]()
         self._first = 0  # position of the first image in the whole source
+        _check_file(path)
         try:
-            if path is not None and path.exists():
-                open_regular(path).close()
             self._db = sqlite3.connect(path or "", isolation_level=None, timeout=0)
             self._db.text_factory = os.fsdecode
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("BEGIN EXCLUSIVE")
             self._open_tables()
             ((stored,),) = self._query("SELECT max(value) FROM settings")
-        except (OSError, sqlite3.Error) as error:
-            expected = "the journal of a conversion that is not running"
-            raise DataError(path, expected, error) from None
+        except sqlite3.Error as error:
+            if "locked" in str(error):
+                running = "locked: another conversion to this file is running"
+                raise DataError(f"{path} is {running}; wait for it, or end it") from None
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            raise damaged_journal(path, error) from None
         text = json.dumps(identity, sort_keys=True)
         if stored not in (None, text) and not restart:
             self.close()
@@ -206,8 +218,16 @@ class Journal:
         """List the images of a source; return its classes and the number of other files.
 
         Raises:
-            DataError: the source has no images, or an image of none of its classes.
+            DataError: the source has no images, an image of none of its classes, or more than fit
+            into the temporary folder.
         """
+        try:
+            return self._list_source(source)
+        except sqlite3.OperationalError as error:
+            folders = () if self._path is None else (self._path.parent,)
+            raise DataError(f"cannot list the images: {failed_place(error, *folders)}") from None
+
+    def _list_source(self, source: Source) -> tuple[tuple[str, ...], int]:
         others = 0
 
         def rows() -> Iterator[tuple[object, ...]]:
@@ -217,6 +237,9 @@ class Journal:
                     yield (*map(os.fsencode, member[:3]), *member[3:])
                 else:
                     others += 1
+                    names = map(os.fsencode, member[:2])
+                    why = _HIDDEN if os.path.basename(member.name)[0] == "." else _NO_IMAGE
+                    self._db.execute("INSERT INTO left_out VALUES (?, ?, ?)", (*names, why))
 
         self._db.executemany("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?)", rows())
         found = [
@@ -268,6 +291,30 @@ class Journal:
             places = ", ".join("?" * (1 + len(values)))
             self._db.execute(f"INSERT INTO images VALUES ({places})", (number, *values))
 
+    def left_out(self) -> Iterator[tuple[str, str]]:
+        """Every file listed that is no image, class/name, and the reason."""
+        query = "SELECT category, name, reason FROM left_out ORDER BY category, name"
+        for category, name, reason in self._query(query):
+            yield f"{os.fsdecode(category)}/{os.fsdecode(name)}", reason
+
+    def needs(self) -> tuple[int, int]:
+        """Bytes that a conversion of what is listed takes: its journal, and SQLite in TMPDIR."""
+        journal, temporary = (
+            self._row(f"PRAGMA {name}.page_count")[0] * self._row(f"PRAGMA {name}.page_size")[0]
+            for name in ("main", "temp")
+        )
+        return journal + _DONE_BYTES * self.totals()[0], _SORTING * temporary
+
+    def last_class(self) -> tuple[str | None, bool]:
+        """Class of the last image done (None: none is), and whether one of it is in the file."""
+        query = """
+            SELECT category, EXISTS (SELECT * FROM done JOIN images USING (position)
+                                     WHERE label = last.label AND reason IS NULL)
+            FROM images last WHERE position = (SELECT max(position) FROM done)"""
+        for category, good in self._query(query):
+            return os.fsdecode(category), bool(good)
+        return None, False
+
     def images(self, first: int, step: int = 1) -> Iterator[tuple[int, Member, bool]]:
         """Position in the whole source, file, and whether its name repeats the previous one.
 
@@ -312,6 +359,11 @@ class Journal:
                    count(reason), count(sha256) - count(DISTINCT sha256) FROM done"""
         return dict(zip(names, self._row(query), strict=True))
 
+    def listed_counts(self, num_classes: int) -> tuple[int, ...]:
+        """Images listed, per class."""
+        counts = dict(self._query("SELECT label, count(*) FROM images GROUP BY label"))
+        return tuple(counts.get(label, 0) for label in range(num_classes))
+
     def class_counts(self, num_classes: int) -> tuple[int, ...]:
         """Images in the file, per class."""
         rows = self._query(
@@ -347,6 +399,18 @@ def list_images(path: Path, where: str) -> tuple[Source, tuple[str, ...], list[t
         if error.where == "--source":
             raise DataError(where, error.expected, error.got) from None
         raise DataError(f"{where}: {error}") from None
+
+
+def _check_file(path: Path | None) -> None:
+    """Open and create a journal as SQLite would, whose own error does not say why it cannot."""
+    if path is None:
+        return
+    try:
+        if path.exists():
+            open_regular(path).close()
+    except OSError as error:
+        raise damaged_journal(path, error.strerror) from None
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
 
 
 def _member(row: list[Any]) -> Member:

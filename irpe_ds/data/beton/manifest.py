@@ -2,7 +2,8 @@
 
 FILE.beton.json is the manifest. FILE.beton.sha256 has a line per sample, `hash  class/name`, in
 sha256sum's format: in the source folder, `sha256sum -c` compares it with images stored as they
-are. FILE.beton.skipped lists the images that the conversion left out, with the reasons.
+are. FILE.beton.skipped lists the images that could not be stored, FILE.beton.left_out the files
+that are no images, both with reasons (irpe_ds/data/beton/left_out.py).
 
 A sharded data set has no FILE.beton, but shards FILE-00000-of-00064.beton, each with such files of
 its own. FILE.beton.json is then the index: the manifest of all of them, with a record of each.
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
 from irpe_ds.config_types import Count, Natural
+from irpe_ds.data.beton.places import target
 from irpe_ds.data.parallel import progress
 from irpe_ds.errors import DataError
 from irpe_ds.files import open_regular, read_regular, replace_file
@@ -35,6 +37,7 @@ HASHES = ".sha256"
 SKIPPED = ".skipped"
 SHARDING = ".sharding"
 """Of the folder of an unfinished sharded conversion."""
+LEFT_OUT = ".left_out"
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """64 hexadecimal digits"""
@@ -91,7 +94,7 @@ class DatasetManifest(FileRecord):
     duplicates: Natural
     """Images whose payload is also that of another image."""
     left_out: Natural
-    """Source files without an image extension."""
+    """Source files without an image extension; FILE.beton.left_out lists them."""
     classes: tuple[str, ...]
     """Class names in label order."""
     class_counts: tuple[Natural, ...]
@@ -183,9 +186,15 @@ def read_manifest(beton: Path) -> DatasetManifest | None:
         DataError: it is unreadable or malformed.
     """
     try:
-        return DatasetManifest.read(beside(beton, MANIFEST))
+        return DatasetManifest.read(_record(beton, MANIFEST))
     except FileNotFoundError:
         return None
+
+
+def _record(beton: Path, suffix: str) -> Path:
+    """The file beside a .beton; of a symbolic link that has none, beside what it leads to."""
+    own = beside(beton, suffix)
+    return own if own.exists() or not beton.is_symlink() else beside(target(beton), suffix)
 
 
 def beside(path: Path, suffix: str) -> Path:
@@ -231,7 +240,7 @@ def read_hashes(beton: Path, manifest: DatasetManifest) -> Iterator[SampleHash]:
 
 def file_hashes(beton: Path, sha256: str) -> Iterator[SampleHash]:
     """The lines of one file of hashes, which has this hash; errors as of `read_hashes`."""
-    path, digest = beside(beton, HASHES), hashlib.sha256()
+    path, digest = _record(beton, HASHES), hashlib.sha256()
     try:
         with open_regular(path) as file:
             for number, line in enumerate(iter(partial(file.readline, _LINE_BYTES), b""), 1):

@@ -9,6 +9,9 @@ Mode = Literal["passthrough", "reencode", "raw", "proportion"]
 Check = Literal["decode", "header"]
 OnBad = Literal["error", "skip"]
 
+MAX_BAD = 0.01
+"""Share of the images that may be skipped."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StorageOptions:
@@ -49,7 +52,12 @@ class StorageOptions:
             raise ConfigError("--shortest-side", "only one of the two sides", got)
         if not 1 <= self.quality <= 100:
             raise ConfigError("--quality", "1 to 100", self.quality)
-        if not 0 <= self.proportion <= 1:
-            raise ConfigError("--proportion", "a share between 0 and 1", self.proportion)
+        check_share("--proportion", self.proportion)
         if self.check == "header" and self.mode != "passthrough":
             raise ConfigError("--check", f"decode in mode {self.mode}", self.check)
+
+
+def check_share(name: str, share: float) -> None:
+    """Raise ConfigError if an option is no share."""
+    if not 0 <= share <= 1:
+        raise ConfigError(name, "a share between 0 and 1", share)

@@ -26,8 +26,10 @@ from irpe_ds.config_types import Natural
 from irpe_ds.data.beton.claims import DONE, Claims, Task
 from irpe_ds.data.beton.convert import identity, publish, write_listed
 from irpe_ds.data.beton.journal import Journal, of_another
+from irpe_ds.data.beton.left_out import list_line
 from irpe_ds.data.beton.manifest import (
     HASHES,
+    LEFT_OUT,
     MANIFEST,
     SHARDING,
     SKIPPED,
@@ -40,7 +42,8 @@ from irpe_ds.data.beton.manifest import (
     read_manifest,
     shard_path,
 )
-from irpe_ds.data.beton.options import OnBad, StorageOptions
+from irpe_ds.data.beton.options import MAX_BAD, OnBad, StorageOptions, check_share
+from irpe_ds.data.beton.skipping import BadImages, check_all
 from irpe_ds.data.beton.sources import Source
 from irpe_ds.errors import ConfigError, DataError
 from irpe_ds.files import fsync, open_regular, read_regular, replace_file
@@ -65,6 +68,8 @@ class Listing:
     """For the manifests, which then do not depend on who writes them."""
     classes: tuple[str, ...]
     """Of the whole source, in label order."""
+    listed: tuple[Natural, ...]
+    """Images of each class."""
     left_out: Natural
     """Source files without an image extension."""
     lists: tuple[Sha256, ...]
@@ -79,6 +84,7 @@ def convert_shards(
     *,
     workers: int,
     on_bad: OnBad = "error",
+    max_bad: float = MAX_BAD,
     command: str = "",
 ) -> DatasetManifest:
     """Convert a source to shards together with all processes that call this with the same values.
@@ -91,6 +97,7 @@ def convert_shards(
     Args:
         out: names the set. Its index appears last: beside(out, MANIFEST).
         workers: reading and encoding threads of this process.
+        on_bad: as of `convert`; so is `max_bad`, a share of the whole source.
         command: recorded in the manifests, of the process that lists the source.
 
     Raises:
@@ -101,11 +108,13 @@ def convert_shards(
         raise ConfigError("--shards", f"1 to {MAX_SHARDS}", shards)
     folder = beside(out, SHARDING)
     settings = identity(source, options) | {"shards": shards}
+    check_share("--max-bad", max_bad)
+    bad = on_bad, max_bad
     try:
         if not _is_complete(out, settings):
             folder.mkdir(parents=True, exist_ok=True)
             with Claims(folder) as claims:
-                work = _Conversion(source, out, options, settings, claims, workers, on_bad, command)
+                work = _Conversion(source, out, options, settings, claims, workers, bad, command)
                 work.run()
         shutil.rmtree(folder, ignore_errors=True)
     except (OSError, sqlite3.Error) as error:
@@ -146,12 +155,12 @@ class _Conversion:
         settings: dict[str, Any],
         claims: Claims,
         workers: int,
-        on_bad: OnBad,
+        bad: tuple[OnBad, float],
         command: str,
     ) -> None:
         self._source, self._out, self._options = source, out, options
         self._settings, self._claims = settings, claims
-        self._workers, self._on_bad, self._command = workers, on_bad, command
+        self._workers, self._bad, self._command = workers, bad, command
         self._folder, self._count = beside(out, SHARDING), int(settings["shards"])
         self._list = self._folder / (_LISTING + DONE)
         self._shards = [shard_path(out, number, self._count) for number in range(self._count)]
@@ -188,10 +197,14 @@ class _Conversion:
                 _write_lines(made / str(number), journal.listed(*bounds[number : number + 2]))
                 for number in range(count)
             ]
+            listed = journal.listed_counts(len(classes))
+            with (made / LEFT_OUT).open("wb") as file:
+                file.writelines(list_line(*each) for each in journal.left_out())
         listing = Listing(
             settings=self._settings,
             command=self._command,
             classes=classes,
+            listed=listed,
             left_out=left_out,
             lists=tuple(lists),
         )
@@ -216,13 +229,15 @@ class _Conversion:
         own = self._claims.own / shard.name
         with closing(Journal(None, {})) as journal:
             journal.load(_read_lines(self._list / str(number), listing.lists[number]))
+            categories = [member.category for _, member in journal.members()]
+            ends = categories[0], categories[-1]  # their other images may be in other shards
             write_listed(
                 journal,
                 self._source,
                 own,
                 self._options,
+                BadImages(journal, *self._bad, sum(listing.listed), ends),
                 workers=self._workers,
-                on_bad=self._on_bad,
                 classes=listing.classes,
                 left_out=0,  # they belong to no shard: the index counts them
                 command=listing.command,
@@ -243,7 +258,7 @@ class _Conversion:
         return self._mark(number).exists()
 
     def _write_index(self, listing: Listing) -> None:
-        """Write the list of what was skipped and, last, the index."""
+        """Write the lists of what is not in the set and, last, the index."""
         own = self._claims.own / self._out.name
         skipped, records = beside(own, SKIPPED), list[FileRecord]()
         counts, changed, left = [0] * len(listing.classes), 0, 0
@@ -260,6 +275,8 @@ class _Conversion:
                 if manifest.skipped:
                     with open_regular(beside(shard, SKIPPED)) as lines:
                         shutil.copyfileobj(lines, file)
+        classes = zip(listing.classes, listing.listed, counts, strict=True)
+        check_all(classes, left, self._bad[1])
         index = DatasetManifest(
             source=self._settings["source"],
             kind=self._settings["kind"],
@@ -281,9 +298,12 @@ class _Conversion:
         )
         index.write(beside(own, MANIFEST))
         DatasetManifest.read(beside(own, MANIFEST))  # as its readers will
-        if left:
-            fsync(skipped)
-            os.replace(skipped, beside(self._out, SKIPPED))
+        if listing.left_out:
+            shutil.copyfile(self._list / LEFT_OUT, beside(own, LEFT_OUT))
+        for suffix, count in ((SKIPPED, left), (LEFT_OUT, listing.left_out)):
+            if count:
+                fsync(beside(own, suffix))
+                os.replace(beside(own, suffix), beside(self._out, suffix))
         os.replace(beside(own, MANIFEST), beside(self._out, MANIFEST))
         fsync(self._out.parent)
 

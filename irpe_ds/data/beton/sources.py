@@ -4,6 +4,7 @@ Every kind of source lists the same (class, name) pairs, so the same images make
 file whatever they were packed in.
 """
 
+import errno
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ EXTENSIONS = frozenset(
 
 IMAGE_BYTES = 1 << 28  # of one file at most; ImageNet's largest has 15 MB
 _LABEL_BYTES = 1 << 10
+_NO_FILE = (errno.EINVAL, errno.ENXIO)  # a FIFO, a device, a socket: no fault of the source
 
 
 class Member(NamedTuple):
@@ -288,14 +290,20 @@ class Files:
     """Reads members of a source, from any thread; archives stay open."""
 
     def __init__(self, source: Source) -> None:
-        archives = [os.fspath(path) for path in source.paths if path.is_file()]
-        self._open = {path: os.open(path, os.O_RDONLY) for path in archives}
+        self._open = dict[str, int]()
+        for path in source.paths:
+            try:
+                if path.is_file():
+                    self._open[os.fspath(path)] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise _gone(path, error.strerror) from None
 
     def read(self, member: Member) -> bytes:
         """The bytes of a member.
 
         Raises:
-            ValueError: they cannot be read, or their number changed since the listing.
+            ValueError: they are none of an image: too many, or of no regular file.
+            DataError: the source is not what it was when it was listed: unmounted, for example.
         """
         if member.size > IMAGE_BYTES:
             raise ValueError(f"{member.size} bytes, over {IMAGE_BYTES}")
@@ -305,9 +313,11 @@ class Files:
             else:
                 data = read_regular(member.file, member.size)
         except OSError as error:
-            raise ValueError(error.strerror) from None
+            if error.errno in _NO_FILE:
+                raise ValueError(error.strerror) from None
+            raise _gone(member, error.strerror) from None
         if len(data) != member.size:
-            raise ValueError(f"{len(data)} bytes instead of {member.size}")
+            raise _gone(member, f"{len(data)} bytes instead of {member.size}")
         return data
 
     def close(self) -> None:
@@ -366,6 +376,10 @@ def _stat(path: str) -> os.stat_result:
         return os.stat(path)
     except OSError as error:  # such as a dangling link
         _unreadable(error)
+
+
+def _gone(where: object, got: object) -> DataError:
+    return DataError(where, "the file as it was listed (rerun when the source is back)", got)
 
 
 def _unreadable(error: OSError) -> NoReturn:

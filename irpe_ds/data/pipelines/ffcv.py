@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from irpe_ds.config import AugmentConfig
-from irpe_ds.data.beton.format import JPG, imdecode, resize_crop
+from irpe_ds.data.beton.format import JPG, resize_crop
+from irpe_ds.data.beton.jpeg import DAMAGED
+from irpe_ds.data.beton.jpeg import decode as decode_whole
 from irpe_ds.data.beton.reader import Beton, read_beton
 from irpe_ds.data.crops import Crops, center_crops, random_resized_crops, simple_crops
 from irpe_ds.data.order import BLOCK, Samples, TrainOrder
@@ -40,7 +42,6 @@ try:
     _decode_box, _decode_reduced, _reduce = jpeg.load()
 except UserError as error:
     WHY_WHOLE = str(error)
-_imdecode = numba.njit(nogil=True)(imdecode)
 _resize_crop = numba.njit(nogil=True)(resize_crop)
 
 
@@ -315,7 +316,7 @@ def _decode_whole(
     """As `_decode_crop`, by FFCV's decoder; always at full size and to the end."""
     height, width = np.int64(entry["height"]), np.int64(entry["width"])
     image = np.empty((height, width, 3), np.uint8)
-    if _imdecode(data, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
+    if decode_whole(data, image, height, width, 1) == DAMAGED:
         return False
     _resize_by_opencv(image, box, target, flip)
     return True

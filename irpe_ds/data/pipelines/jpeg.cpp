@@ -25,9 +25,14 @@ Errors& errors_of(j_common_ptr image) { return *reinterpret_cast<Errors*>(image-
 
 void on_error(j_common_ptr image) { longjmp(errors_of(image).failed, 1); }
 
-// Warnings are damage, but for one that changes no pixel: a version of JFIF that no one has defined.
+// Warnings are damage, but for those that change no pixel, as in irpe_ds/data/beton/jpeg.py: a version
+// of JFIF or an Adobe transform that no one has defined, and bytes before the end of the image.
 void on_message(j_common_ptr image, int level) {
-  if (level < 0 && image->err->msg_code != JWRN_JFIF_MAJOR) errors_of(image).damaged = true;
+  const jpeg_error_mgr& error = *image->err;
+  const int code = error.msg_code;
+  const bool leftover = code == JWRN_EXTRANEOUS_DATA && error.msg_parm.i[1] == JPEG_EOI;
+  const bool changes_pixels = !leftover && code != JWRN_JFIF_MAJOR && code != JWRN_ADOBE_XFORM;
+  if (level < 0 && changes_pixels) errors_of(image).damaged = true;
 }
 
 // What is wanted of which JPEG.

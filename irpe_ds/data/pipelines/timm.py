@@ -39,6 +39,7 @@ from irpe_ds.data.crops import PADDING
 from irpe_ds.data.order import Samples, TrainOrder
 from irpe_ds.data.parallel import local_share
 from irpe_ds.data.pipelines.pipeline import BETON, Batches
+from irpe_ds.data.rgb import to_rgb
 from irpe_ds.data.rng import Keys
 from irpe_ds.errors import DataError, TrainingError, UserError
 
@@ -311,7 +312,9 @@ class Transformed(Dataset):
             seed_generators(int(self._keys[position]))
         sample = int(self._samples[position])
         try:
-            image = self._images.open(sample).convert("RGB")
+            image = to_rgb(self._images.open(sample))
+        except DataError as error:  # of the source, not of this image
+            return error
         except DAMAGE as error:
             return DataError(self._images.name(sample), "an undamaged image", error)
         pixels = torch.as_tensor(self._transform(image))

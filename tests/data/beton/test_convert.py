@@ -15,7 +15,8 @@ from PIL import Image
 
 from irpe_ds.config import DataConfig
 from irpe_ds.data.beton import writer
-from irpe_ds.data.beton.convert import convert, forecast
+from irpe_ds.data.beton.convert import convert
+from irpe_ds.data.beton.forecast import forecast
 from irpe_ds.data.beton.format import JPG, RAW, Reader
 from irpe_ds.data.beton.manifest import (
     MANIFEST,
@@ -235,8 +236,8 @@ def test_forecast_of_the_time_counts_the_images_tried(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr("irpe_ds.data.beton.convert.time.monotonic", lambda: next(clock))
-    monkeypatch.setattr("irpe_ds.data.beton.convert._TRIALS", 25)  # of 37 images every second: 19
+    monkeypatch.setattr("irpe_ds.data.beton.forecast.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("irpe_ds.data.beton.forecast._TRIALS", 25)  # of 37 images every second: 19
     coming = forecast(open_source([folder]), tmp_path / "out.beton", StorageOptions(), workers=2)
     assert coming.seconds == pytest.approx(37 * 10 / 19 / 2)
 

@@ -5,6 +5,8 @@ import struct
 import subprocess
 import zlib
 
+import cv2
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -43,3 +45,45 @@ def test_image_too_large_is_refused_before_it_is_decoded(width: int, height: int
         chunks += struct.pack(">I", len(data)) + kind + data + checksum
     with pytest.raises(ValueError, match=r"pixels"):
         store_image(b"\x89PNG\r\n\x1a\n" + chunks, 0, StorageOptions())
+
+
+RAMP = np.linspace(0, 65535, 4 * 64).astype(np.uint16).reshape(4, 64)
+
+
+def encoded(kind: str, pixels: np.ndarray, **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded("PNG", RAMP),
+        encoded("TIFF", RAMP),
+        encoded("TIFF", RAMP, compression="tiff_lzw"),
+        b"P5 64 4 65535\n" + RAMP.astype(">u2").tobytes(),
+        b"P6 64 4 65535\n" + np.repeat(RAMP[..., None], 3, -1).astype(">u2").tobytes(),
+        cv2.imencode(".png", np.repeat(RAMP[..., None], 3, -1))[1].tobytes(),
+    ],
+    ids=["PNG", "TIFF", "LZW", "PGM", "PPM", "RGB"],
+)
+def test_16_bits_are_scaled(data: bytes) -> None:
+    image = store_image(data, 0, StorageOptions())
+    pixels = np.frombuffer(image.payload, np.uint8).reshape(4, 64, 3).astype(int)
+    assert np.abs(pixels - np.round(RAMP / 257)[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("data", "mode"),
+    [
+        (encoded("TIFF", (RAMP / 65535).astype(np.float32)), "F"),
+        (encoded("TIFF", RAMP.astype(np.int32)), "I"),
+        (encoded("TIFF", RAMP, tiffinfo={262: 0}), "I;16"),  # 0 is white
+        (b"Pf 64 4 -1.0\n" + (RAMP / 65535).astype("<f4").tobytes(), "F"),
+    ],
+    ids=["float", "int32", "white is 0", "PFM"],
+)
+def test_numbers_without_a_white_are_refused(data: bytes, mode: str) -> None:
+    with pytest.raises(ValueError, match=rf"without a known white \(Pillow's mode {mode}\)"):
+        store_image(data, 0, StorageOptions())

@@ -90,7 +90,7 @@ def test_samples_are_those_of_one_file(folder: Path, tmp_path: Path, mode: Any) 
     assert np.array_equal(found.hashes, expected.hashes)
     for sample in range(37):
         assert np.array_equal(found.payload(sample), expected.payload(sample))
-        assert found.is_intact(sample)
+        assert found.is_intact(sample, found.payload(sample))
     assert verify(out, workers=2).num_samples == 37
 
 

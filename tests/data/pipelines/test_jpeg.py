@@ -9,7 +9,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
+from irpe_ds.data.beton import jpeg as jpegs
 from irpe_ds.data.beton.format import JPG, RAW, imdecode
+from irpe_ds.data.beton.images import store_image
+from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.beton.reader import ENTRY
 from irpe_ds.data.crops import CROP
 from irpe_ds.data.pipelines import ffcv, jpeg
@@ -101,6 +104,78 @@ def test_a_box_is_part_of_the_whole(subsampling: str, mode: str, progressive: bo
 def test_damage(damage: Callable[[Pixels], Pixels]) -> None:
     data = damage(encode(photograph(200, 100)))
     assert decode(data, (100, 200), (0, 0, 100, 200), to_end=True) is None
+
+
+def _after_start(data: bytes, segment: bytes) -> bytes:
+    return data[:2] + segment + data[2:]
+
+
+def _without_jfif(data: bytes) -> bytes:
+    return data[:2] + data[20:]
+
+
+ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"  # the transform follows
+HARMLESS: dict[str, Callable[[bytes], bytes]] = {
+    "bytes before the end": lambda data: data[:-2] + b"left over, by whom?" + data[-2:],
+    "JFIF 0.00": lambda data: data.replace(b"JFIF\0\1\1", b"JFIF\0\0\0"),
+    "unknown marker": lambda data: _after_start(data, b"\xff\xe7\0\x06abcd"),
+    "unknown transform": lambda data: _after_start(_without_jfif(data), ADOBE + b"\7"),
+    "bytes after the end": lambda data: data + b"more",
+    "two of them": lambda data: HARMLESS["JFIF 0.00"](HARMLESS["bytes before the end"](data)),
+}
+
+
+def decode_whole(data: Pixels, size: tuple[int, int]) -> Pixels | None:
+    """Where `decode_box` cannot be built; at a target of the same size no pixel changes."""
+    entry, target = np.zeros(1, ENTRY), np.empty((*size, 3), np.uint8)
+    entry["height"], entry["width"] = size
+    box = np.array((0, 0, *size), np.int64)
+    return target if ffcv._decode_whole(data, entry[0], box, target, False, True) else None
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_warnings_that_change_no_pixel(kind: str, mode: str) -> None:
+    clean = encode(photograph(90, 60, mode))
+    strange = np.frombuffer(HARMLESS[kind](clean.tobytes()), np.uint8)
+    assert not np.array_equal(strange, clean)
+    opened = [np.asarray(Image.open(io.BytesIO(data.tobytes()))) for data in (clean, strange)]
+    assert np.array_equal(*opened)
+    expected = decode_by_ffcv(clean, 60, 90)
+    for found in (
+        decode(strange, (60, 90), (0, 0, 60, 90), to_end=True),
+        decode_whole(strange, (60, 90)),
+    ):
+        assert found is not None
+        assert np.array_equal(found, expected)
+    for check in ("decode", "header"):
+        stored = store_image(strange.tobytes(), 0, StorageOptions(check=check))
+        assert stored.original
+
+
+def test_harmless_warning_does_not_hide_damage() -> None:
+    half = HARMLESS["JFIF 0.00"](encode(photograph(90, 60)).tobytes()[:2000])
+    data = np.frombuffer(half, np.uint8)
+    assert decode(data, (60, 90), (0, 0, 60, 90), to_end=True) is None
+    assert decode_whole(data, (60, 90)) is None
+    with pytest.raises(ValueError, match="does not decode cleanly"):
+        store_image(data.tobytes(), 0, StorageOptions())
+
+
+def test_bytes_left_over_by_damage_are_told_from_those_added() -> None:
+    random, refused, accepted = np.random.default_rng(0), 0, 0
+    for n in range(60):
+        data = encode(photograph(90 + n, 60))
+        scan = data.tobytes().index(b"\xff\xda") + 14
+        damaged, place = data.copy(), random.integers(scan, data.size - 50)
+        damaged[place : place + 40] = 0
+        size, image = (60, 90 + n), np.empty((60, 90 + n, 3), np.uint8)
+        if jpegs.decode(damaged, image, *size, 1) == jpegs.LEFTOVER:
+            refused += not jpegs.ends_as_encoders_end(damaged, *size)
+        added = data[:-2].tobytes() + random.bytes(20).replace(b"\xff", b"") + b"\xff\xd9"
+        accepted += jpegs.ends_as_encoders_end(np.frombuffer(added, np.uint8), *size)
+    assert accepted >= 58
+    assert refused >= 6, refused
 
 
 def test_damage_below_the_box() -> None:
