@@ -21,7 +21,7 @@ from irpe_ds.plots.style import check_out, save_figure
 def main() -> None:
     args = _parser().parse_intermixed_args()
     check_out(args.out)
-    for name in (*MEANINGS, "images", "image_kb"):
+    for name in (*MEANINGS, "images", "image_kb", "memory_gb", "storage_gb_s"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')}", "a number above 0", value)
@@ -41,7 +41,7 @@ def main() -> None:
     values = {name: getattr(args, name) for name in MEANINGS}
     given = {name: value for name, value in values.items() if value is not None}
     about = (args.images, args.image_kb, given, args.calibrate, args.micro_batch)
-    report = build_report(config, cluster, *about)
+    report = build_report(config, cluster, *about, args.memory_gb, args.storage_gb_s)
     print(printable(to_text(report)))
     if args.out:
         from irpe_ds.plots.plan import draw_plan
@@ -65,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--micro-batch", type=int, metavar="N", help="images on every GPU; default: the recipe's")
     add("--images", type=int, default=IMAGENET_IMAGES, metavar="N", help="in the training set")
     add("--image-kb", type=float, default=IMAGENET_KB, metavar="X", help="mean size, 1000 bytes")
+    add("--memory-gb", type=float, metavar="X", help="of a node, for advice on data.order")
+    add("--storage-gb-s", type=float, metavar="X", help="what the storage gives all nodes together")
     results = "results of a scaling experiment, CSV or JSON"
     add("--calibrate", type=Path, metavar="FILE", help=results)
     drawn = "draw the plan for 1 to 4096 GPUs: PNG, PDF or SVG; may be repeated"

@@ -11,6 +11,7 @@ from irpe_ds.files import or_shipped
 from irpe_ds.planner.assumptions import IMAGENET_IMAGES, MEANINGS, Assumptions
 from irpe_ds.planner.deepspeed import collectives, version_note
 from irpe_ds.planner.hardware import Cluster
+from irpe_ds.planner.loading import data_advice
 from irpe_ds.planner.memory import Memory
 from irpe_ds.planner.plan import (
     PlanRow,
@@ -39,6 +40,8 @@ class Report:
     """By name, the run's among them."""
     row: PlanRow
     """The run on the cluster."""
+    data_advice: str
+    """Which order of images to take."""
     micro_batch: int
     """Images per GPU of weak scaling."""
     strong: Sequence[PlanRow]
@@ -92,6 +95,8 @@ def build_report(
     given: Mapping[str, Any],
     calibration: Path | None = None,
     micro_batch: int | None = None,
+    memory_gb: float | None = None,
+    storage_gb_s: float | None = None,
 ) -> Report:
     """Plan a run on a cluster.
 
@@ -101,6 +106,8 @@ def build_report(
         given: assumptions that the user gives.
         calibration: results of a scaling experiment to fit the others to.
         micro_batch: images per GPU. None: the recipe's global batch.
+        memory_gb: memory of a node, 1e9 bytes, if known.
+        storage_gb_s: what the storage gives all nodes together, if known.
 
     Raises:
         ConfigError: a mistake in the configuration or the results, or the run does not fit.
@@ -131,6 +138,7 @@ def build_report(
         origins=origins,
         zero_configs=zero_configs,
         row=row,
+        data_advice=data_advice(scenario, row, memory_gb, storage_gb_s),
         micro_batch=per_gpu,
         strong=list(strong_scaling(scenario, cluster)),
         weak=list(weak_scaling(scenario, cluster, per_gpu)),
@@ -207,6 +215,7 @@ def _answer(report: Report) -> Iterator[str]:
         f"- loader: {cores} of each node for its {per_node[0]:,.0f} img/s, and "
         f"{per_node[1]:.2f} GB/s ({row.storage_gb_s:.2f} in all) unless the files are cached"
     )
+    yield f"- data: {report.data_advice}"
     yield f"- advice: {report.advice}"
     imagenet = " (ImageNet; --images for another set)" * (scenario.images == IMAGENET_IMAGES)
     epochs = f"{train.epochs} epochs of {scenario.images:,} images{imagenet}"

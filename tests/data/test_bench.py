@@ -10,6 +10,9 @@ import pytest
 
 from data_prep.synthetic_imagenet import write
 from irpe_ds.data.bench.__main__ import main
+from irpe_ds.data.beton.convert import convert
+from irpe_ds.data.beton.options import StorageOptions
+from irpe_ds.data.beton.sources import open_source
 from irpe_ds.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -25,14 +28,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def bench(data: Path, out: Path, *options: str) -> dict[str, Any]:
+def bench(
+    data: Path, out: Path, part: str, *options: str, source: str = "--data"
+) -> dict[str, Any]:
     """The report of one round, whose text must have every row of it."""
-    command = [*BENCH, options[0], "--data", str(data), "--rounds", "1"]
-    command += ["--out", str(out), *options[1:]]
-    before = sorted(data.iterdir())
+    command = [*BENCH, part, source, str(data), "--rounds", "1", "--out", str(out), *options]
+    before = sorted(data.glob("*"))
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    assert sorted(data.iterdir()) == before
+    assert sorted(data.glob("*")) == before
     report = json.loads(out.read_text())
     assert report["images"] == 24
     assert report["command"].startswith("python ")
@@ -62,6 +66,17 @@ def test_load(data: Path, tmp_path: Path) -> None:
     loaders = {"ours", "ours, scaled", "ffcv", "torchvision", "decode only", "ours, normalised"}
     for rows in tables.values():
         assert set(rows) == loaders | {"ours, 3a, normalised"}
+
+
+def test_storage(data: Path, tmp_path: Path) -> None:
+    source, path = open_source([data / "folder/train"]), tmp_path / "train.beton"
+    convert(source, path, StorageOptions(), workers=1)
+    options = ["--batch", "8", "--size", "32", "--window", "16"]
+    tables = bench(path, tmp_path / "report.json", "storage", *options, source="--beton")
+    title = "storage, workers 1, 32 pixels, window 16"
+    assert list(tables) == [title, f"{title}, per second of CPU time"]
+    for rows in tables.values():
+        assert list(rows) == ["sequential", "blocks", "global", "not-ahead", "ffcv"]
 
 
 @pytest.mark.parametrize("option", ["--data", "--workers", "--rounds", "--batch", "--out"])

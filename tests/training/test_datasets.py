@@ -97,10 +97,12 @@ class TestFolders:
         names = [f"{'ant' if g < 100 else 'bee'}/{g % 10}.png" for g in val]
         assert names == val_images(found.data)
         assert sum(name.startswith("ant") for name in names) == 1
-        batches = TrainLoader(found.data, found.augment, seed=0, **place).epoch(0)
-        train = {int(i[0, 4, 4]) for batch in batches for i in batch.images}
-        assert len(train) == 4  # two full batches
-        assert not train & {*val}
+        for order in ("global", "blocks"):
+            data = found.data.model_copy(update={"order": order})
+            batches = TrainLoader(data, found.augment, seed=0, **place).epoch(0)
+            train = {int(i[0, 4, 4]) for batch in batches for i in batch.images}
+            assert len(train) == 4  # two full batches
+            assert not train & {*val}
 
     def test_the_split_has_a_seed_of_its_own(self, photos: Path) -> None:
         one, same, other = (
