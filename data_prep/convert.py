@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whate
 from irpe_ds.cli import run
 from irpe_ds.data.beton.journal import check_out
 from irpe_ds.data.beton.manifest import SKIPPED, DatasetManifest, beside
-from irpe_ds.data.beton.options import Check, Mode, OnBad, StorageOptions
+from irpe_ds.data.beton.options import Check, Mode, OnBad, StorageOptions, check_shards
 from irpe_ds.data.beton.sources import open_source
 from irpe_ds.data.parallel import check_workers, local_share
 from irpe_ds.errors import ConfigError, printable
@@ -79,9 +79,11 @@ def main() -> None:
         check=args.check,
     )
     check_workers(args.workers)
-    if args.shards is not None and args.overwrite:
-        raise ConfigError("--overwrite", "no --shards; remove the old files", "both")
-    if not args.dry_run and args.shards is None:
+    if args.shards is not None:
+        check_shards(args.shards)
+        if args.overwrite:
+            raise ConfigError("--overwrite", "no --shards; remove the old files", "both")
+    elif not args.dry_run:
         check_out(args.out, overwrite=args.overwrite)
     source = open_source(args.source, labels=args.labels, classes=args.classes)
 

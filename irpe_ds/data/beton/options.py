@@ -9,6 +9,8 @@ Mode = Literal["passthrough", "reencode", "raw", "proportion"]
 Check = Literal["decode", "header"]
 OnBad = Literal["error", "skip"]
 
+_MAX_SHARDS = 512  # a process that reads the set keeps all of them open, of 1,024 files mostly
+
 
 @dataclass(frozen=True, kw_only=True)
 class StorageOptions:
@@ -53,3 +55,9 @@ class StorageOptions:
             raise ConfigError("--proportion", "a share between 0 and 1", self.proportion)
         if self.check == "header" and self.mode != "passthrough":
             raise ConfigError("--check", f"decode in mode {self.mode}", self.check)
+
+
+def check_shards(shards: int) -> None:
+    """Raise ConfigError if a data set cannot have that many shards."""
+    if not 1 <= shards <= _MAX_SHARDS:
+        raise ConfigError("--shards", f"1 to {_MAX_SHARDS}", shards)
