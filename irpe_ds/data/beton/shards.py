@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sqlite3
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
@@ -48,6 +49,7 @@ from irpe_ds.schema import parse_json
 
 _NEW = "the name of a new data set"
 _LISTING = "listing"
+_SHARD = "shard-"
 _SETTINGS = "settings.json"
 _SETTINGS_BYTES = 1 << 24
 
@@ -162,7 +164,7 @@ class _Conversion:
             return
         listing = self._read_listing()
         tasks = [
-            Task(f"shard-{n:05d}", partial(self._write_shard, listing, n))
+            Task(f"{_SHARD}{n:05d}", partial(self._write_shard, listing, n))
             for n in range(self._count)
         ]
         self._claims.share(tasks, index.exists)
@@ -237,9 +239,12 @@ class _Conversion:
                 os.replace(beside(own, suffix), beside(shard, suffix))
         fsync(shard.parent)
         self._mark(number).touch()
+        names = os.listdir(self._folder)
+        finished = sum(name.startswith(_SHARD) and name.endswith(DONE) for name in names)
+        print(f"{shard.name}: {finished} of {self._count} shards are finished", file=sys.stderr)
 
     def _mark(self, number: int) -> Path:
-        return self._folder / f"shard-{number:05d}{DONE}"
+        return self._folder / f"{_SHARD}{number:05d}{DONE}"
 
     def _is_done(self, number: int) -> bool:
         return self._mark(number).exists()
