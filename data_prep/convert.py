@@ -26,7 +26,15 @@ from irpe_ds.cli import command, run
 from irpe_ds.data.beton.journal import check_out
 from irpe_ds.data.beton.left_out import by_extension
 from irpe_ds.data.beton.manifest import LEFT_OUT, SKIPPED, DatasetManifest, beside
-from irpe_ds.data.beton.options import MAX_BAD, Check, Mode, OnBad, StorageOptions, check_share
+from irpe_ds.data.beton.options import (
+    MAX_BAD,
+    Check,
+    Mode,
+    OnBad,
+    StorageOptions,
+    check_shards,
+    check_share,
+)
 from irpe_ds.data.beton.places import target, temporary_folder
 from irpe_ds.data.beton.sources import open_source
 from irpe_ds.data.parallel import check_workers, local_share
@@ -82,11 +90,13 @@ def main() -> None:
         check=args.check,
     )
     check_workers(args.workers)
-    if args.shards is not None and args.overwrite:
-        raise ConfigError("--overwrite", "no --shards; remove the old files", "both")
     check_share("--max-bad", args.max_bad)
     out = target(args.out)
-    if not args.dry_run and args.shards is None:
+    if args.shards is not None:
+        check_shards(args.shards)
+        if args.overwrite:
+            raise ConfigError("--overwrite", "no --shards; remove the old files", "both")
+    elif not args.dry_run:
         check_out(out, overwrite=args.overwrite)
     source = open_source(args.source, labels=args.labels, classes=args.classes)
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import timm
@@ -27,10 +28,12 @@ from irpe_ds.checkpoint import reader
 from irpe_ds.checkpoint.reader import CheckpointManifest, SavedWeights
 from irpe_ds.cluster.hostfile import read_hostfile
 from irpe_ds.config import load_config
+from irpe_ds.data.beton import shards
 from irpe_ds.data.beton.convert import convert
 from irpe_ds.data.beton.manifest import HASHES, MANIFEST, beside
 from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.beton.reader import read_beton
+from irpe_ds.data.beton.shards import convert_shards
 from irpe_ds.data.beton.sources import is_image, open_source
 from irpe_ds.data.beton.verify import verify
 from irpe_ds.data.pipelines.timm import open_images
@@ -94,6 +97,12 @@ def bare_beton(folder: Path) -> None:
     beton(folder)
     for suffix in (MANIFEST, HASHES):
         beside(folder / "a.beton", suffix).unlink()
+
+
+def sharded(folder: Path) -> None:
+    image_folder(folder)
+    source = open_source([folder / "source"])
+    convert_shards(source, folder / "a.beton", StorageOptions(), 2, workers=1)
 
 
 def read_samples(path: Path) -> str:
@@ -174,6 +183,21 @@ def read_resumed(folder: Path) -> str:
     source, out = open_source([folder / "source"]), folder / "out.beton"
     made = convert(source, out, StorageOptions(), workers=1)
     return f"{made.tables_sha256} {made.hashes_sha256} {read_samples(out)}"
+
+
+def interrupted_shards(folder: Path) -> None:
+    """A sharded conversion that ended between the shards and the index, and can go on."""
+    sharded(folder)
+    for path in (*folder.glob("a-*"), folder / "a.beton.json"):
+        path.unlink()
+    stopped = mock.patch.object(shards._Conversion, "_write_index", side_effect=UserError("stop"))
+    with stopped, suppress(UserError):
+        sharded(folder)
+
+
+def read_resumed_shards(folder: Path) -> str:
+    sharded(folder)
+    return read_samples(folder / "a.beton")
 
 
 SHAPES = {"weight": (3, 2), "bias": (3,)}
@@ -322,6 +346,11 @@ KINDS: Mapping[str, Kind] = {
         beton, ("a.beton.sha256",), lambda f: read_samples(f / "a.beton"), TEXT, exact=True
     ),
     "manifest": Kind(beton, ("a.beton.json",), read_verified, JSON),
+    "shards": Kind(sharded, ("a-*.beton*",), lambda f: read_samples(f / "a.beton"), exact=True),
+    "index": Kind(sharded, ("a.beton.json",), read_verified, JSON),
+    "sharded conversion": Kind(
+        interrupted_shards, ("a.beton.sharding/*.done/*", "a-*"), read_resumed_shards, exact=True
+    ),
     "beton without manifest": Kind(bare_beton, ("a.beton",), lambda f: read_samples(f / "a.beton")),
     "beton without manifest verified": Kind(bare_beton, ("a.beton",), read_verified),
     "image": Kind(image_folder, ("source/*/*",), lambda f: read_converted(f, "source")),

@@ -11,6 +11,7 @@ OnBad = Literal["error", "skip"]
 
 MAX_BAD = 0.01
 """Share of the images that may be skipped."""
+_MAX_SHARDS = 512  # a process that reads the set keeps all of them open, of 1,024 files mostly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +62,9 @@ def check_share(name: str, share: float) -> None:
     """Raise ConfigError if an option is no share."""
     if not 0 <= share <= 1:
         raise ConfigError(name, "a share between 0 and 1", share)
+
+
+def check_shards(shards: int) -> None:
+    """Raise ConfigError if a data set cannot have that many shards."""
+    if not 1 <= shards <= _MAX_SHARDS:
+        raise ConfigError("--shards", f"1 to {_MAX_SHARDS}", shards)

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sqlite3
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
@@ -42,16 +43,16 @@ from irpe_ds.data.beton.manifest import (
     read_manifest,
     shard_path,
 )
-from irpe_ds.data.beton.options import MAX_BAD, OnBad, StorageOptions, check_share
+from irpe_ds.data.beton.options import MAX_BAD, OnBad, StorageOptions, check_shards, check_share
 from irpe_ds.data.beton.skipping import BadImages, check_all
 from irpe_ds.data.beton.sources import Source
 from irpe_ds.errors import ConfigError, DataError
 from irpe_ds.files import fsync, open_regular, read_regular, replace_file
 from irpe_ds.schema import parse_json
 
-MAX_SHARDS = 512  # a process that reads the set keeps all of them open, of 1,024 files mostly
 _NEW = "the name of a new data set"
 _LISTING = "listing"
+_SHARD = "shard-"
 _SETTINGS = "settings.json"
 _SETTINGS_BYTES = 1 << 24
 
@@ -104,8 +105,7 @@ def convert_shards(
         ConfigError: `out` exists, or other processes have other values.
         DataError: the source has no images or a damaged one, or a file cannot be written.
     """
-    if not 1 <= shards <= MAX_SHARDS:
-        raise ConfigError("--shards", f"1 to {MAX_SHARDS}", shards)
+    check_shards(shards)
     folder = beside(out, SHARDING)
     settings = identity(source, options) | {"shards": shards}
     check_share("--max-bad", max_bad)
@@ -173,7 +173,7 @@ class _Conversion:
             return
         listing = self._read_listing()
         tasks = [
-            Task(f"shard-{n:05d}", partial(self._write_shard, listing, n))
+            Task(f"{_SHARD}{n:05d}", partial(self._write_shard, listing, n))
             for n in range(self._count)
         ]
         self._claims.share(tasks, index.exists)
@@ -208,7 +208,8 @@ class _Conversion:
             left_out=left_out,
             lists=tuple(lists),
         )
-        replace_file(made / _SETTINGS, json.dumps(asdict(listing)))
+        text = json.dumps(asdict(listing))
+        replace_file(made / _SETTINGS, f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
         fsync(made)
         try:
             os.rename(made, self._list)
@@ -218,7 +219,10 @@ class _Conversion:
 
     def _read_listing(self) -> Listing:
         path = self._list / _SETTINGS
-        listing = parse_json(read_regular(path, _SETTINGS_BYTES), Listing, path, DataError)
+        text, _, sha256 = read_regular(path, _SETTINGS_BYTES).removesuffix(b"\n").rpartition(b"\n")
+        if hashlib.sha256(text).hexdigest().encode() != sha256:
+            raise _damaged(path)
+        listing = parse_json(text, Listing, path, DataError)
         if listing.settings != self._settings:
             where = f"{self._folder} (of an unfinished conversion; remove it to start over)"
             raise of_another(where, listing.settings, self._settings)
@@ -250,9 +254,12 @@ class _Conversion:
                 os.replace(beside(own, suffix), beside(shard, suffix))
         fsync(shard.parent)
         self._mark(number).touch()
+        names = os.listdir(self._folder)
+        finished = sum(name.startswith(_SHARD) and name.endswith(DONE) for name in names)
+        print(f"{shard.name}: {finished} of {self._count} shards are finished", file=sys.stderr)
 
     def _mark(self, number: int) -> Path:
-        return self._folder / f"shard-{number:05d}{DONE}"
+        return self._folder / f"{_SHARD}{number:05d}{DONE}"
 
     def _is_done(self, number: int) -> bool:
         return self._mark(number).exists()
@@ -331,10 +338,14 @@ def _write_lines(path: Path, lines: Iterator[str]) -> str:
 
 def _read_lines(path: Path, sha256: str) -> Iterator[str]:
     if file_sha256(path) != sha256:
-        folder = path.parent.parent
-        raise DataError(path, f"the list of a shard (remove {folder} to start over)", "damage")
+        raise _damaged(path)
     with path.open() as file:
         yield from file
+
+
+def _damaged(path: Path) -> DataError:
+    folder = path.parent.parent
+    return DataError(path, f"the list of the source (remove {folder} to start over)", "damage")
 
 
 def _joint(hashes: Iterator[str]) -> str:

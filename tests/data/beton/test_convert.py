@@ -320,7 +320,11 @@ def run_without_heavy_imports(script: str, *options: object) -> subprocess.Compl
 
 
 @pytest.mark.parametrize(
-    "option", [("--quality", 0), ("--workers", 0), ("--source", "absent"), ("--out", "README.md")]
+    "option",
+    [
+        *(("--quality", 0), ("--workers", 0), ("--source", "absent"), ("--out", "README.md")),
+        ("--shards", 513),
+    ],
 )
 def test_mistake_is_reported_before_heavy_imports(mixed: Path, option: tuple[str, object]) -> None:
     options = {"--source": mixed, "--out": mixed.parent / "mixed.beton"} | dict([option])

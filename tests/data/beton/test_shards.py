@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,12 @@ from irpe_ds.data.beton.manifest import (
 from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.beton.reader import beton_info, read_beton, tables_sha256
 from irpe_ds.data.beton.shards import convert_shards
-from irpe_ds.data.beton.sources import open_source
+from irpe_ds.data.beton.sources import Member, Source, open_source
 from irpe_ds.data.beton.verify import verify
 from irpe_ds.data.beton.writer import BetonWriter, first_payload
 from irpe_ds.data.loaders import EvalLoader
 from irpe_ds.errors import ConfigError, DataError
+from tests.forks import start
 
 COUNT = 3
 
@@ -108,7 +109,28 @@ def test_says_what_the_set_holds(whole: Path) -> None:
     assert info.manifest.size == sum(path.stat().st_size for path, _ in files)
 
 
-def test_each_shard_is_a_file_with_the_labels_of_the_whole(whole: Path) -> None:
+def test_each_shard_is_a_file_of_its_own(whole: Path) -> None:
+    for number in range(COUNT):
+        path = shard_path(whole, number, COUNT)
+        assert verify(path, workers=1).num_classes == 37
+        theirs = Reader(str(path))
+        first, last = 37 * number // 3, 37 * (number + 1) // 3
+        assert theirs.metadata["f1"].tolist() == list(range(first, last))  # labels of the whole
+
+
+def test_batches_are_those_of_one_file(whole: Path, beton: Path) -> None:
+    batches = []
+    for path in (whole, beton):
+        data = DataConfig(train=path, val=path, val_crop=1.0)
+        loader = EvalLoader(data, batch_size=37, img_size=(24, 24), rank=0, world_size=1)
+        ((images, labels, _),) = loader
+        batches.append((images.numpy(), labels.tolist()))
+    assert np.array_equal(batches[0][0], batches[1][0])
+    assert batches[0][1] == batches[1][1] == list(range(37))
+
+
+@pytest.mark.slow
+def test_ffcv_loader_reads_a_shard(whole: Path) -> None:
     from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
     from ffcv.loader import Loader
     from ffcv.transforms import ToTensor
@@ -117,18 +139,13 @@ def test_each_shard_is_a_file_with_the_labels_of_the_whole(whole: Path) -> None:
         "image": [CenterCropRGBImageDecoder((24, 24), ratio=1.0), ToTensor()],
         "label": [IntDecoder(), ToTensor()],
     }
+    last = shard_path(whole, COUNT - 1, COUNT)
+    ((images_BHWC, labels),) = Loader(str(last), batch_size=13, num_workers=1, pipelines=decoders)
     data = DataConfig(train=whole, val=whole, val_crop=1.0)
-    ((ours_BCHW, ours, _),) = EvalLoader(
-        data, batch_size=37, img_size=(24, 24), rank=0, world_size=1
-    )
-    for number in range(COUNT):
-        path = shard_path(whole, number, COUNT)
-        assert verify(path, workers=1).num_classes == 37
-        assert Reader(str(path)).num_samples == len(range(37 * number // 3, 37 * (number + 1) // 3))
-    (last,) = Loader(str(path), batch_size=13, num_workers=1, pipelines=decoders)
-    assert ours.tolist() == list(range(37))
-    assert last[1][:, 0].tolist() == list(range(24, 37))
-    assert np.array_equal(last[0].numpy(), ours_BCHW[24:].permute(0, 2, 3, 1).numpy())
+    loader = EvalLoader(data, batch_size=37, img_size=(24, 24), rank=0, world_size=1)
+    ((ours_BCHW, _, _),) = loader
+    assert labels[:, 0].tolist() == list(range(24, 37))
+    assert np.array_equal(images_BHWC.numpy(), ours_BCHW[24:].permute(0, 2, 3, 1).numpy())
 
 
 def test_what_is_no_image_and_what_is_bad_is_counted_for_all(mixed: Path) -> None:
@@ -197,10 +214,13 @@ def test_a_list_that_has_changed_is_not_used(
         patch.setattr(shards._Conversion, "_write_shard", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             make(folder, out)
-    part = beside(out, SHARDING) / "listing.done" / "0"
-    part.write_bytes(part.read_bytes().replace(b"image.jpg", b"other.jpg"))
-    with pytest.raises(DataError, match=r"remove .*set\.beton\.sharding to start over"):
-        make(folder, out)
+    for name, old in (("0", b"image.jpg"), ("settings.json", b"passthrough")):
+        part = beside(out, SHARDING) / "listing.done" / name
+        good = part.read_bytes()
+        part.write_bytes(good.replace(old, b"something"))
+        with pytest.raises(DataError, match=r"remove .*set\.beton\.sharding to start over"):
+            make(folder, out)
+        part.write_bytes(good)
 
 
 def test_other_settings_and_other_files_are_refused(
@@ -392,3 +412,42 @@ def test_a_million_images_open_in_a_second(tmp_path: Path) -> None:
     assert len(beton.hashes) == len(beton.entries) == 1_000_000
     assert int(beton.hashes[-1]) == int(lines[-1][:16], 16)
     assert min(seconds) < 1
+
+
+class Repeated(Source):
+    """One image again and again, under other names."""
+
+    kind = "one image"
+
+    def __init__(self, folder: Path, count: int) -> None:
+        super().__init__(folder)
+        self.count, (self.member, *_) = count, open_source([folder]).members()
+
+    def members(self) -> Iterator[Member]:
+        for number in range(self.count):
+            yield self.member._replace(name=f"a/name/of/usual/length/{number:08d}.jpg")
+
+
+def convert_repeated(folder: Path, out: Path, count: int, num_shards: int) -> None:
+    """Convert in a process of its own, and write by how many KiB its memory grew at most."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
+    options, before = StorageOptions(check="header"), peak_kib()
+    convert_shards(Repeated(folder, count), out, options, num_shards, workers=1)
+    beside(out, ".peak").write_text(str(peak_kib() - before))
+
+
+def peak_kib() -> int:
+    (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in s)
+    return int(line.split()[1])
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_data_set(folder: Path, tmp_path: Path) -> None:
+    peaks = []
+    for count, num_shards in ((10_000, 2), (100_000, 5)):
+        out = tmp_path / f"{count}-{num_shards}.beton"
+        process = start(convert_repeated, folder, out, count, num_shards)
+        process.join()
+        assert process.exitcode == 0
+        peaks.append(int(beside(out, ".peak").read_text()))
+    assert max(peaks) - peaks[0] < 8 << 10, peaks
