@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--oddities", action="store_true", help="plant odd but undamaged images")
     parser.add_argument("--bad", action="store_true", help="plant damaged files and non-images")
+    parser.add_argument("--enlarge", type=int, default=1, help="times the sides of the photos")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

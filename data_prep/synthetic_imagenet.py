@@ -66,19 +66,20 @@ class Synthetic:
 
 
 class Photos:
-    """Photos by number, the same for the same seed."""
+    """Photos by number, the same for the same seed; `enlarge` times ImageNet's sides."""
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    def __init__(self, seed: int, enlarge: int = 1) -> None:
+        self._seed, self._enlarge = seed, enlarge
         self._photos = [Image.fromarray(photo) for photo in load_sample_images().images]
         noise = np.random.default_rng(seed).normal(0, NOISE, (640, 640, 3))
-        self._noise = np.rint(noise).astype(np.int16)
+        self._noise = np.tile(np.rint(noise).astype(np.int16), (enlarge, enlarge, 1))
 
     def image(self, number: int) -> Image.Image:
         """A crop of one of the photos, at random flipped, brighter or darker, with noise."""
         rng = np.random.default_rng([self._seed, 0, number])
         photo = self._photos[rng.integers(len(self._photos))]
-        size = int(rng.integers(480, 501)), int(rng.choice(SHORT_SIDES))
+        sides = int(rng.integers(480, 501)), int(rng.choice(SHORT_SIDES))
+        size = sides[0] * self._enlarge, sides[1] * self._enlarge
         width, height = size if rng.random() >= PORTRAIT else size[::-1]
         fit = min(photo.width / width, photo.height / height) * rng.uniform(0.7, 1)
         left = rng.uniform(0, photo.width - fit * width)
@@ -89,7 +90,7 @@ class Photos:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         brightness = np.arange(256) * rng.uniform(0.8, 1.2)
         crop = crop.point(brightness.clip(0, 255).astype(int).tolist() * 3)
-        y, x = rng.integers(0, 640 - height), rng.integers(0, 640 - width)
+        y, x = (rng.integers(0, 640 * self._enlarge - side) for side in (height, width))
         pixels = np.asarray(crop) + self._noise[y : y + height, x : x + width]
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
@@ -107,7 +108,14 @@ def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
 
 
 def write(
-    out: Path, *, images: int, classes: int, oddities: bool = False, bad: bool = False, seed: int
+    out: Path,
+    *,
+    images: int,
+    classes: int,
+    oddities: bool = False,
+    bad: bool = False,
+    seed: int,
+    enlarge: int = 1,
 ) -> Synthetic:
     """Write all layouts to `out`, a new folder.
 
@@ -115,15 +123,18 @@ def write(
         images: training images, not counting planted ones.
         oddities: plant images that are odd but undamaged.
         bad: plant files that are damaged or not images.
+        enlarge: how many times ImageNet's sides the photos have.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("--out", "a new folder", f"{out}, which exists")
     if not 2 <= classes <= images:
         raise ConfigError("--classes", f"2 to {images}, the number of images", classes)
+    if enlarge < 1:
+        raise ConfigError("--enlarge", "at least 1", enlarge)
     unfinished = out.with_name(out.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     synsets = synset_names(classes)
-    photos = Photos(seed)
+    photos = Photos(seed, enlarge)
     train = _write_train(unfinished / "folder/train", synsets, photos, images, seed)
     planted: list[Planted] = []
     if oddities:

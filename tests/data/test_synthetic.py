@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.io import loadmat
 
 from data_prep import synthetic
-from data_prep.synthetic_imagenet import DEVKIT, MIN_SHARDS, Synthetic, write
+from data_prep.synthetic_imagenet import DEVKIT, MIN_SHARDS, Photos, Synthetic, write
 from irpe_ds.data.beton.format import imdecode
 from irpe_ds.errors import ConfigError
 
@@ -177,10 +177,23 @@ def test_seed_decides_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert one.get(name) != data
 
 
-@pytest.mark.parametrize(("classes", "where"), [(2, "--out"), (1, "--classes"), (9, "--classes")])
-def test_refuses(tmp_path: Path, classes: int, where: str) -> None:
+def test_large_photos() -> None:
+    small, large = Photos(seed=0).image(0), Photos(seed=0, enlarge=3).image(0)
+    assert large.size == (3 * small.width, 3 * small.height)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [
+        ({"classes": 2}, "--out"),
+        ({"classes": 1}, "--classes"),
+        ({"classes": 9}, "--classes"),
+        ({"classes": 2, "enlarge": 0}, "--enlarge"),
+    ],
+)
+def test_refuses(tmp_path: Path, wrong: dict[str, int], where: str) -> None:
     if where == "--out":
         (tmp_path / "file").touch()
     with pytest.raises(ConfigError) as error:
-        write(tmp_path, images=8, classes=classes, seed=0)
+        write(tmp_path, images=8, seed=0, **wrong)
     assert error.value.where == where

@@ -78,7 +78,7 @@ int64_t decode(const Task& task, Rows& rows) {
   }
   jpeg_start_decompress(&image);
 
-  const int64_t unit = image.min_DCT_scaled_size, margin = image.max_h_samp_factor * unit;
+  const int64_t unit = image.min_DCT_scaled_size, margin = image.max_h_samp_factor;  // a colour's
   const int64_t top = std::max<int64_t>(0, task.top() - image.max_v_samp_factor * unit);
   const int64_t first = std::max<int64_t>(0, task.left() - margin);
   const int64_t last = std::min<int64_t>(task.right() + margin, image.output_width);
