@@ -166,11 +166,13 @@ def _equipped(
     model: Any = equip(plain, RPEConfig(**rpe), impl)
     model.pretrained_cfg["architecture"] = EQUIPPED  # with it timm's own exports name this
     if pretrained and own:
+        # It resamples positions for another size; the names are the model's own already.
+        resample = checkpoint_filter_fn if hasattr(model, "patch_embed") else None
         load_pretrained(
             model,
             num_classes=model.num_classes,
             in_chans=kwargs.get("in_chans", 3),
-            filter_fn=checkpoint_filter_fn,
+            filter_fn=resample,
             cache_dir=kwargs.get("cache_dir"),
         )
         _check_encoding(model, kwargs.get("cache_dir"))

@@ -127,8 +127,10 @@ def test_the_transform(make: Make) -> None:
         ("model.rpe={method: cross, on: qkv}", "model.resolutions=[[0, 16], [3, 24]]"),
         ("model.rpe=null", "model.drop_path=0.1"),
         (f"model.name={ZOO_K}", "model.rpe=null"),
+        ("model.name=eva02_tiny_patch14_224",),
+        ("model.name=beitv2_base_patch16_224",),
     ],
-    ids=["equipped", "progressive", "plain", "zoo"],
+    ids=["equipped", "progressive", "plain", "zoo", "EVA-02", "BEiT v2"],
 )
 def test_an_export(overrides: tuple[str, ...], make: Make, tmp_path: Path) -> None:
     run, state = make(*overrides)
@@ -326,12 +328,16 @@ class TestPush:
             release.push(tmp_path, "owner/name")
 
 
-def test_timm_s_own_export(tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", ["vit_tiny_patch16_224", "qwen3_vit_88m"])
+def test_timm_s_own_export(base: str, tmp_path: Path) -> None:
     """timm.models.save_for_hf of a model called `irpe`: local-dir: builds it again."""
-    narrow = {"img_size": 24, "patch_size": 4, "depth": 1, "embed_dim": 12, "num_heads": 2}
+    narrow = {"img_size": 24, "patch_size": 4, "depth": 1, "embed_dim": 16, "num_heads": 2}
     rpe = {"method": "cross", "on": "qk"}
-    model = timm.create_model("irpe", base="vit_tiny_patch16_224", rpe=rpe, **narrow).eval()
-    nn.init.normal_(model.get_parameter("blocks.0.attn.rpe_k.rp_rows.lookup_table_weight"))
+    model = timm.create_model("irpe", base=base, rpe=rpe, num_classes=7, **narrow).eval()
+    tables = [value for name, value in model.named_parameters() if "lookup_table" in name]
+    assert len(tables) == 4
+    for table in tables:
+        nn.init.normal_(table)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     torch.testing.assert_close(logits(again), logits(model))
