@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree's irpe_ds, whate
 
 from irpe_ds.cli import run
 from irpe_ds.data.beton.journal import check_out
-from irpe_ds.data.beton.lists import by_extension
+from irpe_ds.data.beton.left_out import by_extension
 from irpe_ds.data.beton.manifest import LEFT_OUT, SKIPPED, DatasetManifest, beside
 from irpe_ds.data.beton.options import MAX_BAD, Check, Mode, OnBad, StorageOptions, check_share
 from irpe_ds.data.beton.places import target, temporary_folder

@@ -27,7 +27,7 @@ from irpe_ds.data.beton.journal import (
     check_out,
     damaged_journal,
 )
-from irpe_ds.data.beton.lists import count_extensions, list_line
+from irpe_ds.data.beton.left_out import count_extensions, list_line
 from irpe_ds.data.beton.manifest import (
     HASHES,
     LEFT_OUT,

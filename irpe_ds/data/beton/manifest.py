@@ -3,7 +3,7 @@
 FILE.beton.json is the manifest. FILE.beton.sha256 has a line per sample, `hash  class/name`, in
 sha256sum's format: in the source folder, `sha256sum -c` compares it with images stored as they
 are. FILE.beton.skipped lists the images that could not be stored, FILE.beton.left_out the files
-that are no images, both with reasons (irpe_ds/data/beton/lists.py).
+that are no images, both with reasons (irpe_ds/data/beton/left_out.py).
 """
 
 import dataclasses
