@@ -64,6 +64,9 @@ def converted(folder: Path, where: str, *, workers: int) -> Path:
             command=shlex.join(["python", *sys.argv]),
         )
     except UserError as error:
+        if error.where == "--max-bad":
+            how = f"to leave them out: {_command(folder, out)} --on-bad skip --max-bad 1"
+            raise DataError(f"{where}: {error}; {how}") from None
         raise DataError(f"{where}: {error}") from None
     return out
 

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from irpe_ds.data.beton.format import JPG, MAX_PIXELS, RAW
-from irpe_ds.data.beton.jpeg import DAMAGED, LEFTOVER, decode, ends_as_encoders_end
+from irpe_ds.data.beton.jpeg import DAMAGED, LEFTOVER, decode, ends_as_encoders_end, is_common
 from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.rgb import to_rgb
 
 MAX_SIDE = 65535  # pixels; the format has 16 bits for each side
+_JPEG_SIDE = 65500  # libjpeg's limit
 
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")
 """Pillow's names of the formats of images; its other parsers are not tried on foreign bytes: one of
@@ -67,7 +68,7 @@ def store_image(data: bytes, position: int, options: StorageOptions) -> StoredIm
     try:
         with open_image(data) as image:
             if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-                if options.check == "decode":
+                if options.check == "decode" or not is_common(data):
                     check_jpeg(data)  # Pillow 12 accepts damage that libjpeg-turbo reports
                 if options.mode == "passthrough":
                     return StoredImage(data, JPG, image.height, image.width, True)
@@ -80,6 +81,8 @@ def store_image(data: bytes, position: int, options: StorageOptions) -> StoredIm
     height, width = pixels.shape[:2]
     if not as_jpeg:
         return StoredImage(pixels.tobytes(), RAW, height, width, False)
+    if max(height, width) > _JPEG_SIDE:
+        raise ValueError(f"{width} x {height} pixels: a JPEG has up to {_JPEG_SIDE} on a side")
     bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     _, jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, options.quality])
     return StoredImage(jpeg.tobytes(), JPG, height, width, False)

@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from irpe_ds.data.beton import left_out
 from irpe_ds.data.beton.manifest import beside, is_there
 from irpe_ds.data.beton.places import failed_place
 from irpe_ds.data.beton.sources import Member, Source, is_image, open_source
@@ -36,7 +37,7 @@ _TEMPORARY = (
     """CREATE TEMP TABLE found (
     category BLOB, name BLOB, file BLOB, offset INTEGER, size INTEGER, stamp INTEGER)""",
     "CREATE TEMP TABLE classes (category BLOB PRIMARY KEY, label INTEGER)",
-    "CREATE TEMP TABLE left_out (category BLOB, name BLOB, reason TEXT)",
+    left_out.TABLE,
     "CREATE TEMP TABLE fresh AS SELECT * FROM images WHERE 0",
 )
 
@@ -59,10 +60,8 @@ DELETE FROM done WHERE position >= (
 """
 
 
-_HIDDEN, _NO_IMAGE = "a hidden file", "no extension of an image"
-
 _DONE_BYTES = 75  # of an image in the table of what is done
-_SORTING = 3  # times the size of the temporary tables while they are sorted; measured
+_SORTING = 4  # times the table of images that SQLite takes to sort it; measured
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:
@@ -237,9 +236,7 @@ class Journal:
                     yield (*map(os.fsencode, member[:3]), *member[3:])
                 else:
                     others += 1
-                    names = map(os.fsencode, member[:2])
-                    why = _HIDDEN if os.path.basename(member.name)[0] == "." else _NO_IMAGE
-                    self._db.execute("INSERT INTO left_out VALUES (?, ?, ?)", (*names, why))
+                    left_out.leave_out(self._db, os.path.join(member.category, member.name))
 
         self._db.executemany("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?)", rows())
         found = [
@@ -291,19 +288,17 @@ class Journal:
             places = ", ".join("?" * (1 + len(values)))
             self._db.execute(f"INSERT INTO images VALUES ({places})", (number, *values))
 
-    def left_out(self) -> Iterator[tuple[str, str]]:
-        """Every file listed that is no image, class/name, and the reason."""
-        query = "SELECT category, name, reason FROM left_out ORDER BY category, name"
-        for category, name, reason in self._query(query):
-            yield f"{os.fsdecode(category)}/{os.fsdecode(name)}", reason
+    def left_out(self) -> Iterator[left_out.ListedFile]:
+        """Every file listed that is no image."""
+        return left_out.left_out(self._db)
 
     def needs(self) -> tuple[int, int]:
         """Bytes that a conversion of what is listed takes: its journal, and SQLite in TMPDIR."""
-        journal, temporary = (
+        images, temporary = (
             self._row(f"PRAGMA {name}.page_count")[0] * self._row(f"PRAGMA {name}.page_size")[0]
             for name in ("main", "temp")
         )
-        return journal + _DONE_BYTES * self.totals()[0], _SORTING * temporary
+        return images + _DONE_BYTES * self.totals()[0], _SORTING * images + temporary
 
     def last_class(self) -> tuple[str | None, bool]:
         """Class of the last image done (None: none is), and whether one of it is in the file."""

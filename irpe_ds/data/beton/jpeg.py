@@ -24,6 +24,7 @@ SOUND, LEFTOVER, DAMAGED = 0, 1, 2
 _VERSION = np.frombuffer(b"*JFIF revision*\0", np.uint8)
 _TRANSFORM = np.frombuffer(b"*Adobe color transform*\0", np.uint8)
 _EXTRANEOUS = np.frombuffer(b"*extraneous bytes before marker 0xd9*\0", np.uint8)
+_FRAMES = (0xC0, 0xC1, 0xC2)
 _APP0, _APP14, _SCAN = 0xE0, 0xEE, 0xDA
 _END = b"\xff\xd9"
 
@@ -72,6 +73,19 @@ def _with_known_numbers(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
             known[place + 15] = 1
         place = _next_marker(data, place)
     return known
+
+
+def is_common(data: bytes) -> bool:
+    """Whether a JPEG is baseline, extended or progressive with Huffman codes, as all but a few.
+
+    Others, such as lossless ones, open in Pillow, and not every decoder was built with them.
+    """
+    array, place = np.frombuffer(data, np.uint8), 2
+    while place + 4 <= array.size and array[place + 1] != _SCAN:
+        if array[place + 1] in _FRAMES:
+            return True
+        place = _next_marker(array, place)
+    return False
 
 
 def ends_as_encoders_end(data: NDArray[np.uint8], height: int, width: int) -> bool:

@@ -6,6 +6,7 @@ is written as \\, \t, \n or \r, so that every line can be read back.
 
 import os
 import re
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +20,28 @@ _SPECIAL = re.compile(r"[\\\t\n\r]")
 _SHOWN = 5  # extensions
 
 
+TABLE = "CREATE TEMP TABLE left_out (path BLOB, reason TEXT)"
+
+
 class ListedFile(NamedTuple):
     """A line."""
 
     name: str
-    """class/name; of a file in no class /name."""
+    """class/name, or the name alone of a file in no class."""
     reason: str
+
+
+def leave_out(db: sqlite3.Connection, path: str) -> None:
+    """Add a file that is no image to TABLE."""
+    hidden = os.path.basename(path).startswith(".")
+    reason = "a hidden file" if hidden else "no extension of an image"
+    db.execute("INSERT INTO left_out VALUES (?, ?)", (os.fsencode(path), reason))
+
+
+def left_out(db: sqlite3.Connection) -> Iterator[ListedFile]:
+    """The files in TABLE, in order."""
+    for path, reason in db.execute("SELECT path, reason FROM left_out ORDER BY path"):
+        yield ListedFile(os.fsdecode(path), reason)
 
 
 def list_line(name: str, reason: str) -> bytes:

@@ -1,6 +1,9 @@
 """The .beton beside a folder: made once, reused while it fits, never in another's place."""
 
 import os
+import runpy
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,8 @@ from irpe_ds.data.beton.manifest import MANIFEST, SKIPPED, beside, read_manifest
 from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.beton.sources import open_source
 from irpe_ds.errors import DataError
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -120,3 +125,18 @@ def test_a_folder_that_cannot_be_written_to(mixed: Path, monkeypatch: pytest.Mon
 def test_a_folder_without_classes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^data\.train: expected a folder with one folder per cl"):
         converted(tmp_path, "data.train", workers=1)
+
+
+def test_many_bad_images_stop_and_the_command_of_the_message_leaves_them_out(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(4):
+        (mixed / "cat" / f"bad{n}.jpg").write_bytes(b"no image")
+    out = mixed.parent / "mixed.beton"
+    with pytest.raises(DataError, match=r"^data\.train: --max-bad: .* number 4, ") as error:
+        converted(mixed, "data.train", workers=1)
+    command = str(error.value).partition("to leave them out: python ")[2]
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+    assert converted(mixed, "data.train", workers=1) == out
+    assert _images(out) == 4

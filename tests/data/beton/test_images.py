@@ -87,3 +87,17 @@ def test_16_bits_are_scaled(data: bytes) -> None:
 def test_numbers_without_a_white_are_refused(data: bytes, mode: str) -> None:
     with pytest.raises(ValueError, match=rf"without a known white \(Pillow's mode {mode}\)"):
         store_image(data, 0, StorageOptions())
+
+
+@pytest.mark.parametrize("frame", [b"\xff\xc3", b"\xff\xc5"], ids=["lossless", "hierarchical"])
+def test_header_check_refuses_what_the_decoder_cannot_read(frame: bytes) -> None:
+    data = encoded("JPEG", np.uint8(RAMP >> 8)).replace(b"\xff\xc0", frame)
+    with pytest.raises(ValueError, match="does not decode cleanly"):
+        store_image(data, 0, StorageOptions(check="header"))
+
+
+def test_side_that_no_jpeg_has() -> None:
+    data = encoded("PNG", np.zeros((2, 65501), np.uint8))
+    assert store_image(data, 0, StorageOptions()).width == 65501
+    with pytest.raises(ValueError, match="65501 x 2 pixels: a JPEG has up to 65500 on a side"):
+        store_image(data, 0, StorageOptions(mode="reencode"))

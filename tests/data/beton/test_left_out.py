@@ -45,11 +45,11 @@ def test_files_left_out_are_listed(mixed: Path) -> None:
     out, how = mixed.parent / "out.beton", {"workers": 1, "on_bad": "skip"}
     manifest = convert(open_source([mixed]), out, StorageOptions(), **how)
     assert list(read_list(beside(out, LEFT_OUT))) == [
-        ("/readme", "no extension of an image"),
         ("cat/._a.jpg", "a hidden file"),
         ("dog/b.gif", "no extension of an image"),
         ("dog/notes.txt", "no extension of an image"),
         ("dog/tab\tand\nline.gif", "no extension of an image"),
+        ("readme", "no extension of an image"),
     ]
     assert manifest.left_out == 5
     ((name, reason),) = read_list(beside(out, SKIPPED))
