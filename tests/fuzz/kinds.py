@@ -29,7 +29,7 @@ from irpe_ds.cluster.hostfile import read_hostfile
 from irpe_ds.config import load_config
 from irpe_ds.data.beton.convert import convert
 from irpe_ds.data.beton.manifest import HASHES, MANIFEST, beside
-from irpe_ds.data.beton.options import StorageOptions
+from irpe_ds.data.beton.options import SourceOptions, StorageOptions
 from irpe_ds.data.beton.reader import read_beton
 from irpe_ds.data.beton.sources import is_image, open_source
 from irpe_ds.data.beton.verify import verify
@@ -119,10 +119,10 @@ def read_verified(folder: Path) -> str:
 def read_converted(folder: Path, source: str = "source.tar", **arguments: Any) -> str:
     """A conversion, with nothing lost between the source and the file."""
     out = folder / "out.beton"
-    opened = open_source([folder / source], **arguments)
+    opened = open_source([folder / source], SourceOptions(**arguments))
     made = convert(opened, out, StorageOptions(), workers=1, on_bad="skip")
     assert made.num_samples == sum(made.class_counts)
-    listed = sum(1 for member in opened.members() if is_image(member.name))
+    listed = sum(is_image(file.path) for file in opened.files())
     assert made.num_samples + made.skipped == listed, (made.num_samples, made.skipped, listed)
     return f"{made.classes} {made.num_samples}"
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -27,6 +27,7 @@ from irpe_ds.data.beton.journal import (
     check_out,
     damaged_journal,
 )
+from irpe_ds.data.beton.listing import Listing
 from irpe_ds.data.beton.manifest import (
     HASHES,
     MANIFEST,
@@ -48,6 +49,9 @@ _COMMIT_SECONDS = 2.0  # between commits: what a kill loses at most
 _CHUNK = 1 << 12  # rows of the tables in memory at a time
 _TRIALS = 100  # images that a dry run converts at most
 
+Announce = Callable[[Listing], None]
+"""Tells a user which images and classes were found."""
+
 
 def convert(
     source: Source,
@@ -58,6 +62,7 @@ def convert(
     on_bad: OnBad = "error",
     overwrite: bool = False,
     command: str = "",
+    announce: Announce = lambda listing: None,
 ) -> DatasetManifest:
     """Convert a source; `out`, its manifest and hashes appear complete at the end, or not at all.
 
@@ -70,6 +75,7 @@ def convert(
         on_bad: what to do with an image that cannot be stored: stop, or skip and list it.
         overwrite: replace `out`, and discard an unfinished conversion with other options.
         command: recorded in the manifest.
+        announce: is told what was listed, before the work begins.
 
     Raises:
         ConfigError: `out` exists, or an unfinished conversion has other options.
@@ -78,7 +84,7 @@ def convert(
     check_out(out, overwrite=overwrite)
     journal_path, unfinished = beside(out, JOURNAL), beside(out, PARTIAL)
     identity = {"source": [os.fspath(path) for path in source.paths], "kind": source.kind}
-    identity |= asdict(options) | {"ffcv": VERSION}
+    identity |= asdict(options) | source.options.chosen() | {"ffcv": VERSION}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with closing(Journal(journal_path, identity, restart=overwrite)) as journal:
@@ -87,7 +93,9 @@ def convert(
                 raise already_exists(out)
             if not renamed:
                 try:
-                    manifest = _convert(source, out, options, journal, workers, on_bad, command)
+                    listing = _listed(journal, source, announce)
+                    how = options, workers, on_bad, command
+                    manifest = _convert(source, listing, out, journal, *how)
                 except UserError:
                     if not unfinished.exists():  # nothing is done that could be continued
                         journal_path.unlink(missing_ok=True)
@@ -107,17 +115,24 @@ def convert(
         raise damaged_journal(journal_path, error) from None
 
 
+def _listed(journal: Journal, source: Source, announce: Announce) -> Listing:
+    """List a source and tell what was found, before hours of work."""
+    listing = journal.list_source(source)
+    announce(listing)
+    return listing
+
+
 def _convert(
     source: Source,
+    listing: Listing,
     out: Path,
-    options: StorageOptions,
     journal: Journal,
+    options: StorageOptions,
     workers: int,
     on_bad: OnBad,
     command: str,
 ) -> DatasetManifest:
     """Write all files but the manifest, under their unfinished names."""
-    classes, others = journal.list_source(source)
     room, _ = journal.totals()
     if on_bad == "error":
         first_bad = next(journal.skipped(), None)  # of an earlier call with on_bad="skip"
@@ -150,9 +165,10 @@ def _convert(
         source=[os.fspath(path) for path in source.paths],
         kind=source.kind,
         options=asdict(options),
-        left_out=others,
-        classes=classes,
-        class_counts=journal.class_counts(len(classes)),
+        selection=source.options.chosen(),
+        left_out=listing.left_out,
+        classes=listing.classes,
+        class_counts=journal.class_counts(len(listing.classes)),
         size=unfinished.stat().st_size,
         sha256=sha256,
         tables_sha256=tables_sha256(unfinished, counts["num_samples"]),
@@ -325,14 +341,21 @@ class Forecast:
     """Bad images among those tried, with reasons."""
 
 
-def forecast(source: Source, out: Path, options: StorageOptions, *, workers: int) -> Forecast:
+def forecast(
+    source: Source,
+    out: Path,
+    options: StorageOptions,
+    *,
+    workers: int,
+    announce: Announce = lambda listing: None,
+) -> Forecast:
     """Convert some images of a source, spread evenly, without writing anything.
 
     Raises:
         DataError: the source has no images.
     """
     with closing(Journal(None, {})) as journal, closing(Files(source)) as files:
-        classes, others = journal.list_source(source)
+        listing = _listed(journal, source, announce)
         count, listed = journal.totals()
         trials = list(journal.images(0, step=-(-count // _TRIALS)))
         read = stored = 0
@@ -349,8 +372,8 @@ def forecast(source: Source, out: Path, options: StorageOptions, *, workers: int
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     return Forecast(
         images=count,
-        classes=len(classes),
-        left_out=others,
+        classes=len(listing.classes),
+        left_out=listing.left_out,
         size=file_size(count, round(listed * (stored / read if read else 1))),
         free=shutil.disk_usage(parent).free,
         seconds=count * each / workers,

@@ -23,7 +23,7 @@ from irpe_ds.errors import DataError
 from irpe_ds.files import open_regular, read_regular, replace_file
 from irpe_ds.schema import parse_json
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 MANIFEST = ".json"
 HASHES = ".sha256"
 SKIPPED = ".skipped"
@@ -44,14 +44,16 @@ class DatasetManifest:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    format: Literal[2] = FORMAT
+    format: Literal[2, 3] = FORMAT
     """Version of the manifest's format."""
     source: list[str]
     """Folder or archives that the images came from, as given."""
     kind: str
     """Kind of source, in words."""
     options: dict[str, Any]
-    """The options of the conversion."""
+    """The options of the conversion: how images are stored."""
+    selection: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Those that chose images and classes, where they are not the defaults; from format 3 on."""
     num_samples: Count
     """Images in the file."""
     changed: Natural

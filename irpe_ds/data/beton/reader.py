@@ -162,10 +162,9 @@ def read_beton(path: Path, where: str) -> Beton:
 
 def _read_tables(path: Path, where: str) -> tuple[DatasetInfo, NDArray[np.void]]:
     """The contents of a file in brief, and ENTRY of each sample."""
-    expected = "a .beton file (data_prep/convert.py makes one)"
     if path.is_dir():
-        got = f"{path}, a folder"
-        raise DataError(where, f"{expected}, or data.pipeline=timm, which reads folders", got)
+        expected = "a .beton file, or data.pipeline=timm, which reads folders"
+        raise DataError(where, expected, f"{path}, a folder")
     try:
         with open_regular(path) as file:
             size, manifest = os.fstat(file.fileno()).st_size, read_manifest(path)
@@ -183,6 +182,7 @@ def _read_tables(path: Path, where: str) -> tuple[DatasetInfo, NDArray[np.void]]
             file.seek(allocations)
             table = np.fromfile(file, ALLOC_TABLE_TYPE, num_samples)
     except OSError as error:
+        expected = "a .beton file, or a folder with one folder per class"
         raise DataError(where, expected, f"{path}: {error.strerror}") from None
     entries = _entries(metadata, table, allocations, path, where)
     classes = manifest.classes if manifest else None

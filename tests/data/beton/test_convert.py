@@ -73,7 +73,7 @@ def test_manifest_says_what_is_in_the_file(mixed: Path) -> None:
     assert manifest.sha256 == file_sha256(out)
     assert manifest.options["mode"] == "passthrough"
     assert manifest.command == "python data_prep/convert.py"
-    assert json.loads(Path(f"{out}.json").read_text())["format"] == 2
+    assert json.loads(Path(f"{out}.json").read_text())["format"] == 3
 
 
 def test_ffcv_loader_reads_the_file_as_we_do(beton: Path) -> None:
@@ -262,7 +262,7 @@ def test_folders_without_images_are_refused(tmp_path: Path, folder: Path) -> Non
         convert_folder(tmp_path / "absent", out, StorageOptions(), workers=1)
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "image.jpg").write_bytes((folder / "001" / "image.jpg").read_bytes())
-    with pytest.raises(DataError, match=r"--source.*one folder per class, got no folders"):
+    with pytest.raises(DataError, match=r"--source.*one folder per class, or --labels, got image"):
         convert_folder(tmp_path / "flat", out, StorageOptions(), workers=1)
     (tmp_path / "flat" / "cat").mkdir()
     with pytest.raises(DataError, match=r"--source.*images in every class folder.*cat"):
@@ -300,7 +300,8 @@ def test_script_reports_a_mistake_in_one_line(
         runpy.run_path(str(ROOT / "data_prep" / "convert.py"), run_name="__main__")
     assert exit_.value.code == 2
     shown = capsys.readouterr()
-    assert shown.out == ""
+    listed = "a folder: 4 images of 2 classes, 2 each; 1 other files left out\n"
+    assert shown.out == f"{listed}  0: cat, 2 images\n  1: dog, 2 images\n"
     assert shown.err.startswith(f"error: {mixed / 'dog' / 'c.png'}: expected an undamaged image")
     assert shown.err.count("\n") == 1
 

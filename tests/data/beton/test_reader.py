@@ -67,8 +67,20 @@ def test_file_of_someone_elses_opens(folder: Path, tmp_path: Path, mode: str) ->
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.val: expected a \.beton file .*, got .*absent"):
+    with pytest.raises(
+        DataError, match=r"data\.val: expected a \.beton file, or a folder .*, got .*absent"
+    ):
         beton_info(tmp_path / "absent.beton", "data.val")
+
+
+def test_manifest_of_the_format_before(own_beton: Path) -> None:
+    path = beside(own_beton, MANIFEST)
+    stored = json.loads(path.read_text())
+    assert (stored.pop("selection"), stored["format"]) == ({}, 3)
+    path.write_text(json.dumps(stored | {"format": 2}))
+    manifest = beton_info(own_beton, "test").manifest
+    assert manifest is not None
+    assert (manifest.format, manifest.selection) == (2, {})
 
 
 @pytest.mark.parametrize("share", [0.0, 1e-6, 1e-3, 0.5, 0.99999])
@@ -269,7 +281,7 @@ def edit_manifest(beton: Path, **values: object) -> None:
     [
         ("num_samples", "37", "num_samples of the manifest to be a valid integer, got '37'"),
         ("num_samples", 38, "class_counts of 37, got num_samples 38"),
-        ("format", 1, "format of the manifest to be 2, got 1"),
+        ("format", 1, "format of the manifest to be 2 or 3, got 1"),
         ("class_counts", [-1] * 37, "class_counts.0 of the manifest to be greater than or equal"),
         ("class_counts", [37], "as many classes as class_counts in the manifest, got 37 and 1"),
         ("classes", ["001"] * 37, "every class once in the manifest, got '001' twice"),
