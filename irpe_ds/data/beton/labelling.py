@@ -12,7 +12,13 @@ from itertools import chain
 from typing import NamedTuple
 
 from irpe_ds.data.beton.devkit import is_devkit, validation_labels
-from irpe_ds.data.beton.labels import ClassList, in_label_order, parse_label, read_classes
+from irpe_ds.data.beton.labels import (
+    ClassList,
+    in_label_order,
+    is_number,
+    parse_label,
+    read_classes,
+)
 from irpe_ds.data.beton.lists import ImageList, Line, read_list
 from irpe_ds.data.beton.sources import Source
 from irpe_ds.data.beton.sources.source import SourceFile
@@ -112,16 +118,20 @@ class Lister:
 
     def _class(self, text: str, file: SourceFile) -> str | None:
         """The class that a text means; None: one whose images are left out."""
+        label = parse_label(text, self.where(file)) if self.are_labels else text
         if self.given is None:
-            return str(parse_label(text, self.where(file))) if self.are_labels else text
+            return str(label)
         found = self.given.find(text, self.where(file))
+        if found is None and isinstance(label, int):
+            expected = f"labels below {len(self.given.names)}, the number of --classes"
+            raise DataError(self.where(file), expected, text)
         if found is None and self.options.other_classes == "error":
             expected = "a label that --classes has (--other-classes skip leaves others out)"
             raise DataError(self.where(file), expected, text)
         return found
 
     def _check_same_kind(self, text: str, numbered: set[bool], file: SourceFile) -> None:
-        numbered.add(isinstance(parse_label(text, ""), int))
+        numbered.add(is_number(text))
         if len(numbered) > 1:
             expected = "labels that are all numbers or all names, without --classes"
             raise DataError(self.where(file), expected, text)
@@ -133,7 +143,7 @@ class Lister:
             raise DataError(
                 "--source",
                 "images of two classes or more, or --labels, or --classes",
-                f"one: {name}",
+                f"one class, {name}",
             )
         if not self.are_labels:
             return
@@ -144,7 +154,7 @@ class Lister:
             )
             got = f"{len(found)} different ones of {images} images, such as {min(found)}"
             raise DataError(which, expected, got)
-        numbers = sorted(int(name) for name in found if name.isascii() and name.isdigit())
+        numbers = sorted(int(name) for name in found if is_number(name))
         if numbers and numbers != list(range(len(found))):
             seen = f"labels reach {numbers[-1]} (different ones seen: {len(numbers)})"
             raise DataError("--classes", f"the names of all classes, since {seen}", "nothing")
@@ -182,7 +192,7 @@ class ByList(Lister):
         if count != len(labels):
             expected = f"{count} labels, one for each image of {self.source.paths[0]}"
             raise DataError("--labels", expected, f"{len(labels)} in {path}")
-        if self.given is None and labels[0].isdigit():
+        if self.given is None and is_number(labels[0]):
             expected = "class names, or the development kit, which explains the numbers"
             raise DataError("--labels", expected, f"numbers in {path}: {labels[0]}")
         for label, file in zip(labels, self.files("ORDER BY path"), strict=True):
@@ -213,8 +223,8 @@ class ByFolder(Lister):
             self._check_folders(leaves)
         if self.options.class_level is None and (number := _number_of_leaves(leaves)):
             self.notes.append(
-                f"folders within a class folder are of its class; of --class-level leaf they "
-                f"would be {number} classes"
+                f"folders in a class folder are of its class; with --class-level leaf there would "
+                f"be {number} classes"
             )
 
     def _root(self) -> str:

@@ -20,7 +20,7 @@ def parse_label(text: str, where: object) -> int | str:
     Raises:
         DataError: it is empty, of several lines, or another number, such as -1, 1.0 or 1e5.
     """
-    if re.fullmatch("[0-9]{1,18}", text):
+    if is_number(text):
         return int(text)
     has_digits, has_letters = any(map(str.isdigit, text)), any(map(str.isalpha, text))
     in_powers = re.fullmatch("[+-]?[0-9.]+[eE][+-]?[0-9]+", text)
@@ -28,6 +28,11 @@ def parse_label(text: str, where: object) -> int | str:
         raise DataError(where, "a label in digits alone, or a class name", repr(text))
     synset = _SYNSET.fullmatch(text)
     return synset[1] if synset else text
+
+
+def is_number(text: str) -> bool:
+    """Whether a label is the number of a class."""
+    return re.fullmatch("[0-9]{1,18}", text) is not None
 
 
 class ClassList:
@@ -53,25 +58,21 @@ class ClassList:
             raise DataError("--classes", f"every class once in {where}", f"{twice!r} twice")
 
     def find(self, text: str, where: object) -> str | None:
-        """The name of the class that a label means. None: it is a name, but no class's.
+        """The name of the class that a text means; None if it means none.
 
         Raises:
-            DataError: it is no label, or too large a number, or the name of one class and the
-                number of another.
+            DataError: it is the name of one class and the number of another.
         """
-        number, label = self._numbers.get(text), parse_label(text, where)
-        if isinstance(label, str):
-            number = self._numbers.get(label) if number is None else number
-            return None if number is None else self.names[number]
-        if label < len(self.names):
-            if number not in (None, label):
+        number = self._numbers.get(text)
+        if is_number(text) and int(text) < len(self.names):
+            if number not in (None, int(text)):
                 expected = "a label that is not both a name in --classes and another's number"
                 raise DataError(where, expected, text)
-            return self.names[label]
-        if number is None:
-            expected = f"labels below {len(self.names)}, the number of --classes"
-            raise DataError(where, expected, text)
-        return self.names[number]
+            number = int(text)
+        synset = _SYNSET.fullmatch(text)
+        if number is None and synset:
+            number = self._numbers.get(synset[1])
+        return None if number is None else self.names[number]
 
 
 def read_classes(path: Path) -> ClassList:
@@ -92,7 +93,7 @@ def read_classes(path: Path) -> ClassList:
 def in_label_order(names: Iterable[str]) -> tuple[str, ...]:
     """Class names in the order of their labels: of numbers without a gap their own, else sorted."""
     found = sorted(names)
-    if all(name.isascii() and name.isdigit() for name in found):
+    if all(map(is_number, found)):
         by_number = sorted(found, key=int)
         if [int(name) for name in by_number] == list(range(len(found))):
             return tuple(by_number)

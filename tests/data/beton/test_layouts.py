@@ -103,7 +103,9 @@ def test_labels_that_are_names_of_images(tmp_path: Path, pack: Callable[..., Pat
 
 
 def test_flat_folder_without_a_list(pack: Callable[..., Path]) -> None:
-    with pytest.raises(DataError, match=r"--source: expected images of two classes .*one: images"):
+    with pytest.raises(
+        DataError, match=r"--source: expected images of two classes .*one class, images"
+    ):
         listed(pack(FLAT))
 
 
@@ -134,7 +136,7 @@ def test_nested_classes(tmp_path: Path, pack: Callable[..., Path]) -> None:
     path = pack(PLACES)
     classes, images, notes = listed(path)
     assert (classes, [label for label, _ in images]) == (("a", "b"), [0, 0, 1])
-    assert "--class-level leaf they would be 3 classes" in notes[0]
+    assert "--class-level leaf there would be 3 classes" in notes[0]
     assert listed(path, class_level="top") == (classes, images, ())
     leaves = ("a/abbey", "a/apartment/outdoor", "b/bakery")
     assert labels(path, class_level="leaf") == (leaves, [0, 1, 2])
@@ -202,6 +204,16 @@ def test_classes_that_are_not_chosen(tmp_path: Path, pack: Callable[..., Path]) 
 
 
 SEVEN = {f"{c}/{n}.jpg": b"x" for c, count in (("a", 5), ("b", 2)) for n in range(count)}
+
+
+def test_folders_with_numbers_that_are_names(tmp_path: Path, pack: Callable[..., Path]) -> None:
+    path = pack({f"{name}/1.jpg": b"x" for name in ("10023", "20344", "2019-01", "7")})
+    assert labels(path)[0] == ("10023", "2019-01", "20344", "7")
+    classes = text(tmp_path / "ids.txt", "20344\n2019-01\n")
+    with pytest.raises(DataError, match=r"expected a label that --classes has"):
+        listed(path, classes=classes)
+    found = labels(path, classes=classes, other_classes="skip")
+    assert found == (("20344", "2019-01"), [0, 1])
 
 
 class TestChoice:

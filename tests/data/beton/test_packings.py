@@ -55,6 +55,7 @@ def test_one_set_in_every_packing_is_one_file(photos: dict[str, bytes], tmp_path
         ([in_zip(tmp_path / "zip", photos)], {}),
         ([outer], {}),
         ([in_tar(tmp_path / "outer", tars)], {}),
+        ([in_tar(tmp_path / "winter21", {f"whole/{name}": tars[name] for name in tars})], {}),
         (sorted(outer.iterdir()), {}),
         (shards, {"classes": names}),
         ([parquet(tmp_path / "train.parquet", photos)], {}),
