@@ -42,6 +42,7 @@ from irpe_ds.planner.calibrate import read_results
 from irpe_ds.planner.zero import read_zero
 from irpe_ds.plots.curves import read_runs
 from irpe_ds.training.deepspeed_config import read_ds_config
+from tests import packing
 from tests.benchmark.test_report import results, row
 from tests.checkpoint_ranks import SOLO, save
 from tests.fuzz import mutations as m
@@ -155,6 +156,17 @@ def class_tars(folder: Path) -> None:
 def flat_tar(folder: Path) -> None:
     (folder / "source.tar").write_bytes(m.packed(images(6), random.Random(3)))
     (folder / "labels.txt").write_text("cat\ndog\nbird\ncat\ndog\nbird\n")
+
+
+def zip_of_folders(folder: Path) -> None:
+    image_folder(folder)
+    shutil.make_archive(str(folder / "source"), "zip", folder / "source")
+    shutil.rmtree(folder / "source")
+
+
+def parquet(folder: Path) -> None:
+    tree = {f"{('cat', 'dog')[n % 2]}/{name}": d for n, (name, d) in enumerate(images(6).items())}
+    packing.parquet(folder / "source.parquet", tree)
 
 
 def interrupted(folder: Path) -> None:
@@ -328,6 +340,8 @@ KINDS: Mapping[str, Kind] = {
     "tar": Kind(tar_of_folders, ("source.tar",), read_converted, TAR),
     "webdataset": Kind(webdataset, ("source.tar",), read_converted, TAR),
     "class tars": Kind(class_tars, ("source.tar",), read_converted, TAR),
+    "zip": Kind(zip_of_folders, ("source.zip",), lambda f: read_converted(f, "source.zip")),
+    "parquet": Kind(parquet, ("source.parquet",), lambda f: read_converted(f, "source.parquet")),
     "labels": Kind(
         flat_tar,
         ("labels.txt",),

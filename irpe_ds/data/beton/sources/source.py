@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from irpe_ds.data.beton.options import SourceOptions
@@ -115,7 +115,7 @@ class Slices:
 
 def is_image(path: str) -> bool:
     """Whether a path has an image extension and nothing hidden in it."""
-    return PurePosixPath(path).suffix.lower() in EXTENSIONS and not is_hidden(path)
+    return os.path.splitext(path)[1].lower() in EXTENSIONS and not is_hidden(path)
 
 
 def is_hidden(path: str) -> bool:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from irpe_ds.data.beton.sources.source import Source, SourceFile
 from irpe_ds.data.beton.tar import COMPLETE, TarEntry, read_tar
@@ -80,5 +80,5 @@ def in_tar(entry: TarEntry, path: Path, stamp: int, folder: str = "") -> SourceF
 
 def clean(path: str) -> str:
     """A path in an archive without a leading `./` or `/`; a folder's keeps its slash at the end."""
-    parts = [part for part in PurePosixPath(path).parts if part != "/"]
+    parts = [part for part in path.split("/") if part not in ("", ".")]
     return "/".join(parts) + "/" * path.endswith("/")

@@ -6,7 +6,7 @@ Not zipfile, which (Python 3.11) keeps half a kilobyte of every file in memory.
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -22,7 +22,7 @@ _END = struct.Struct("<4s4H2IH")
 _LOCATOR = struct.Struct("<4sIQI")  # zip64's: where its end record is
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _STORED, _DEFLATED = 0, 8
-_ENCRYPTED, _UTF8 = 1, 1 << 11  # bits of the flags
+_ENCRYPTED = 1  # a bit of the flags
 _FULL = 0xFFFFFFFF  # a number that the zip64 extra has
 _COMMENT_BYTES = 0xFFFF
 
@@ -69,7 +69,8 @@ class ZipReader:
 
     def read(self, offset: int, size: int) -> bytes:
         """The bytes of the file with the record at an offset, if they fit its checksum."""
-        record = _record(os.pread(self._file, _RECORD.size + 3 * _COMMENT_BYTES, offset))
+        head = os.pread(self._file, _RECORD.size, offset)
+        record = _record(head, lambda rest: os.pread(self._file, rest, offset + _RECORD.size))
         local = os.pread(self._file, _LOCAL.size, record.header)
         if len(local) < _LOCAL.size or local[:4] != b"PK\3\4":
             raise ValueError("a damaged zip: no header where its directory says")
@@ -92,9 +93,9 @@ def _directory(path: Path) -> Iterator[tuple[int, _Record]]:
     try:
         with open_regular(path) as file:
             place, end, count = _extent(file)
+            file.seek(place)
             for _ in range(count):
-                file.seek(place)
-                record = _record(file.read(min(_RECORD.size + 3 * _COMMENT_BYTES, end - place)))
+                record = _record(file.read(_RECORD.size), file.read)
                 if record.header + _LOCAL.size + record.packed > end:
                     raise ValueError(f"{record.name}, which ends after the archive")
                 yield place, record
@@ -131,26 +132,25 @@ def _extent(file: BinaryIO) -> tuple[int, int, int]:
     return begin, end, count
 
 
-def _record(data: bytes) -> _Record:
-    """A record at the start of some bytes."""
-    if len(data) < _RECORD.size or data[:4] != b"PK\1\2":
+def _record(head: bytes, read: Callable[[int], bytes]) -> _Record:
+    """A record with this head; `read` gives the bytes that follow."""
+    if len(head) < _RECORD.size or head[:4] != b"PK\1\2":
         raise ValueError("damage in its directory")
-    _, _, _, flags, method, _, _, *rest = _RECORD.unpack_from(data)
-    crc, packed, size, name_length, extra, comment, _, _, _, header = rest
-    length = _RECORD.size + name_length + extra + comment
-    if length > len(data):
+    _, _, _, flags, method, _, _, *numbers = _RECORD.unpack(head)
+    crc, packed, size, name_length, extra, comment, _, _, _, header = numbers
+    tail = read(name_length + extra + comment)
+    if len(tail) < name_length + extra + comment:
         raise ValueError("damage in its directory")
-    raw = data[_RECORD.size : _RECORD.size + name_length]
-    name = os.fsdecode(raw) if flags & _UTF8 or not raw.isascii() else raw.decode("ascii")
+    name = os.fsdecode(tail[:name_length])
     if flags & _ENCRYPTED:
         raise ValueError(f"{name}, which is encrypted")
     if method not in (_STORED, _DEFLATED):
         raise ValueError(f"{name}, compressed by method {method}")
-    extras = data[_RECORD.size + name_length : length - comment]
+    extras = tail[name_length : name_length + extra]
     size, packed, header = _wide(extras, size, packed, header)
     if method == _STORED and packed != size:
         raise ValueError(f"{name} of two sizes")
-    return _Record(name, method, crc, packed, size, header, length)
+    return _Record(name, method, crc, packed, size, header, len(head) + len(tail))
 
 
 def _wide(extras: bytes, *numbers: int) -> list[int]:
