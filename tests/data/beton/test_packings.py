@@ -1,6 +1,7 @@
 """One set in every packing is one file; labels beside images, in shards and in Parquet."""
 
 import io
+import os
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from irpe_ds.data.beton.cached import converted
 from irpe_ds.data.beton.convert import convert
 from irpe_ds.data.beton.journal import Journal
 from irpe_ds.data.beton.manifest import DatasetManifest
 from irpe_ds.data.beton.options import SourceOptions, StorageOptions
 from irpe_ds.data.beton.sources import Files, open_source
+from irpe_ds.data.pipelines.timm import open_images
 from irpe_ds.errors import DataError
 from tests.packing import (
     class_tars,
@@ -65,6 +68,31 @@ def test_one_set_in_every_packing_is_one_file(photos: dict[str, bytes], tmp_path
     assert {each.sha256 for each in made} == {made[0].sha256}
     assert {each.classes for each in made} == {("cat", "dog")}
     assert len({each.kind for each in made}) == 7
+
+
+@pytest.mark.parametrize("packing", ["zip", "parquet", "class tars"])
+def test_read_in_place(packing: str, photos: dict[str, bytes], tmp_path: Path) -> None:
+    """By pipeline timm, whose worker processes are forks."""
+    if packing == "zip":
+        path = in_zip(tmp_path / "a", photos)
+    elif packing == "parquet":
+        path = parquet(tmp_path / "a.parquet", photos)
+    else:
+        path = class_tars(tmp_path / "a", photos)
+    images = open_images(path, "data.train")
+    assert (images.info.classes, images.labels.tolist()) == (("cat", "dog"), [0, 0, 0, 1, 1])
+    for sample, data in enumerate(photos.values()):
+        assert images.open(sample) == Image.open(io.BytesIO(data))
+
+
+def test_folder_of_class_tars_is_converted_once(photos: dict[str, bytes], tmp_path: Path) -> None:
+    path = class_tars(tmp_path / "a", photos)
+    out = converted(path, "data.train", workers=1)
+    made = out.stat().st_ino
+    os.utime(path / "cat.tar")
+    assert converted(path, "data.train", workers=1).stat().st_ino == made
+    in_tar(path / "cat", {"f.jpg": photos["dog/d.jpg"]})
+    assert converted(path, "data.train", workers=1).stat().st_ino != made
 
 
 def manifest(tmp_path: Path, paths: list[Path], **options: Any) -> DatasetManifest:
