@@ -77,7 +77,12 @@ def add_choices(group: "argparse._ArgumentGroup") -> None:
     """The options that say which images are taken and what their classes are."""
     add = group.add_argument
     add("--labels", type=Path, metavar="FILE", help="`name label` lines, CSV, or development kit")
-    add("--classes", type=Path, metavar="FILE", help="class names in label order, one per line")
+    add(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="class names in label order, or a .beton",
+    )
     add("--other-classes", choices=get_args(OtherClasses), default="error", help="than those")
     add("--class-level", choices=get_args(ClassLevel), help="of nested folders: the first, or all")
     add("--image-key", metavar="NAME", help="ending in shards, or column, of images")

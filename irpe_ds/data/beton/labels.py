@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from irpe_ds.data.beton.manifest import read_manifest
 from irpe_ds.errors import DataError
 from irpe_ds.files import read_regular
 
@@ -76,13 +77,18 @@ class ClassList:
 
 
 def read_classes(path: Path) -> ClassList:
-    """The classes in a text file: one name a line, in label order.
+    """The classes in a text file: one name a line, in label order; or those of a .beton file.
 
     After a synset may be words, and after every name its number.
 
     Raises:
-        DataError: it is no text file, or lists a name twice.
+        DataError: it is no text file, or lists a name twice, or has no manifest.
     """
+    if path.suffix == ".beton":
+        manifest = read_manifest(path)
+        if manifest is None:
+            raise DataError("--classes", "a .beton file with its manifest", path)
+        return ClassList(manifest.classes, path)
     lines = _read_lines(path)
     numbered = [_NUMBERED.fullmatch(line) for line in lines]
     if all(found and found[2] == str(number) for number, found in enumerate(numbered)):

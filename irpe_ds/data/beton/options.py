@@ -70,7 +70,8 @@ class SourceOptions:
     """A list of images with labels, or of labels in the order of the images' names; or ImageNet's
     development kit."""
     classes: Path | None = None
-    """The class names, in label order, whether or not all have images."""
+    """The class names, in label order, whether or not all have images; or a .beton file that has
+    them."""
     other_classes: OtherClasses = "error"
     """What becomes of images whose class is not in `classes`."""
     class_level: ClassLevel | None = None
