@@ -306,6 +306,30 @@ def test_script_reports_a_mistake_in_one_line(
     assert shown.err.count("\n") == 1
 
 
+def test_dry_run_tells_the_classes_and_writes_nothing(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "classes.txt").write_text("".join(f"{number:03d}\n" for number in range(38)))
+    options = ["--classes", str(tmp_path / "classes.txt"), "--limit", "36", "--dry-run"]
+    command = ["convert.py", "--source", str(folder), "--out", str(tmp_path / "x.beton")]
+    monkeypatch.setattr(sys, "argv", [*command, *options])
+    runpy.run_path(str(ROOT / "data_prep" / "convert.py"), run_name="__main__")
+    *lines, forecast = capsys.readouterr().out.splitlines()
+    rows = [f"  {n}: {n:03d}, {n < 36:d} images" for n in (0, 1, 2, 3, 36, 37)]
+    assert lines == [
+        "a folder: 36 images of 36 classes, 1 each; 0 other files left out",
+        "2 more classes have no images",
+        *rows[:4],
+        "  ...",
+        *rows[4:],
+    ]
+    assert forecast.startswith("about 0.0")
+    assert [path.name for path in tmp_path.iterdir()] == ["classes.txt"]
+
+
 WITHOUT_HEAVY_IMPORTS = """
 import runpy, sys
 sys.modules.update(dict.fromkeys(("torch", "ffcv", "numba", "sklearn", "scipy")))

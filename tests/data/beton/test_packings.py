@@ -16,6 +16,7 @@ from irpe_ds.data.beton.journal import Journal
 from irpe_ds.data.beton.manifest import DatasetManifest
 from irpe_ds.data.beton.options import SourceOptions, StorageOptions
 from irpe_ds.data.beton.sources import Files, open_source
+from irpe_ds.data.parallel import map_in_order
 from irpe_ds.data.pipelines.timm import open_images
 from irpe_ds.errors import DataError
 from tests.packing import (
@@ -68,6 +69,24 @@ def test_one_set_in_every_packing_is_one_file(photos: dict[str, bytes], tmp_path
     assert {each.sha256 for each in made} == {made[0].sha256}
     assert {each.classes for each in made} == {("cat", "dog")}
     assert len({each.kind for each in made}) == 7
+
+
+def test_few_archives_are_open_at_a_time(
+    photos: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ImageNet-21k unpacked is 21,841 of them, and a process may open 1,024 files."""
+    monkeypatch.setattr("irpe_ds.data.beton.sources.files._OPEN", 2)
+    tree = {f"{n}/{n}.jpg": bytes([n]) for n in range(9)}
+    paths = [in_tar(tmp_path / str(n), {f"{n}.jpg": bytes([n])}) for n in range(9)]
+    source, before = open_source(paths), len(os.listdir("/proc/self/fd"))
+    with closing(Journal(None, {})) as journal, closing(Files(source)) as files:
+        journal.list_source(source)
+        members = [member for _, member in journal.members()] * 30
+        opened = len(os.listdir("/proc/self/fd"))
+        read = list(map_in_order(files.read, members, workers=3))
+        assert len(os.listdir("/proc/self/fd")) <= opened + 2
+    assert read == list(tree.values()) * 30
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.parametrize("packing", ["zip", "parquet", "class tars"])
