@@ -27,11 +27,12 @@ EXTRAS = {
         *("scipy", "tqdm"),
     ],
     "log": ["matplotlib", "tensorboard", "wandb"],
+    "parquet": ["pyarrow"],
     "dev": [
         *("mypy", "pytest>=8", "pytest-xdist", "ruff", "types-PyYAML"),
         *("onnx", "onnxruntime", "onnxscript", "transformers"),
     ],
-    "all": ["irpe-ds[train,data,log,cuda,dev]"],
+    "all": ["irpe-ds[train,data,log,parquet,cuda,dev]"],
 }
 
 SCRIPTS = [f"scripts/**/*.{suffix}" for suffix in ("py", "yaml", "json", "sbatch", "example")]

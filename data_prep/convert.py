@@ -1,10 +1,12 @@
-"""Convert images to FFCV's .beton, read in place: nothing is unpacked.
+r"""Convert images to FFCV's .beton, read in place: nothing is unpacked.
 
     python data_prep/convert.py --source imagenet/train --out train.beton
     python data_prep/convert.py --source ILSVRC2012_img_train.tar --out train.beton
     python data_prep/convert.py --source ILSVRC2012_img_val.tar \
         --labels ILSVRC2012_devkit_t12.tar.gz --out val.beton
     python data_prep/convert.py --source wds/train-*.tar --classes classes.txt --out train.beton
+    python data_prep/convert.py --source CLS-LOC/val --labels LOC_val_solution.csv --out val.beton
+    python data_prep/convert.py --source tiny-imagenet-200.zip/tiny-imagenet-200/train --out t.beton
     srun python data_prep/convert.py --source imagenet/train --out train.beton --shards 64
 
 By default every JPEG is stored as it is. After a kill, the same command resumes. Writes a manifest
@@ -17,6 +19,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -29,8 +32,11 @@ from irpe_ds.data.beton.manifest import LEFT_OUT, SKIPPED, DatasetManifest, besi
 from irpe_ds.data.beton.options import (
     MAX_BAD,
     Check,
+    ClassLevel,
     Mode,
     OnBad,
+    OtherClasses,
+    SourceOptions,
     StorageOptions,
     check_shards,
     check_share,
@@ -42,6 +48,7 @@ from irpe_ds.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from irpe_ds.data.beton.forecast import Forecast
+    from irpe_ds.data.beton.listing import Listing
 
 
 def arguments() -> argparse.Namespace:
@@ -49,14 +56,15 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--source", type=Path, nargs="+", required=True, help="a folder, a .tar, or shards")
-    add("--out", type=Path, required=True, help="the .beton file to write")
     add(
-        "--labels",
+        "--source",
         type=Path,
-        help="of a flat tar: development kit, or one class name per line",
+        nargs="+",
+        required=True,
+        help="a folder, a .tar or .zip or a folder in it, class tars, shards, or .parquet files",
     )
-    add("--classes", type=Path, help="of shards with numbers: class names in label order")
+    add("--out", type=Path, required=True, help="the .beton file to write")
+    add_choices(parser.add_argument_group("classes and images"))
     defaults = StorageOptions()
     add("--mode", choices=get_args(Mode), default=defaults.mode)
     add("--longest-side", type=int, metavar="PIXELS", help="reduce longer images to this")
@@ -79,6 +87,25 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def add_choices(group: "argparse._ArgumentGroup") -> None:
+    """The options that say which images are taken and what their classes are."""
+    add = group.add_argument
+    add("--labels", type=Path, metavar="FILE", help="`name label` lines, CSV, or development kit")
+    add(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="class names in label order, or a .beton",
+    )
+    add("--other-classes", choices=get_args(OtherClasses), default="error", help="than those")
+    add("--class-level", choices=get_args(ClassLevel), help="of nested folders: the first, or all")
+    add("--image-key", metavar="NAME", help="ending in shards, or column, of images")
+    add("--label-key", metavar="NAME", help="ending, JSON field or column of labels")
+    add("--subset", type=Path, metavar="FILE", help="the names of the images to take")
+    add("--every", type=int, default=1, metavar="K", help="every K-th image of each class")
+    add("--limit", type=int, metavar="N", help="N images in all, evenly from the classes")
+
+
 def main() -> None:
     args = arguments()
     options = StorageOptions(
@@ -98,17 +125,23 @@ def main() -> None:
             raise ConfigError("--overwrite", "no --shards; remove the old files", "both")
     elif not args.dry_run:
         check_out(out, overwrite=args.overwrite)
-    source = open_source(args.source, labels=args.labels, classes=args.classes)
+    chosen = {field.name: getattr(args, field.name) for field in fields(SourceOptions)}
+    source = open_source(args.source, SourceOptions(**chosen))
 
     from irpe_ds.data.beton.convert import convert  # PyTorch and FFCV: seconds
     from irpe_ds.data.beton.forecast import forecast
     from irpe_ds.data.beton.shards import convert_shards
 
+    def announce(listing: "Listing") -> None:
+        print_listing(listing, source.kind)
+
     if args.dry_run:
-        print_forecast(forecast(source, out, options, workers=args.workers))
+        coming = forecast(source, out, options, workers=args.workers, announce=announce)
+        print_forecast(coming)
         return
     start, how = time.monotonic(), {"workers": args.workers, "on_bad": args.on_bad}
     how |= {"max_bad": args.max_bad, "command": shlex.join(["python", *sys.argv])}
+    how["announce"] = announce
     if args.shards is None:
         manifest = convert(source, out, options, overwrite=args.overwrite, **how)
     else:
@@ -116,10 +149,27 @@ def main() -> None:
     print_result(manifest, out, time.monotonic() - start)
 
 
+def print_listing(listing: "Listing", kind: str) -> None:
+    """The classes, before the hours of work: whether they are those that were meant."""
+    counts = [count for count in listing.counts if count]
+    each = f"{min(counts)}" + (f" to {max(counts)}" if max(counts) > min(counts) else "")
+    print(
+        f"{kind}: {sum(counts)} images of {len(counts)} classes, {each} each; "
+        f"{listing.left_out} other files left out"
+    )
+    if len(counts) < len(listing.classes):
+        print(f"{len(listing.classes) - len(counts)} more classes have no images")
+    rows = list(enumerate(zip(listing.classes, listing.counts, strict=True)))
+    shown = rows if len(rows) <= 10 else [*rows[:4], None, *rows[-2:]]
+    for row in shown:
+        print("  ..." if row is None else _shown(f"  {row[0]}: {row[1][0]}, {row[1][1]} images"))
+    for note in listing.notes:
+        print(f"note: {note}", flush=True)
+
+
 def print_forecast(coming: "Forecast") -> None:
     print(
-        f"{coming.images} images of {coming.classes} classes, {coming.left_out} other files left "
-        f"out{_counted(coming.extensions)}; about {_size(coming.size)}, and beside it "
+        f"about {_size(coming.size)}, and beside it "
         f"{_size(coming.journal)} until the end, {_size(coming.free)} free; about "
         f"{max(0.1, coming.seconds / 60):.2g} minutes if the disk is fast enough"
     )
@@ -127,6 +177,8 @@ def print_forecast(coming: "Forecast") -> None:
         f"while images are listed, {_size(coming.temporary)} in {temporary_folder()} (TMPDIR), "
         f"{_size(coming.temporary_free)} free"
     )
+    if coming.extensions:
+        print(f"left out: {_shown(coming.extensions)}")
     for name, reason in coming.bad.items():
         print(_shown(f"bad: {name}: {reason}"))
 

@@ -16,6 +16,7 @@ EXTRAS = {
     "train": ("deepspeed", "psutil", "pydantic"),
     "data": ("cv2", "ffcv", "numba", "scipy", "sklearn"),
     "log": ("matplotlib", "tensorboard", "wandb"),
+    "parquet": ("pyarrow",),
 }
 """Packages that `import irpe_ds` does without, by the extra of setup.py that installs them."""
 

@@ -126,8 +126,8 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     train: Path
-    """Training set: a .beton file or a folder of class folders; with pipeline `timm` also a .tar of
-    them."""
+    """Training set: a .beton file or a folder of class folders; with pipeline `timm` also another
+    source of data_prep/convert.py that needs no options."""
     val: Path | None = None
     """Validation set, in the same formats. None: a share of the training set."""
     val_share: Fraction | None = None

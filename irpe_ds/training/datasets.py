@@ -19,7 +19,6 @@ VAL_IMAGES = "val_images.json"
 """File of the run folder: without data.val, the images of data.train that are for validation."""
 
 PARTS: tuple[Part, ...] = ("train", "val")
-_PART_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
 _LIMIT = 1 << 30  # bytes of such a file: ten million names of 100 characters
 
 
@@ -44,7 +43,6 @@ def resolve(config: RunConfig) -> Resolved:
         folder = getattr(data, part)
         if folder is None or not folder.is_dir():
             continue
-        _check_class_folders(folder, f"data.{part}")
         if data.pipeline == "ffcv":
             cores = len(os.sched_getaffinity(0))
             beton = converted(folder, f"data.{part}", workers=data.workers or cores)
@@ -76,14 +74,6 @@ def unconverted(config: RunConfig) -> RunConfig:
     if any(path is not None and path.is_dir() for path in parts):
         data = data.model_copy(update={"pipeline": "timm"})
     return with_class_count(config.model_copy(update={"data": data}), "train")
-
-
-def _check_class_folders(folder: Path, where: str) -> None:
-    """Refuse the folder above: its train and val would be taken for classes."""
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if len(names) > 1 and _PART_NAMES.issuperset(name.lower() for name in names):
-        expected = f"a folder with a folder for each class, such as {folder / names[0]}"
-        raise DataError(where, expected, f"{folder} with the folders {', '.join(names)}")
 
 
 def with_class_count(config: RunConfig, part: Part) -> RunConfig:

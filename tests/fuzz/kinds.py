@@ -31,7 +31,7 @@ from irpe_ds.config import load_config
 from irpe_ds.data.beton import shards
 from irpe_ds.data.beton.convert import convert
 from irpe_ds.data.beton.manifest import HASHES, MANIFEST, beside
-from irpe_ds.data.beton.options import StorageOptions
+from irpe_ds.data.beton.options import SourceOptions, StorageOptions
 from irpe_ds.data.beton.reader import read_beton
 from irpe_ds.data.beton.shards import convert_shards
 from irpe_ds.data.beton.sources import is_image, open_source
@@ -45,6 +45,7 @@ from irpe_ds.planner.calibrate import read_results
 from irpe_ds.planner.zero import read_zero
 from irpe_ds.plots.curves import read_runs
 from irpe_ds.training.deepspeed_config import read_ds_config
+from tests import packing
 from tests.benchmark.test_report import results, row
 from tests.checkpoint_ranks import SOLO, save
 from tests.fuzz import mutations as m
@@ -128,10 +129,10 @@ def read_verified(folder: Path) -> str:
 def read_converted(folder: Path, source: str = "source.tar", **arguments: Any) -> str:
     """A conversion, with nothing lost between the source and the file."""
     out = folder / "out.beton"
-    opened = open_source([folder / source], **arguments)
+    opened = open_source([folder / source], SourceOptions(**arguments))
     made = convert(opened, out, StorageOptions(), workers=1, on_bad="skip")
     assert made.num_samples == sum(made.class_counts)
-    listed = sum(1 for member in opened.members() if is_image(member.name))
+    listed = sum(is_image(file.path) for file in opened.files())
     assert made.num_samples + made.skipped == listed, (made.num_samples, made.skipped, listed)
     return f"{made.classes} {made.num_samples}"
 
@@ -164,6 +165,17 @@ def class_tars(folder: Path) -> None:
 def flat_tar(folder: Path) -> None:
     (folder / "source.tar").write_bytes(m.packed(images(6), random.Random(3)))
     (folder / "labels.txt").write_text("cat\ndog\nbird\ncat\ndog\nbird\n")
+
+
+def zip_of_folders(folder: Path) -> None:
+    image_folder(folder)
+    shutil.make_archive(str(folder / "source"), "zip", folder / "source")
+    shutil.rmtree(folder / "source")
+
+
+def parquet(folder: Path) -> None:
+    tree = {f"{('cat', 'dog')[n % 2]}/{name}": d for n, (name, d) in enumerate(images(6).items())}
+    packing.parquet(folder / "source.parquet", tree)
 
 
 def interrupted(folder: Path) -> None:
@@ -357,6 +369,8 @@ KINDS: Mapping[str, Kind] = {
     "tar": Kind(tar_of_folders, ("source.tar",), read_converted, TAR),
     "webdataset": Kind(webdataset, ("source.tar",), read_converted, TAR),
     "class tars": Kind(class_tars, ("source.tar",), read_converted, TAR),
+    "zip": Kind(zip_of_folders, ("source.zip",), lambda f: read_converted(f, "source.zip")),
+    "parquet": Kind(parquet, ("source.parquet",), lambda f: read_converted(f, "source.parquet")),
     "labels": Kind(
         flat_tar,
         ("labels.txt",),

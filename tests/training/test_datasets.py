@@ -8,7 +8,10 @@ import pytest
 from PIL import Image
 
 from irpe_ds.config import DataConfig, RunConfig
+from irpe_ds.data.beton.convert import convert
+from irpe_ds.data.beton.options import SourceOptions, StorageOptions
 from irpe_ds.data.beton.reader import DatasetInfo, beton_info
+from irpe_ds.data.beton.sources import open_source
 from irpe_ds.data.loaders import EvalLoader, TrainLoader
 from irpe_ds.data.pipelines.pipeline import val_images
 from irpe_ds.errors import ConfigError, DataError
@@ -132,6 +135,17 @@ class TestFolders:
         (photos / "bee").rename(photos / "Val")
         with pytest.raises(DataError, match=r"such as .*/photos/Val, got .* folders Val, train"):
             datasets.resolve(config(photos))
+
+    def test_validation_with_some_of_the_classes(self, photos: Path) -> None:
+        train, val = datasets.resolve(config(photos))[0].data.train, photos.parent / "val.beton"
+        shutil.rmtree(photos / "ant")
+        source = open_source([photos], SourceOptions(classes=train))
+        convert(source, val, StorageOptions(), workers=1)
+        found, _ = datasets.resolve(config(train, val=val))
+        assert datasets.check_data(found)["val"].classes == ("ant", "bee")
+        place: Any = {"batch_size": 9, "img_size": (8, 8), "rank": 0, "world_size": 1}
+        ((_, labels, _),) = EvalLoader(found.data, **place)
+        assert labels.tolist()[:5] == [1] * 5
 
     def test_a_preflight_writes_nothing(self, photos: Path) -> None:
         found = datasets.unconverted(config(photos))

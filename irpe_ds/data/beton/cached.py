@@ -22,9 +22,8 @@ from irpe_ds.data.beton.manifest import (
 )
 from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.beton.places import target
-from irpe_ds.data.beton.sources import Member, open_source
+from irpe_ds.data.beton.sources import Files, Member, open_source
 from irpe_ds.errors import DataError, UserError
-from irpe_ds.files import open_regular
 
 
 def converted(folder: Path, where: str, *, workers: int) -> Path:
@@ -43,10 +42,10 @@ def converted(folder: Path, where: str, *, workers: int) -> Path:
     if folder.name in ("", ".."):
         folder = folder.resolve()
     out = target(beside(folder, ".beton"))
-    _, classes, images = list_images(folder, where)
+    source, classes, images = list_images(folder, where)
     if is_there(out):
         manifest = read_manifest(out)
-        if manifest is not None and _fits(out, manifest, classes, images):
+        if manifest is not None and _fits(out, manifest, classes, images, Files(source)):
             return out
         if manifest is None or not _is_ours(manifest, folder):
             expected = f"{out} to be of the images in {folder}"
@@ -76,6 +75,7 @@ def _fits(
     manifest: DatasetManifest,
     classes: tuple[str, ...],
     images: Sequence[tuple[int, Member]],
+    files: Files,
 ) -> bool:
     """Whether a file holds these images, but for those that were skipped, as they are now."""
     if classes != manifest.classes or len(images) != manifest.num_samples + manifest.skipped:
@@ -88,16 +88,15 @@ def _fits(
         missing += sha256 is None
         found = os.stat(member.file)
         # The second is the time of a rename too: a file that was moved here keeps the first.
-        if max(found.st_mtime_ns, found.st_ctime_ns) > made and _sha256(member) != sha256:
+        if max(found.st_mtime_ns, found.st_ctime_ns) > made and _sha256(files, member) != sha256:
             return False
     return missing == manifest.skipped
 
 
-def _sha256(member: Member) -> bytes:
+def _sha256(files: Files, member: Member) -> bytes:
     try:
-        with open_regular(member.file) as file:
-            return hashlib.sha256(file.read(member.size)).digest()
-    except OSError:
+        return hashlib.sha256(files.read(member)).digest()
+    except (ValueError, DataError):
         return b""
 
 

@@ -4,7 +4,7 @@ import hashlib
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
@@ -28,6 +28,7 @@ from irpe_ds.data.beton.journal import (
     damaged_journal,
 )
 from irpe_ds.data.beton.left_out import list_line
+from irpe_ds.data.beton.listing import Listing
 from irpe_ds.data.beton.manifest import (
     HASHES,
     LEFT_OUT,
@@ -52,6 +53,9 @@ _COMMIT_SECONDS = 2.0  # between commits: what a kill loses at most
 _CHUNK = 1 << 12  # rows of the tables in memory at a time
 _LISTS = (SKIPPED, LEFT_OUT)
 
+Announce = Callable[[Listing], None]
+"""Tells a user which images and classes were found."""
+
 
 def convert(
     source: Source,
@@ -63,6 +67,7 @@ def convert(
     max_bad: float = MAX_BAD,
     overwrite: bool = False,
     command: str = "",
+    announce: Announce = lambda listing: None,
 ) -> DatasetManifest:
     """Convert a source; `out`, its manifest and hashes appear complete at the end, or not at all.
 
@@ -76,6 +81,7 @@ def convert(
         max_bad: share of the images that may be skipped; a few always may.
         overwrite: replace `out`, and discard an unfinished conversion with other options.
         command: recorded in the manifest.
+        announce: is told what was listed, before the work begins.
 
     Raises:
         ConfigError: `out` exists, an unfinished conversion has other options, or `max_bad` is none.
@@ -95,8 +101,9 @@ def convert(
                 raise already_exists(out)
             if not renamed:
                 try:
-                    bad = on_bad, max_bad
-                    _convert(source, out, options, journal, workers, bad, command)
+                    listing = listed(journal, source, announce)
+                    how = options, workers, (on_bad, max_bad), command
+                    _convert(source, listing, out, journal, *how)
                 except UserError:
                     if not unfinished.exists():  # nothing is done that could be continued
                         journal_path.unlink(missing_ok=True)
@@ -113,21 +120,28 @@ def convert(
 
 def identity(source: Source, options: StorageOptions) -> dict[str, Any]:
     """What must not change when a conversion resumes, as JSON gives it back."""
-    paths = [os.fspath(path) for path in source.paths]
-    return {"source": paths, "kind": source.kind} | asdict(options) | {"ffcv": VERSION}
+    same = {"source": [os.fspath(path) for path in source.paths], "kind": source.kind}
+    return same | asdict(options) | source.options.chosen() | {"ffcv": VERSION}
+
+
+def listed(journal: Journal, source: Source, announce: Announce) -> Listing:
+    """List a source and tell what was found, before hours of work."""
+    listing = journal.list_source(source)
+    announce(listing)
+    return listing
 
 
 def _convert(
     source: Source,
+    listing: Listing,
     out: Path,
-    options: StorageOptions,
     journal: Journal,
+    options: StorageOptions,
     workers: int,
     bad: tuple[OnBad, float],
     command: str,
 ) -> None:
     """Write all files under their unfinished names, from where an earlier call stopped."""
-    classes, others = journal.list_source(source)
     if bad[0] == "error":
         first_bad = next(journal.skipped(), None)  # of an earlier call with on_bad="skip"
         if first_bad is not None:
@@ -146,8 +160,8 @@ def _convert(
         options,
         BadImages(journal, *bad),
         workers=workers,
-        classes=classes,
-        left_out=others,
+        classes=listing.classes,
+        left_out=listing.left_out,
         command=command,
     )
 
@@ -191,6 +205,7 @@ def write_listed(
         source=[os.fspath(path) for path in source.paths],
         kind=source.kind,
         options=asdict(options),
+        selection=source.options.chosen(),
         left_out=left_out,
         classes=classes,
         class_counts=journal.class_counts(len(classes)),

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from irpe_ds.data.beton.convert import read_image
+from irpe_ds.data.beton.convert import Announce, listed, read_image
 from irpe_ds.data.beton.journal import Journal
 from irpe_ds.data.beton.left_out import count_extensions
 from irpe_ds.data.beton.options import StorageOptions
@@ -45,15 +45,22 @@ class Forecast:
     """Bad images among those tried, with reasons."""
 
 
-def forecast(source: Source, out: Path, options: StorageOptions, *, workers: int) -> Forecast:
+def forecast(
+    source: Source,
+    out: Path,
+    options: StorageOptions,
+    *,
+    workers: int,
+    announce: Announce = lambda listing: None,
+) -> Forecast:
     """Convert some images of a source, spread evenly, without writing anything.
 
     Raises:
         DataError: the source has no images.
     """
     with closing(Journal(None, {})) as journal, closing(Files(source)) as files:
-        classes, others = journal.list_source(source)
-        count, listed = journal.totals()
+        listing = listed(journal, source, announce)
+        count, total = journal.totals()
         trials = list(journal.images(0, step=-(-count // _TRIALS)))
         read = stored = 0
         bad = {}
@@ -70,10 +77,10 @@ def forecast(source: Source, out: Path, options: StorageOptions, *, workers: int
         journal_bytes, temporary = journal.needs()
     return Forecast(
         images=count,
-        classes=len(classes),
-        left_out=others,
+        classes=len(listing.classes),
+        left_out=listing.left_out,
         extensions=extensions,
-        size=file_size(count, round(listed * (stored / read if read else 1))),
+        size=file_size(count, round(total * (stored / read if read else 1))),
         free=shutil.disk_usage(existing(target(out).parent)).free,
         journal=journal_bytes,
         temporary=temporary,

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from irpe_ds.data.beton import left_out
+from irpe_ds.data.beton.listing import Listing, list_source
 from irpe_ds.data.beton.manifest import beside, is_there
 from irpe_ds.data.beton.places import failed_place
-from irpe_ds.data.beton.sources import Member, Source, is_image, open_source
+from irpe_ds.data.beton.sources import Member, Source, open_source
 from irpe_ds.errors import ConfigError, DataError, UserError
 from irpe_ds.files import open_regular
 
@@ -33,21 +34,14 @@ _TABLES = {
     position INTEGER PRIMARY KEY, start INTEGER, size INTEGER, mode INTEGER, height INTEGER,
     width INTEGER, original INTEGER, sha256 BLOB, reason TEXT, digest BLOB)""",
 }
-_TEMPORARY = (
-    """CREATE TEMP TABLE found (
-    category BLOB, name BLOB, file BLOB, offset INTEGER, size INTEGER, stamp INTEGER)""",
-    "CREATE TEMP TABLE classes (category BLOB PRIMARY KEY, label INTEGER)",
-    left_out.TABLE,
-    "CREATE TEMP TABLE fresh AS SELECT * FROM images WHERE 0",
-)
 
 # In the order of the .beton file. A name may occur twice in an archive: the second is `repeated`.
 _ORDER = """
-INSERT INTO fresh
-SELECT row_number() OVER w - 1, label,
-       category IS lag(category) OVER w AND name IS lag(name) OVER w,
+CREATE TEMP TABLE fresh AS
+SELECT row_number() OVER w - 1 AS position, label,
+       category IS lag(category) OVER w AND name IS lag(name) OVER w AS repeated,
        category, name, file, offset, size, stamp
-FROM found LEFT JOIN classes USING (category)
+FROM found JOIN classes USING (category)
 WINDOW w AS (ORDER BY label, name, file, offset)
 """
 
@@ -86,9 +80,9 @@ def damaged_journal(path: Path | None, found: object) -> DataError:
 
 def of_another(where: str, old: dict[str, Any], new: dict[str, Any]) -> ConfigError:
     """The error of a conversion that was begun with other settings: which differ."""
-    names = [name for name in new if old.get(name) != new[name]]
+    names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     expected = ", ".join(f"{name} {old.get(name)}" for name in names)
-    return ConfigError(where, expected, ", ".join(str(new[name]) for name in names))
+    return ConfigError(where, expected, ", ".join(str(new.get(name)) for name in names))
 
 
 class DoneImage(NamedTuple):
@@ -165,8 +159,6 @@ class Journal:
                 self._db.execute(table)
         elif found != _TABLES:
             raise damaged_journal(self._path, "tables of another version or another program")
-        for table in _TEMPORARY:
-            self._db.execute(table)
 
     def _check_done(self) -> None:
         """Compare what is done with its digests: SQLite does not notice changed bytes."""
@@ -213,8 +205,8 @@ class Journal:
         self._db.execute("PRAGMA user_version = 1")
         self.commit()
 
-    def list_source(self, source: Source) -> tuple[tuple[str, ...], int]:
-        """List the images of a source; return its classes and the number of other files.
+    def list_source(self, source: Source) -> Listing:
+        """List the images to take of a source, and what is done of them.
 
         Raises:
             DataError: the source has no images, an image of none of its classes, or more than fit
@@ -226,39 +218,16 @@ class Journal:
             folders = () if self._path is None else (self._path.parent,)
             raise DataError(f"cannot list the images: {failed_place(error, *folders)}") from None
 
-    def _list_source(self, source: Source) -> tuple[tuple[str, ...], int]:
-        others = 0
-
-        def rows() -> Iterator[tuple[object, ...]]:
-            nonlocal others
-            for member in source.members():
-                if is_image(member.name):
-                    yield (*map(os.fsencode, member[:3]), *member[3:])
-                else:
-                    others += 1
-                    left_out.leave_out(self._db, os.path.join(member.category, member.name))
-
-        self._db.executemany("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?)", rows())
-        found = [
-            os.fsdecode(name) for (name,) in self._query("SELECT DISTINCT category FROM found")
-        ]
-        classes = source.classes(found)
-        if not found:
-            raise DataError("--source", f"images in {source.paths[0]}", "no images")
-        self._db.executemany(
-            "INSERT INTO classes VALUES (?, ?)",
-            ((os.fsencode(name), label) for label, name in enumerate(classes)),
-        )
+    def _list_source(self, source: Source) -> Listing:
+        classes, other_files, notes = list_source(self._db, source)
         self._db.execute(_ORDER)
-        stray = self._query("SELECT * FROM fresh WHERE label IS NULL LIMIT 1")
-        for _, _, _, *member in stray:
-            found_in = _member(member)
-            raise DataError(found_in, "an image of one of the classes", found_in.category)
         self._db.execute(_KEEP)
         self._db.execute("DELETE FROM images")
         self._db.execute("INSERT INTO images SELECT * FROM fresh")
         self.commit()
-        return classes, others
+        counts = dict(self._query("SELECT label, count(*) FROM images GROUP BY label"))
+        found = tuple(counts.get(label, 0) for label in range(len(classes)))
+        return Listing(classes, found, other_files, tuple(notes))
 
     def totals(self) -> tuple[int, ...]:
         """Number of images listed, and their bytes."""
@@ -354,11 +323,6 @@ class Journal:
                    count(reason), count(sha256) - count(DISTINCT sha256) FROM done"""
         return dict(zip(names, self._row(query), strict=True))
 
-    def listed_counts(self, num_classes: int) -> tuple[int, ...]:
-        """Images listed, per class."""
-        counts = dict(self._query("SELECT label, count(*) FROM images GROUP BY label"))
-        return tuple(counts.get(label, 0) for label in range(num_classes))
-
     def class_counts(self, num_classes: int) -> tuple[int, ...]:
         """Images in the file, per class."""
         rows = self._query(
@@ -388,7 +352,7 @@ def list_images(path: Path, where: str) -> tuple[Source, tuple[str, ...], list[t
     try:
         source = open_source([path])
         with closing(Journal(None, {})) as journal:
-            classes, _ = journal.list_source(source)
+            classes = journal.list_source(source).classes
             return source, classes, list(journal.members())
     except UserError as error:
         if error.where == "--source":

@@ -86,7 +86,9 @@ class DatasetManifest(FileRecord):
     kind: str
     """Kind of source, in words."""
     options: dict[str, Any]
-    """The options of the conversion."""
+    """The options of the conversion: how images are stored."""
+    selection: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Those that chose images and classes, where they are not the defaults; from format 3 on."""
     changed: Natural
     """Images not stored as the bytes of their source file."""
     skipped: Natural

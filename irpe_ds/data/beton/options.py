@@ -1,13 +1,16 @@
 """The options of a conversion, checked before anything heavy is imported."""
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from irpe_ds.errors import ConfigError
 
 Mode = Literal["passthrough", "reencode", "raw", "proportion"]
 Check = Literal["decode", "header"]
 OnBad = Literal["error", "skip"]
+ClassLevel = Literal["top", "leaf"]
+OtherClasses = Literal["error", "skip"]
 
 MAX_BAD = 0.01
 """Share of the images that may be skipped."""
@@ -56,6 +59,53 @@ class StorageOptions:
         check_share("--proportion", self.proportion)
         if self.check == "header" and self.mode != "passthrough":
             raise ConfigError("--check", f"decode in mode {self.mode}", self.check)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """Which images of a source are taken, and what tells their classes; by default all, by folder.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    labels: Path | None = None
+    """A list of images with labels, or of labels in the order of the images' names; or ImageNet's
+    development kit."""
+    classes: Path | None = None
+    """The class names, in label order, whether or not all have images; or a .beton file that has
+    them."""
+    other_classes: OtherClasses = "error"
+    """What becomes of images whose class is not in `classes`."""
+    class_level: ClassLevel | None = None
+    """`top`: an image is of the class of its first folder; `leaf`: of its whole path. None: `top`,
+    with a note if that is not the same."""
+    image_key: str | None = None
+    """What tells images: the ending in a shard, such as jpg; a column of Parquet or of `labels`."""
+    label_key: str | None = None
+    """What tells labels: likewise, or a field of a shard's JSON."""
+    subset: Path | None = None
+    """A list of the images to take."""
+    every: int = 1
+    """Take every n-th image of each class, by name."""
+    limit: int | None = None
+    """Images to take in all: first the first of each class, then the second of each."""
+
+    def __post_init__(self) -> None:
+        for option, value in (("--every", self.every), ("--limit", self.limit)):
+            if value is not None and value < 1:
+                raise ConfigError(option, "at least 1", value)
+        if self.other_classes == "skip" and self.classes is None:
+            raise ConfigError("--other-classes", "--classes with it", "no --classes")
+
+    def chosen(self) -> dict[str, Any]:
+        """The options with another value than by default, for the manifest."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, (value, default) in values.items()
+            if value != default
+        }
 
 
 def check_share(name: str, share: float) -> None:

@@ -16,7 +16,6 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from irpe_ds.cli import command
 from irpe_ds.data.beton.format import (
     ALLOC_TABLE_TYPE,
     CURRENT_VERSION,
@@ -233,7 +232,7 @@ def _in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> It
 def _read_tables(path: Path, where: str) -> tuple[DatasetInfo, NDArray[np.void]]:
     """The contents of a data set in brief, and ENTRY of each sample."""
     if path.is_dir():
-        expected = f"{_expected()}, or data.pipeline=timm, which reads folders"
+        expected = "a .beton file, or data.pipeline=timm, which reads folders"
         raise DataError(where, expected, f"{path}, a folder")
     manifest = read_manifest(path)
     if manifest is None and beside(path, SHARDING).is_dir():
@@ -261,10 +260,6 @@ def _read_tables(path: Path, where: str) -> tuple[DatasetInfo, NDArray[np.void]]
     return info, entries
 
 
-def _expected() -> str:
-    return f"a .beton file ({command('data_prep/convert.py')} makes one)"
-
-
 def _read_file(path: Path, record: FileRecord | None, where: str) -> NDArray[np.void]:
     """ENTRY of each sample of one file, which is that of its record, if it has one."""
     try:
@@ -284,7 +279,8 @@ def _read_file(path: Path, record: FileRecord | None, where: str) -> NDArray[np.
             file.seek(allocations)
             table = np.fromfile(file, ALLOC_TABLE_TYPE, num_samples)
     except OSError as error:
-        raise DataError(where, _expected(), f"{path}: {error.strerror}") from None
+        expected = "a .beton file, or a folder with one folder per class"
+        raise DataError(where, expected, f"{path}: {error.strerror}") from None
     return _entries(metadata, table, allocations, path, where)
 
 

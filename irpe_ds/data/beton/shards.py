@@ -25,7 +25,7 @@ from pydantic import ConfigDict
 
 from irpe_ds.config_types import Natural
 from irpe_ds.data.beton.claims import DONE, Claims, Task
-from irpe_ds.data.beton.convert import identity, publish, write_listed
+from irpe_ds.data.beton.convert import Announce, identity, listed, publish, write_listed
 from irpe_ds.data.beton.journal import Journal, of_another
 from irpe_ds.data.beton.left_out import list_line
 from irpe_ds.data.beton.manifest import (
@@ -58,7 +58,7 @@ _SETTINGS_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listing:
+class SharedListing:
     """What all processes take from the one that has listed the source."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -69,7 +69,7 @@ class Listing:
     """For the manifests, which then do not depend on who writes them."""
     classes: tuple[str, ...]
     """Of the whole source, in label order."""
-    listed: tuple[Natural, ...]
+    counts: tuple[Natural, ...]
     """Images of each class."""
     left_out: Natural
     """Source files without an image extension."""
@@ -87,6 +87,7 @@ def convert_shards(
     on_bad: OnBad = "error",
     max_bad: float = MAX_BAD,
     command: str = "",
+    announce: Announce = lambda listing: None,
 ) -> DatasetManifest:
     """Convert a source to shards together with all processes that call this with the same values.
 
@@ -100,6 +101,7 @@ def convert_shards(
         workers: reading and encoding threads of this process.
         on_bad: as of `convert`; so is `max_bad`, a share of the whole source.
         command: recorded in the manifests, of the process that lists the source.
+        announce: is told by that process what was listed.
 
     Raises:
         ConfigError: `out` exists, or other processes have other values.
@@ -114,8 +116,8 @@ def convert_shards(
         if not _is_complete(out, settings):
             folder.mkdir(parents=True, exist_ok=True)
             with Claims(folder) as claims:
-                work = _Conversion(source, out, options, settings, claims, workers, bad, command)
-                work.run()
+                how = workers, bad, command, announce
+                _Conversion(source, out, options, settings, claims, *how).run()
         shutil.rmtree(folder, ignore_errors=True)
     except (OSError, sqlite3.Error) as error:
         if beside(out, MANIFEST).exists():  # another process is done, and has removed the folder
@@ -138,7 +140,7 @@ def _is_complete(out: Path, settings: dict[str, Any]) -> bool:
     if manifest is None:
         return False
     old = {"source": manifest.source, "kind": manifest.kind, "ffcv": manifest.ffcv}
-    old |= manifest.options | {"shards": len(manifest.shards)}
+    old |= manifest.options | manifest.selection | {"shards": len(manifest.shards)}
     if old != settings:
         raise of_another(f"--out: {out} (which exists; remove its files)", old, settings)
     return True
@@ -157,10 +159,12 @@ class _Conversion:
         workers: int,
         bad: tuple[OnBad, float],
         command: str,
+        announce: Announce,
     ) -> None:
         self._source, self._out, self._options = source, out, options
         self._settings, self._claims = settings, claims
         self._workers, self._bad, self._command = workers, bad, command
+        self._announce = announce
         self._folder, self._count = beside(out, SHARDING), int(settings["shards"])
         self._list = self._folder / (_LISTING + DONE)
         self._shards = [shard_path(out, number, self._count) for number in range(self._count)]
@@ -188,7 +192,7 @@ class _Conversion:
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir()
         with closing(Journal(None, {})) as journal:
-            classes, left_out = journal.list_source(self._source)
+            found = listed(journal, self._source, self._announce)
             total, count = journal.totals()[0], self._count
             if total < count:
                 raise ConfigError("--shards", f"at most {total}, the images there are", count)
@@ -197,15 +201,14 @@ class _Conversion:
                 _write_lines(made / str(number), journal.listed(*bounds[number : number + 2]))
                 for number in range(count)
             ]
-            listed = journal.listed_counts(len(classes))
             with (made / LEFT_OUT).open("wb") as file:
                 file.writelines(list_line(*each) for each in journal.left_out())
-        listing = Listing(
+        listing = SharedListing(
             settings=self._settings,
             command=self._command,
-            classes=classes,
-            listed=listed,
-            left_out=left_out,
+            classes=found.classes,
+            counts=found.counts,
+            left_out=found.left_out,
             lists=tuple(lists),
         )
         text = json.dumps(asdict(listing))
@@ -217,18 +220,18 @@ class _Conversion:
             if not self._list.exists():  # another process was faster
                 raise
 
-    def _read_listing(self) -> Listing:
+    def _read_listing(self) -> SharedListing:
         path = self._list / _SETTINGS
         text, _, sha256 = read_regular(path, _SETTINGS_BYTES).removesuffix(b"\n").rpartition(b"\n")
         if hashlib.sha256(text).hexdigest().encode() != sha256:
             raise _damaged(path)
-        listing = parse_json(text, Listing, path, DataError)
+        listing = parse_json(text, SharedListing, path, DataError)
         if listing.settings != self._settings:
             where = f"{self._folder} (of an unfinished conversion; remove it to start over)"
             raise of_another(where, listing.settings, self._settings)
         return listing
 
-    def _write_shard(self, listing: Listing, number: int) -> None:
+    def _write_shard(self, listing: SharedListing, number: int) -> None:
         shard = self._shards[number]
         own = self._claims.own / shard.name
         with closing(Journal(None, {})) as journal:
@@ -240,7 +243,7 @@ class _Conversion:
                 self._source,
                 own,
                 self._options,
-                BadImages(journal, *self._bad, sum(listing.listed), ends),
+                BadImages(journal, *self._bad, sum(listing.counts), ends),
                 workers=self._workers,
                 classes=listing.classes,
                 left_out=0,  # they belong to no shard: the index counts them
@@ -264,7 +267,7 @@ class _Conversion:
     def _is_done(self, number: int) -> bool:
         return self._mark(number).exists()
 
-    def _write_index(self, listing: Listing) -> None:
+    def _write_index(self, listing: SharedListing) -> None:
         """Write the lists of what is not in the set and, last, the index."""
         own = self._claims.own / self._out.name
         skipped, records = beside(own, SKIPPED), list[FileRecord]()
@@ -282,12 +285,13 @@ class _Conversion:
                 if manifest.skipped:
                     with open_regular(beside(shard, SKIPPED)) as lines:
                         shutil.copyfileobj(lines, file)
-        classes = zip(listing.classes, listing.listed, counts, strict=True)
+        classes = zip(listing.classes, listing.counts, counts, strict=True)
         check_all(classes, left, self._bad[1])
         index = DatasetManifest(
             source=self._settings["source"],
             kind=self._settings["kind"],
             options=asdict(self._options),
+            selection=self._source.options.chosen(),
             num_samples=sum(record.num_samples for record in records),
             changed=changed,
             skipped=left,

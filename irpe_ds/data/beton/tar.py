@@ -21,10 +21,10 @@ _TAIL_BYTES = 1 << 20  # of zeros after the last file; archivers pad to 10 KiB
 
 
 class TarEntry(NamedTuple):
-    """A regular file in an archive."""
+    """A regular file or a folder in an archive."""
 
     name: str
-    """Its path."""
+    """Its path; a folder's ends with a slash."""
     offset: int
     """Where its bytes begin in the file that was read."""
     size: int
@@ -32,7 +32,7 @@ class TarEntry(NamedTuple):
 
 
 def read_tar(file: BinaryIO, where: object, begin: int, end: int) -> Iterator[TarEntry]:
-    """The regular files of the archive (ustar, PAX or GNU) in bytes `begin` to `end` of a file.
+    """The files and folders of the archive (ustar, PAX or GNU) in bytes `begin` to `end` of a file.
 
     Args:
         where: names the archive in errors.
@@ -61,6 +61,7 @@ def read_tar(file: BinaryIO, where: object, begin: int, end: int) -> Iterator[Ta
             elif kind == _LONG_NAME:
                 own[b"path"] = _text(data)
         elif kind == b"5" or (kind == b"\0" and _path(header, records).endswith("/")):
+            yield TarEntry(_path(header, records).rstrip("/") + "/", content, 0)
             size, own, extended = 0, {}, 0  # a folder has no content, whatever its size says
         else:
             name, size = _path(header, records), _size(header, records, where)

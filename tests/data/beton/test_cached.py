@@ -123,7 +123,7 @@ def test_a_folder_that_cannot_be_written_to(mixed: Path, monkeypatch: pytest.Mon
 
 
 def test_a_folder_without_classes(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^data\.train: expected a folder with one folder per cl"):
+    with pytest.raises(DataError, match=r"^data\.train: expected images in .*, got no images"):
         converted(tmp_path, "data.train", workers=1)
 
 

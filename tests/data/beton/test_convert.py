@@ -263,7 +263,7 @@ def test_folders_without_images_are_refused(tmp_path: Path, folder: Path) -> Non
         convert_folder(tmp_path / "absent", out, StorageOptions(), workers=1)
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "image.jpg").write_bytes((folder / "001" / "image.jpg").read_bytes())
-    with pytest.raises(DataError, match=r"--source.*one folder per class, got no folders"):
+    with pytest.raises(DataError, match=r"--source.*one folder per class, or --labels, got image"):
         convert_folder(tmp_path / "flat", out, StorageOptions(), workers=1)
     (tmp_path / "flat" / "cat").mkdir()
     with pytest.raises(DataError, match=r"--source.*images in every class folder.*cat"):
@@ -301,9 +301,35 @@ def test_script_reports_a_mistake_in_one_line(
         runpy.run_path(str(ROOT / "data_prep" / "convert.py"), run_name="__main__")
     assert exit_.value.code == 2
     shown = capsys.readouterr()
-    assert shown.out == ""
+    listed = "a folder: 4 images of 2 classes, 2 each; 1 other files left out\n"
+    assert shown.out == f"{listed}  0: cat, 2 images\n  1: dog, 2 images\n"
     assert shown.err.startswith(f"error: {mixed / 'dog' / 'c.png'}: expected an undamaged image")
     assert shown.err.count("\n") == 1
+
+
+def test_dry_run_tells_the_classes_and_writes_nothing(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "classes.txt").write_text("".join(f"{number:03d}\n" for number in range(38)))
+    options = ["--classes", str(tmp_path / "classes.txt"), "--limit", "36", "--dry-run"]
+    command = ["convert.py", "--source", str(folder), "--out", str(tmp_path / "x.beton")]
+    monkeypatch.setattr(sys, "argv", [*command, *options])
+    runpy.run_path(str(ROOT / "data_prep" / "convert.py"), run_name="__main__")
+    *lines, forecast, while_listed = capsys.readouterr().out.splitlines()
+    rows = [f"  {n}: {n:03d}, {n < 36:d} images" for n in (0, 1, 2, 3, 36, 37)]
+    assert lines == [
+        "a folder: 36 images of 36 classes, 1 each; 0 other files left out",
+        "2 more classes have no images",
+        *rows[:4],
+        "  ...",
+        *rows[4:],
+    ]
+    assert forecast.startswith("about 16.8 MB")
+    assert while_listed.startswith("while images are listed, ")
+    assert [path.name for path in tmp_path.iterdir()] == ["classes.txt"]
 
 
 WITHOUT_HEAVY_IMPORTS = """

@@ -66,8 +66,20 @@ def test_file_of_someone_elses_opens(folder: Path, tmp_path: Path, mode: str) ->
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.val: expected a \.beton file .*, got .*absent"):
+    with pytest.raises(
+        DataError, match=r"data\.val: expected a \.beton file, or a folder .*, got .*absent"
+    ):
         beton_info(tmp_path / "absent.beton", "data.val")
+
+
+def test_manifest_of_the_format_before(own_beton: Path) -> None:
+    path = beside(own_beton, MANIFEST)
+    stored = json.loads(path.read_text())
+    assert (stored.pop("selection"), stored["format"]) == ({}, 3)
+    path.write_text(json.dumps(stored | {"format": 2}))
+    manifest = beton_info(own_beton, "test").manifest
+    assert manifest is not None
+    assert (manifest.format, manifest.selection) == (2, {})
 
 
 @pytest.mark.parametrize("share", [0.0, 1e-6, 1e-3, 0.5, 0.99999])
