@@ -249,6 +249,7 @@ class Journal:
 
     def load(self, lines: Iterable[str]) -> None:
         """List, in place of a source, the images that `listed` gave; their positions begin at 0."""
+        self._db.execute(left_out.TABLE)
         for number, line in enumerate(lines):
             position, *row = json.loads(line)
             if number == 0:
