@@ -159,9 +159,12 @@ class TestShards:
         assert listed(path)[1] == [(0, "a.jpg"), (1, "b.jpg")]
 
     def test_labels_of_a_list(self, tmp_path: Path) -> None:
-        path = in_tar(tmp_path / "a", {"1.jpg": b"x", "1.cls": b"7", "2.jpg": b"x", "2.cls": b"7"})
+        paths = [
+            in_tar(tmp_path / f"{n}", {f"{n}.jpg": b"x", f"{n}.cls": b"7", "info.json": b""})
+            for n in (1, 2)
+        ]
         lines = text(tmp_path / "list.txt", "1.jpg dog\n2.jpg cat\n")
-        assert labels(path, labels=lines) == (("cat", "dog"), [0, 1])
+        assert labels(*paths, labels=lines) == (("cat", "dog"), [0, 1])
 
     def test_synsets_with_words(self, tmp_path: Path) -> None:
         words = b"n01440764 tench, Tinca tinca", b"n01443537"
