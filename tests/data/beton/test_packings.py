@@ -209,6 +209,20 @@ class TestParquet:
         with pytest.raises(DataError, match=r"expected a (label in digits|number or a name)"):
             listed(path)
 
+    def test_damage_after_the_listing(self, photos: dict[str, bytes], tmp_path: Path) -> None:
+        path = parquet(tmp_path / "a.parquet", photos)
+        source = open_source([path])
+        with closing(Journal(None, {})) as journal, closing(Files(source)) as files:
+            journal.list_source(source)
+            ((_, member), *_) = journal.members()
+            data = path.read_bytes()
+            path.write_bytes(data[:4] + bytes(len(data) // 2) + data[4 + len(data) // 2 :])
+            with pytest.raises(ValueError, match="damaged Parquet: "):
+                files.read(member)
+            path.unlink()
+            with pytest.raises(ValueError, match="No such file"):
+                files.read(member)
+
     def test_damage(self, photos: dict[str, bytes], tmp_path: Path) -> None:
         path = parquet(tmp_path / "a.parquet", photos)
         path.write_bytes(path.read_bytes()[:-20])
