@@ -138,6 +138,11 @@ class TestShards:
         with pytest.raises(DataError, match=r"00000\.tar: .*\.json: expected a field wnid"):
             listed(tmp_path / "out", label_key="wnid")
 
+    def test_json_with_half_a_character(self, tmp_path: Path) -> None:
+        path = in_tar(tmp_path / "a", {"a.jpg": b"x", "a.json": b'{"label": "\\ud800"}'})
+        with pytest.raises(DataError, match=r"a\.json: expected a label in UTF-8"):
+            listed(path)
+
     def test_a_label_under_another_ending(self, tmp_path: Path) -> None:
         path = in_tar(tmp_path / "a", {"a.jpg": b"x", "a.y": b"0", "b.jpg": b"x", "b.y": b"1"})
         assert labels(path, label_key="y") == (("0", "1"), [0, 1])

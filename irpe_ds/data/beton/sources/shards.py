@@ -82,4 +82,6 @@ def _field(text: str, name: str, where: str) -> str:
     if not isinstance(value, str | int) or isinstance(value, bool):
         fields = ", ".join(found) if isinstance(found, dict) else "no object"
         raise DataError(where, f"a field {name} (--label-key names another)", fields)
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise DataError(where, "a label in UTF-8", ascii(value))
     return str(value).strip()
