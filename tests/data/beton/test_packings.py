@@ -43,6 +43,7 @@ def photos() -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.thorough
 def test_one_set_in_every_packing_is_one_file(photos: dict[str, bytes], tmp_path: Path) -> None:
     names = text(tmp_path / "classes.txt", "cat\ndog\n")
     outer = class_tars(tmp_path / "class_tars", photos)
@@ -104,6 +105,7 @@ def test_read_in_place(packing: str, photos: dict[str, bytes], tmp_path: Path) -
         assert images.open(sample) == Image.open(io.BytesIO(data))
 
 
+@pytest.mark.thorough
 def test_folder_of_class_tars_is_converted_once(photos: dict[str, bytes], tmp_path: Path) -> None:
     path = class_tars(tmp_path / "a", photos)
     out = converted(path, "data.train", workers=1)
