@@ -81,10 +81,10 @@ class Lister:
     def fill(self) -> tuple[str, ...]:
         """Fill the table; return the class names in label order."""
         known, numbered, subset = dict[str, str | None](), set[bool](), self._subset()
-        images = others = 0
+        images = others = taken = 0
 
         def rows() -> Iterator[tuple[object, ...]]:
-            nonlocal images, others
+            nonlocal images, others, taken
             for text, name, file in self.images():
                 images += 1
                 if text is not None and text not in known:
@@ -100,6 +100,7 @@ class Lister:
                 if category is None:
                     others += 1
                     continue
+                taken += 1
                 names = map(os.fsencode, (category, name, file.file))
                 yield *names, file.offset, file.size, file.stamp
 
@@ -107,8 +108,9 @@ class Lister:
         if subset is not None and (line := subset.unused()) is not None:
             raise DataError("--subset", f"names of images of {self.source.paths[0]}", line)
         found = {category for category in known.values() if category is not None}
-        if not found:
-            raise DataError("--source", f"images in {self.source.paths[0]}", "no images to take")
+        if not taken:
+            expected = f"images to take in {self.source.paths[0]}"
+            raise DataError("--source", expected, f"none of {images}")
         if others:
             self.notes.append(f"{others} images of other classes than --classes has are left out")
         if self.given is not None:

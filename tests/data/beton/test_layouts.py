@@ -64,6 +64,16 @@ def test_flat_folder_with_a_list(name: str, tmp_path: Path, pack: Callable[..., 
     assert (classes, images, notes) == (*WANTED, ())
 
 
+def test_boxes_of_kaggle(tmp_path: Path, pack: Callable[..., Path]) -> None:
+    rows = (
+        "v_1,n03995372 85 1 499 272 n03995372 9 9 9 9 ",
+        "v_0,n01440764 1 2 3 4 ",
+        "v_2,n01440764 ",
+    )
+    lines = text(tmp_path / "LOC_val_solution.csv", "\n".join(("ImageId,PredictionString", *rows)))
+    assert labels(pack(FLAT), labels=lines) == (("n01440764", "n03995372"), [0, 0, 1])
+
+
 def test_numbers_of_caffe_with_and_without_names(tmp_path: Path, pack: Callable[..., Path]) -> None:
     path, caffe = pack(FLAT), text(tmp_path / "val.txt", "v_0.JPEG 1\nv_1.JPEG 0\nv_2.JPEG 1\n")
     assert labels(path, labels=caffe) == (("0", "1"), [0, 1, 1])
@@ -214,6 +224,9 @@ def test_folders_with_numbers_that_are_names(tmp_path: Path, pack: Callable[...,
         listed(path, classes=classes)
     found = labels(path, classes=classes, other_classes="skip")
     assert found == (("20344", "2019-01"), [0, 1])
+    subset = text(tmp_path / "subset.txt", "7/1.jpg\n")
+    with pytest.raises(DataError, match=r"--source: expected images to take in .*, got none of 4"):
+        listed(path, classes=classes, other_classes="skip", subset=subset)
 
 
 class TestChoice:

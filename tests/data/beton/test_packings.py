@@ -43,6 +43,7 @@ def photos() -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.thorough
 def test_one_set_in_every_packing_is_one_file(photos: dict[str, bytes], tmp_path: Path) -> None:
     names = text(tmp_path / "classes.txt", "cat\ndog\n")
     outer = class_tars(tmp_path / "class_tars", photos)
@@ -104,6 +105,7 @@ def test_read_in_place(packing: str, photos: dict[str, bytes], tmp_path: Path) -
         assert images.open(sample) == Image.open(io.BytesIO(data))
 
 
+@pytest.mark.thorough
 def test_folder_of_class_tars_is_converted_once(photos: dict[str, bytes], tmp_path: Path) -> None:
     path = class_tars(tmp_path / "a", photos)
     out = converted(path, "data.train", workers=1)
@@ -138,6 +140,11 @@ class TestShards:
         with pytest.raises(DataError, match=r"00000\.tar: .*\.json: expected a field wnid"):
             listed(tmp_path / "out", label_key="wnid")
 
+    def test_json_with_half_a_character(self, tmp_path: Path) -> None:
+        path = in_tar(tmp_path / "a", {"a.jpg": b"x", "a.json": b'{"label": "\\ud800"}'})
+        with pytest.raises(DataError, match=r"a\.json: expected a label in UTF-8"):
+            listed(path)
+
     def test_a_label_under_another_ending(self, tmp_path: Path) -> None:
         path = in_tar(tmp_path / "a", {"a.jpg": b"x", "a.y": b"0", "b.jpg": b"x", "b.y": b"1"})
         assert labels(path, label_key="y") == (("0", "1"), [0, 1])
@@ -159,9 +166,12 @@ class TestShards:
         assert listed(path)[1] == [(0, "a.jpg"), (1, "b.jpg")]
 
     def test_labels_of_a_list(self, tmp_path: Path) -> None:
-        path = in_tar(tmp_path / "a", {"1.jpg": b"x", "1.cls": b"7", "2.jpg": b"x", "2.cls": b"7"})
+        paths = [
+            in_tar(tmp_path / f"{n}", {f"{n}.jpg": b"x", f"{n}.cls": b"7", "info.json": b""})
+            for n in (1, 2)
+        ]
         lines = text(tmp_path / "list.txt", "1.jpg dog\n2.jpg cat\n")
-        assert labels(path, labels=lines) == (("cat", "dog"), [0, 1])
+        assert labels(*paths, labels=lines) == (("cat", "dog"), [0, 1])
 
     def test_synsets_with_words(self, tmp_path: Path) -> None:
         words = b"n01440764 tench, Tinca tinca", b"n01443537"
@@ -205,6 +215,20 @@ class TestParquet:
         path = parquet(tmp_path / "a.parquet", photos, label=label)
         with pytest.raises(DataError, match=r"expected a (label in digits|number or a name)"):
             listed(path)
+
+    def test_damage_after_the_listing(self, photos: dict[str, bytes], tmp_path: Path) -> None:
+        path = parquet(tmp_path / "a.parquet", photos)
+        source = open_source([path])
+        with closing(Journal(None, {})) as journal, closing(Files(source)) as files:
+            journal.list_source(source)
+            ((_, member), *_) = journal.members()
+            data = path.read_bytes()
+            path.write_bytes(data[:4] + bytes(len(data) // 2) + data[4 + len(data) // 2 :])
+            with pytest.raises(ValueError, match="damaged Parquet: "):
+                files.read(member)
+            path.unlink()
+            with pytest.raises(ValueError, match="No such file"):
+                files.read(member)
 
     def test_damage(self, photos: dict[str, bytes], tmp_path: Path) -> None:
         path = parquet(tmp_path / "a.parquet", photos)

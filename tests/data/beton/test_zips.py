@@ -36,6 +36,7 @@ def test_same_as_zipfile(path: Path) -> None:
     assert read(path) == CONTENTS
 
 
+@pytest.mark.thorough
 def test_sizes_of_64_bits(tmp_path: Path) -> None:
     """What zipfile writes where it does not know the size before, and a long list of files."""
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:

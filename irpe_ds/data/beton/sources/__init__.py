@@ -14,7 +14,14 @@ from irpe_ds.data.beton.sources.files import Files
 from irpe_ds.data.beton.sources.folder import Folder
 from irpe_ds.data.beton.sources.parquet import Parquet
 from irpe_ds.data.beton.sources.shards import CLS, WebDataset
-from irpe_ds.data.beton.sources.source import IMAGE_BYTES, Member, Source, is_hidden, is_image
+from irpe_ds.data.beton.sources.source import (
+    EXTENSIONS,
+    IMAGE_BYTES,
+    Member,
+    Source,
+    is_hidden,
+    is_image,
+)
 from irpe_ds.data.beton.sources.tars import ClassTars, Tar, TarOfTars, clean, entries
 from irpe_ds.data.beton.sources.zips import Zip
 from irpe_ds.errors import ConfigError
@@ -88,12 +95,13 @@ def _of_archives(paths: tuple[Path, ...], options: SourceOptions) -> Source:
     first = list(islice(files, _LOOK))
     suffixes = {PurePosixPath(name).suffix.lower() for name in first}
     is_flat = not any("/" in name for name in first)
-    by_key = options.label_key is not None and options.labels is None
-    if f".{CLS}" in suffixes or by_key or (".json" in suffixes and is_flat):
+    if options.labels is None and (
+        f".{CLS}" in suffixes or options.label_key or (".json" in suffixes and is_flat)
+    ):
         return WebDataset(paths, options)
-    if len(paths) > 1:
-        return WebDataset(paths, options) if options.labels else ClassTars(paths, options)
-    return (TarOfTars if suffixes == {".tar"} else Tar)(paths, options)
+    if ".tar" in suffixes and not suffixes & EXTENSIONS and len(paths) == 1:
+        return TarOfTars(paths, options)
+    return (ClassTars if options.labels is None and len(paths) > 1 else Tar)(paths, options)
 
 
 def _is_zip(path: Path) -> bool:

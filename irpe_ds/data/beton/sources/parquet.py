@@ -130,11 +130,15 @@ class ParquetReader:
     def _read_group(self, group: int) -> "pyarrow.ChunkedArray":
         import pyarrow.parquet
 
-        # One reader for each call: it is not said that threads may share them.
-        with pyarrow.parquet.ParquetFile(self._path, metadata=self._metadata) as file:
-            place = _leaf(file, self._image)
-            leaf = file.schema.column(place).path
-            return file.read_row_group(group, columns=[leaf], use_threads=False).column(0)
+        try:
+            # One reader for each call: it is not said that threads may share them.
+            with pyarrow.parquet.ParquetFile(self._path, metadata=self._metadata) as file:
+                leaf = file.schema.column(_leaf(file, self._image)).path
+                return file.read_row_group(group, columns=[leaf], use_threads=False).column(0)
+        except (OSError, pyarrow.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise ValueError(f"damaged Parquet: {error}") from None
 
 
 def _leaf(file: "pyarrow.parquet.ParquetFile", image: str) -> int:

@@ -22,10 +22,7 @@ class WebDataset(Source):
     """Shards with key.jpg next to key.cls, or to key.json with a field for the label."""
 
     kind = "WebDataset shards"
-
-    @property
-    def has_labels(self) -> bool:  # type: ignore[override]
-        return self.options.labels is None
+    has_labels = True
 
     def files(self) -> Iterator[SourceFile]:
         for path in self.archives:
@@ -47,10 +44,8 @@ class WebDataset(Source):
         by_ending = {file.path.removeprefix(f"{key}."): file for file in files}
         label_key = self.options.label_key or (CLS if CLS in by_ending else LABEL)
         label = by_ending.get(label_key, by_ending.get("json"))
-        if not images or (label is None and self.has_labels):
+        if not images or label is None:
             raise DataError("--source", f"one image and one .cls per key in {path}", got)
-        if label is None or not self.has_labels:
-            return images[0]
         text = _text(path, label, _JSON_BYTES if label_key not in by_ending else LABEL_BYTES)
         if label_key not in by_ending:
             text = _field(text, label_key, f"{path}: {label.path}")
@@ -87,4 +82,6 @@ def _field(text: str, name: str, where: str) -> str:
     if not isinstance(value, str | int) or isinstance(value, bool):
         fields = ", ".join(found) if isinstance(found, dict) else "no object"
         raise DataError(where, f"a field {name} (--label-key names another)", fields)
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise DataError(where, "a label in UTF-8", ascii(value))
     return str(value).strip()

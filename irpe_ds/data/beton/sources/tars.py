@@ -11,14 +11,15 @@ from irpe_ds.files import open_regular
 
 
 class Tar(Source):
-    """The files in a tar."""
+    """The files in a tar, or in several that have a list of labels."""
 
     kind = "a tar"
 
     def files(self) -> Iterator[SourceFile]:
-        stamp = self.path.stat().st_mtime_ns
-        for entry in entries(self.path):
-            yield in_tar(entry, self.path, stamp)
+        for path in self.archives:
+            stamp = path.stat().st_mtime_ns
+            for entry in entries(path):
+                yield in_tar(entry, path, stamp)
 
 
 class TarOfTars(Source):
