@@ -265,7 +265,7 @@ def hash_prefixes(beton: Path, sha256: str) -> NDArray[np.uint64]:
 
     Without a step per line, as a million of them would take seconds.
     """
-    path, digest = beside(beton, HASHES), hashlib.sha256()
+    path, digest = _record(beton, HASHES), hashlib.sha256()
     found, rest = list[NDArray[np.uint64]](), b""
     try:
         with open_regular(path) as file:

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from irpe_ds.data.beton import journal, places
+from irpe_ds.data.beton import listing, places
 from irpe_ds.data.beton.cached import converted
 from irpe_ds.data.beton.convert import convert
 from irpe_ds.data.beton.journal import DoneImage, Journal
 from irpe_ds.data.beton.manifest import DatasetManifest, read_manifest
-from irpe_ds.data.beton.options import StorageOptions
-from irpe_ds.data.beton.sources import Member, Source, open_source
+from irpe_ds.data.beton.options import SourceOptions, StorageOptions
+from irpe_ds.data.beton.sources import Source, open_source
+from irpe_ds.data.beton.sources.source import SourceFile
 from irpe_ds.data.beton.verify import verify
 from irpe_ds.errors import DataError
 
@@ -89,18 +90,17 @@ class Names(Source):
 
     kind = "names"
 
-    def members(self) -> Iterator[Member]:
+    def files(self) -> Iterator[SourceFile]:
         for n in range(3000):
             category = f"n{n % 50:08d}"
-            name = f"{category}_{n:05d}.JPEG"
-            file = f"/data/imagenet/train/{category}/{name}"
-            yield Member(category, name, file, 0, 110_000, 10**18 + n)
+            path = f"{category}/{category}_{n:05d}.JPEG"
+            yield SourceFile(path, f"/data/imagenet/train/{path}", 0, 110_000, 10**18 + n)
 
 
 def test_room_for_the_journal_is_foreseen(tmp_path: Path) -> None:
     path = tmp_path / "journal.db"
     with closing(Journal(path, {})) as state:
-        state.list_source(Names(tmp_path))
+        state.list_source(Names([tmp_path], SourceOptions()))
         expected, temporary = state.needs()
         for n in range(3000):
             place = 1 << 33, 110_000, 1, 375, 500, 1
@@ -122,8 +122,8 @@ def test_full_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, f
     (tmp_path / "out").mkdir()
     monkeypatch.delenv("SQLITE_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    limited = (*journal._TEMPORARY, "PRAGMA temp.max_page_count = 1")  # SQLite's own error
-    monkeypatch.setattr(journal, "_TEMPORARY", limited)
+    limited = (*listing._TABLES, "PRAGMA temp.max_page_count = 1")  # SQLite's own error
+    monkeypatch.setattr(listing, "_TABLES", limited)
     monkeypatch.setattr(
         places.shutil, "disk_usage", lambda path: Usage(9, 0, 0 if path == folder else 9)
     )
@@ -131,6 +131,6 @@ def test_full_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, f
     expected = f"^cannot list the images: No space left on device: {place}"
     for path in (tmp_path / "out" / "journal", None):
         with closing(Journal(path, {})) as state, pytest.raises(DataError, match=expected):
-            state.list_source(Names(tmp_path))
+            state.list_source(Names([tmp_path], SourceOptions()))
         if full == "out":
             break

@@ -33,10 +33,11 @@ from irpe_ds.data.beton.manifest import (
     read_hashes,
     shard_path,
 )
-from irpe_ds.data.beton.options import StorageOptions
+from irpe_ds.data.beton.options import SourceOptions, StorageOptions
 from irpe_ds.data.beton.reader import beton_info, read_beton, tables_sha256
 from irpe_ds.data.beton.shards import convert_shards
-from irpe_ds.data.beton.sources import Member, Source, open_source
+from irpe_ds.data.beton.sources import Source, is_image, open_source
+from irpe_ds.data.beton.sources.source import SourceFile
 from irpe_ds.data.beton.verify import verify
 from irpe_ds.data.beton.writer import BetonWriter, first_payload
 from irpe_ds.data.loaders import EvalLoader
@@ -420,12 +421,13 @@ class Repeated(Source):
     kind = "one image"
 
     def __init__(self, folder: Path, count: int) -> None:
-        super().__init__(folder)
-        self.count, (self.member, *_) = count, open_source([folder]).members()
+        super().__init__([folder], SourceOptions())
+        self.count = count
+        self.image = next(file for file in open_source([folder]).files() if is_image(file.path))
 
-    def members(self) -> Iterator[Member]:
+    def files(self) -> Iterator[SourceFile]:
         for number in range(self.count):
-            yield self.member._replace(name=f"a/name/of/usual/length/{number:08d}.jpg")
+            yield self.image._replace(path=f"{number % 2}/name/of/usual/length/{number:08d}.jpg")
 
 
 def convert_repeated(folder: Path, out: Path, count: int, num_shards: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from irpe_ds.data.beton import sources
 from irpe_ds.data.beton.convert import convert
+from irpe_ds.data.beton.journal import list_images
 from irpe_ds.data.beton.manifest import HASHES, SKIPPED, DatasetManifest, beside
 from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.beton.sources import Files, Member, open_source
@@ -52,7 +53,7 @@ def test_source_that_goes_away_stops_and_continues(
         reads[0] += 1
         if reads[0] == 40:
             if isinstance(kind, int):
-                monkeypatch.setattr(sources, "read_regular", failing)
+                monkeypatch.setattr(sources.files, "read_regular", failing)
             else:
                 go_away(photos)
                 if kind == "an empty mount point":
@@ -93,9 +94,9 @@ def test_source_that_goes_away_stops_and_continues(
 def test_file_that_changes_after_it_was_listed_stops(
     photos: Path, happens: Callable[[Path], object], got: str
 ) -> None:
-    source = open_source([photos])
+    source, _, images = list_images(photos, "--source")
     files = Files(source)
-    member = next(member for member in source.members() if member.name == "f03.jpg")
+    member = next(member for _, member in images if member.name == "f03.jpg")
     happens(Path(member.file))
     with pytest.raises(DataError, match=rf"f03\.jpg: expected the file as .* got {got}"):
         files.read(member)
@@ -108,10 +109,9 @@ def test_file_that_changes_after_it_was_listed_stops(
 def test_archive_that_changes_after_it_was_listed_stops(
     photos: Path, happens: Callable[[Path], object], got: str
 ) -> None:
-    source = open_source(
-        [Path(shutil.make_archive(str(photos), "tar", photos.parent, "mixed/dog"))]
-    )
-    member = next(member for member in source.members() if member.name == "f03.jpg")
+    tar = Path(shutil.make_archive(str(photos), "tar", photos.parent, "mixed"))
+    source, _, images = list_images(tar, "--source")
+    member = next(member for _, member in images if member.name == "f03.jpg")
     happens(source.path)
     with pytest.raises(DataError, match=rf"tar: dog/f03\.jpg: expected the file as .* got {got}"):
         Files(source).read(member)
