@@ -247,8 +247,7 @@ def title(description: Description) -> str:
     about = "" if len(d.sizes) == d.num_samples else "about "
     size = d.sizes.mean() * d.num_samples
     total = f"{size / 1e9:,.1f} GB" if size > 1e9 else f"{size / 1e6:,.1f} MB"
-    images = f"{d.num_samples:,} images of {len(d.classes):,} classes"
-    return f"{d.path}: {images}, {about}{total} of images"
+    return f"{d.path}: {d.num_samples:,} images of {len(d.classes):,} classes in {about}{total}"
 
 
 def ranked(description: Description) -> list[tuple[str, ...]]:

@@ -39,6 +39,11 @@ def version_note() -> str | None:
     )
 
 
+def numel(parameters: Iterable[Parameter]) -> int:
+    """Elements of all of them."""
+    return sum(p.numel for p in parameters)
+
+
 def padded(parameters: Iterable[Parameter], ranks: int) -> int:
     """Elements of parameters that are each padded to equal parts on all ranks."""
     return sum(_padded(p, ranks) for p in parameters)
@@ -54,8 +59,8 @@ def flat_groups(profile: Profile, ranks: int) -> list[int]:
     stage_1_and_2.py, flatten_dense_tensors_aligned: a multiple of nccl_start_alignment_factor (2)
     times the ranks.
     """
-    sizes: Counter[int] = Counter()
-    for p in profile.parameters:
+    sizes: Counter[int | None] = Counter()
+    for p in profile.trained:
         sizes[p.group] += p.numel
     return [math.ceil(size / (2 * ranks)) * 2 * ranks for size in sizes.values()]
 
@@ -63,10 +68,10 @@ def flat_groups(profile: Profile, ranks: int) -> list[int]:
 def shard_size(profile: Profile, zero: Zero, ranks: int) -> int:
     """Elements whose optimizer state one rank has."""
     if zero.stage == 0:
-        return profile.numel
+        return numel(profile.trained)
     if zero.stage < 3:
         return sum(flat_groups(profile, ranks)) // ranks
-    return padded(profile.parameters, ranks) // ranks
+    return padded(profile.trained, ranks) // ranks
 
 
 def split(profile: Profile, zero: Zero) -> tuple[list[Parameter], list[Parameter]]:
@@ -113,17 +118,17 @@ def gathered(call: Call, parameters: Sequence[Parameter], zero: Zero) -> Gathere
         call: the outermost module.
         parameters: all of the model.
     """
-    numel = {p.name: p.numel for p in parameters}
-    partitioned = {n for n in numel if numel[n] > zero.stage3_param_persistence_threshold}
-    events = [*_events(call, 1), *_events(call, -1)]
+    sizes = {p.name: p.numel for p in parameters}
+    partitioned = {n for n in sizes if sizes[n] > zero.stage3_param_persistence_threshold}
+    events = [*_events(call), *_backward(call)]
     modules = [names for begins, names in events if begins]
     trace = deque((name, number) for number, names in enumerate(modules) for name in names)
-    uses: dict[str, list[int]] = {name: [] for name in numel}
+    uses: dict[str, list[int]] = {name: [] for name in sizes}
     for name, number in trace:
         uses[name].append(number)
     passed = [0]
     for names in modules:
-        passed.append(passed[-1] + sum(numel[name] for name in names))
+        passed.append(passed[-1] + sum(sizes[name] for name in names))
     order: list[str] = []
     available: set[str] = set()
     live = most = 0
@@ -134,7 +139,7 @@ def gathered(call: Call, parameters: Sequence[Parameter], zero: Zero) -> Gathere
         new = [name for name in names if name in partitioned and name not in available]
         order.extend(new)
         available.update(new)
-        size = sum(numel[name] for name in new)
+        size = sum(sizes[name] for name in new)
         live += size
         most = max(most, live)
         return size
@@ -161,15 +166,25 @@ def gathered(call: Call, parameters: Sequence[Parameter], zero: Zero) -> Gathere
             near = later and passed[later[0]] - passed[current] < zero.stage3_max_reuse_distance
             if name in available and fetched_for.get(name, -1) <= current and not near:
                 available.remove(name)
-                live -= numel[name]
+                live -= sizes[name]
     return Gathered(order, most)
 
 
-def _events(call: Call, direction: int) -> Iterator[tuple[bool, Sequence[str]]]:
-    """When modules begin (True) and have run (False), with their parameters; -1 is backwards."""
+def _events(call: Call) -> Iterator[tuple[bool, Sequence[str]]]:
+    """When modules begin (True) and have run (False), with their parameters."""
     yield True, call.parameters
-    for inner in call.calls[::direction]:
-        yield from _events(inner, direction)
+    for inner in call.calls:
+        yield from _events(inner)
+    yield False, call.parameters
+
+
+def _backward(call: Call) -> Iterator[tuple[bool, Sequence[str]]]:
+    """The same of the backward pass, which does not come to all of them."""
+    if not call.is_trained:
+        return
+    yield True, call.parameters
+    for inner in reversed(call.calls):
+        yield from _backward(inner)
     yield False, call.parameters
 
 
@@ -181,8 +196,8 @@ def collectives(
         return []
     if zero.stage == 0:
         # engine.py, buffered_allreduce_fallback: once an update, nothing overlaps.
-        payload = profile.numel * gradient_bytes(profile, zero)
-        calls = math.ceil(profile.numel / STAGE0_BUCKET)
+        payload = numel(profile.trained) * gradient_bytes(profile, zero)
+        calls = math.ceil(numel(profile.trained) / STAGE0_BUCKET)
         return [Collective(kind="all_reduce", payload=payload, calls=calls, content="gradients")]
     if zero.stage < 3:
         return list(_stage_1_or_2(profile, zero, cluster, accumulation))
@@ -202,7 +217,7 @@ def _stage_1_or_2(
     # micro-step. stage_1_and_2.py, average_tensor: by all-reduce (use_multi_rank_bucket_allreduce),
     # there is no reduce-scatter.
     times = accumulation if zero.stage == 2 else 1
-    yield from _reduce("all_reduce", profile, zero, profile.parameters, 1, times)
+    yield from _reduce("all_reduce", profile, zero, profile.trained, 1, times)
     groups = flat_groups(profile, cluster.gpus)
     payload = sum(groups) * profile.bytes
     yield Collective(kind="all_gather", payload=payload, calls=len(groups), content="parameters")
@@ -221,7 +236,7 @@ def _stage_3(
     yield from _gather(profile, zero, cluster, partitioned, rest, "forward", near)
     again = gathered_again(profile, zero)
     yield from _gather(profile, zero, cluster, again, accumulation, "backward", near)
-    reduced = list(profile.parameters)
+    reduced = list(profile.trained)
     if zero.zero_quantized_gradients and cluster.nodes > 1:
         # comm/coalesced_collectives.py, all_to_all_quant_reduce: others are reduce-scattered.
         unit = 2 * cluster.gpus
@@ -330,11 +345,12 @@ def weight_memory(profile: Profile, zero: Zero, ranks: int) -> tuple[int, int]:
     if zero.stage == 0:
         return profile.numel * profile.bytes, 0
     if zero.stage < 3:
-        return sum(flat_groups(profile, ranks)) * profile.bytes, 0
+        frozen = profile.numel - numel(profile.trained)
+        return (sum(flat_groups(profile, ranks)) + frozen) * profile.bytes, 0
     _, persistent = split(profile, zero)
-    own = shard_size(profile, zero, ranks) * profile.bytes
+    own = padded(profile.parameters, ranks) // ranks * profile.bytes
     most = gathered(profile.call, profile.parameters, zero).most
-    whole = (most + sum(p.numel for p in persistent)) * profile.bytes
+    whole = (most + numel(persistent)) * profile.bytes
     hpz = zero.zero_hpz_partition_size
     second = profile.numel * profile.bytes // min(hpz, ranks) if hpz > 1 else 0
     on_host = own if zero.offload_param else 0
@@ -346,13 +362,14 @@ def weight_memory_between_updates(profile: Profile, zero: Zero, ranks: int) -> i
     if zero.stage < 3:
         return weight_memory(profile, zero, ranks)[0]
     _, persistent = split(profile, zero)
-    return (shard_size(profile, zero, ranks) + sum(p.numel for p in persistent)) * profile.bytes
+    own = padded(profile.parameters, ranks) // ranks
+    return (own + numel(persistent)) * profile.bytes
 
 
 def gradient_memory(profile: Profile, zero: Zero, ranks: int) -> int:
     """Bytes of gradients outside of buckets at the end of the backward pass."""
     if zero.stage < 2:
-        return profile.numel * profile.bytes
+        return numel(profile.trained) * profile.bytes
     return 0 if zero.offload_optimizer else shard_size(profile, zero, ranks) * profile.bytes
 
 
@@ -360,8 +377,8 @@ def bucket_memory(profile: Profile, zero: Zero, ranks: int) -> int:
     """Bytes of the gradient buckets and of the largest copy of one that is sent."""
     size = gradient_bytes(profile, zero)
     if zero.stage == 0:
-        return 0 if ranks == 1 else min(profile.numel, STAGE0_BUCKET) * size
-    sent = min(profile.numel, zero.reduce_bucket_size) * size
+        return 0 if ranks == 1 else min(numel(profile.trained), STAGE0_BUCKET) * size
+    sent = min(numel(profile.trained), zero.reduce_bucket_size) * size
     # stage_1_and_2.py, setup_buckets: two of each with overlap_comm; stage 3 has one.
     doubled = 2 if zero.overlap_comm and zero.stage < 3 else 1
     return sent + allocated_buckets(profile, zero) * doubled

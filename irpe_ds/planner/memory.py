@@ -9,6 +9,7 @@ from irpe_ds.planner.deepspeed import (
     allocated_buckets,
     bucket_memory,
     gradient_memory,
+    numel,
     shard_size,
     weight_memory,
     weight_memory_between_updates,
@@ -83,7 +84,7 @@ def memory(
         if zero.stage >= 2:
             gradients *= FP32 // profile.bytes
         else:  # beside the gradients of the micro-step, and kept
-            sums = FP32 * profile.numel
+            sums = FP32 * numel(profile.trained)
     between = weight_memory_between_updates(profile, zero, ranks) + sums
     if zero.stage == 3:  # which keeps its gradient buffers
         between += gradients + allocated_buckets(profile, zero)

@@ -38,12 +38,13 @@ transformers have; tests/planner/test_deepspeed.py fails when the bytes differ.
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """One trained tensor, in the order of the forward pass."""
+    """One tensor of weights, in the order of the forward pass."""
 
     name: str
     shape: tuple[int, ...]
-    group: int
-    """Number of its group in the optimizer; stages 1 and 2 make one flat tensor of each."""
+    group: int | None
+    """Number of its group in the optimizer, of each of which stages 1 and 2 make one flat tensor;
+    None: it is not trained."""
     half_gradient: bool
     """Whether DeepSpeed sends its gradient in half precision under autocast."""
 
@@ -60,6 +61,8 @@ class Call:
     """Names of its own parameters, without those of its submodules."""
     calls: tuple["Call", ...]
     """Submodules that ran, in order."""
+    is_trained: bool = True
+    """Whether the backward pass comes through it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +101,9 @@ class Profile:
         return sum(p.numel for p in self.parameters)
 
     @property
-    def num_groups(self) -> int:
-        return len({p.group for p in self.parameters})
+    def trained(self) -> tuple[Parameter, ...]:
+        """Parameters that have gradients and states."""
+        return tuple(p for p in self.parameters if p.group is not None)
 
     @property
     def bytes(self) -> int:
@@ -125,7 +129,7 @@ def profile(config: RunConfig) -> Profile:
 
 
 def _profile(config: RunConfig) -> Profile:
-    plain = config.model.without_weights().model_copy(update={"impl": "auto", "freeze": 0})
+    plain = config.model.without_weights().model_copy(update={"impl": "auto"})
     if config.model.impl not in IMPLEMENTATIONS:
         expected = f"one of {', '.join(IMPLEMENTATIONS)}, whose memory the planner knows"
         raise ConfigError("model.impl", expected, config.model.impl)
@@ -167,9 +171,10 @@ def _call(model: nn.Module, config: RunConfig) -> Call:
     def begin(*_: Any) -> None:
         running.append([])
 
-    def end(own: tuple[str, ...]) -> None:
-        inner = running.pop()
-        running[-1].append(Call(own, tuple(inner)))
+    def end(own: tuple[str, ...], out: Any) -> None:
+        inner, found = running.pop(), tree_flatten(out)[0]
+        is_trained = any(isinstance(x, Tensor) and x.requires_grad for x in found)
+        running[-1].append(Call(own, tuple(inner), is_trained))
 
     known = dict(model.named_parameters())  # a shared parameter has its first name alone
     handles = []
@@ -179,7 +184,7 @@ def _call(model: nn.Module, config: RunConfig) -> Call:
         names = module.named_parameters(prefix, recurse=False)
         own = tuple(name for name, _ in names if name in known)
         handles.append(module.register_forward_pre_hook(begin))
-        handles.append(module.register_forward_hook(lambda *_, own=own: end(own)))
+        handles.append(module.register_forward_hook(lambda *args, own=own: end(own, args[2])))
     model(_images(config, 2, "meta"))  # batch normalisation refuses one
     for handle in handles:
         handle.remove()
@@ -217,7 +222,7 @@ def _parameters(model: nn.Module, config: RunConfig) -> Iterator[Parameter]:
     }
     for name, p in model.named_parameters():
         yield Parameter(
-            name=name, shape=tuple(p.shape), group=groups[id(p)], half_gradient=id(p) in half
+            name=name, shape=tuple(p.shape), group=groups.get(id(p)), half_gradient=id(p) in half
         )
 
 

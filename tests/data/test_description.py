@@ -90,7 +90,7 @@ def test_a_sample_is_drawn_by_its_seed(folder: Path, beton: Path) -> None:
     tables = of(beton, 4, 1)
     assert (len(tables.widths), tables.compared, tables.decoded) == (9, 9, 4)
     assert "of 4 of 9 images (seed 1), each of equal weight" in to_text(tables)
-    assert ": 9 images of 2 classes, about " in to_text(first)
+    assert ": 9 images of 2 classes in about " in to_text(first)
 
 
 def test_ffcvs_own_file_has_numbers_for_names(beton: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ pytestmark = [
 ]
 WIDE = ("model.options.embed_dim=256", "model.options.num_heads=4")
 """So large that the headers of a collective, some 600 bytes, are few beside what it carries."""
-CASES: list[Case] = [(f"stage {stage}", "fp32", 1) for stage in range(4)]
+CASES: list[Case] = [(f"stage {stage}", "fp32", 1, 0) for stage in range(4)]
 
 
 @pytest.fixture

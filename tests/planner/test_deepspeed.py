@@ -40,33 +40,39 @@ ZERO = {
     },
     "stage 3, no prefetch": {"stage": 3, "stage3_prefetch_bucket_size": 0, **LETS_GO},
 }
-Case = tuple[str, str, int]
+Case = tuple[str, str, int, int]
+"""Of ZERO, precision, accumulation and the value of model.freeze."""
 CASES: list[Case] = [
-    *((name, "bf16", 2) for name in ZERO),
-    *((name, "fp32", 1) for name in ("stage 0", "stage 1", "stage 3")),
-    *((name, "autocast", 2) for name in ("stage 1", "stage 3")),
+    *((name, "bf16", 2, 0) for name in ZERO),
+    *((name, "fp32", 1, 0) for name in ("stage 0", "stage 1", "stage 3")),
+    *((f"stage {stage}", "bf16", 2, 2) for stage in range(4)),
+    ("stage 3, lets go", "bf16", 2, 2),
+    ("stage 0", "fp32", 1, 2),
+    # Last: DeepSpeed remembers autocast (TORCH_AUTOCAST_INITIALIZED) for the engines after it.
+    *((name, "autocast", 2, 0) for name in ("stage 1", "stage 3")),
 ]
 
 
-def overrides(precision: str, accumulation: int) -> list[str]:
+def overrides(precision: str, accumulation: int, freeze: int) -> list[str]:
     batch = RANKS * accumulation * 2
     return [
         f"train.precision={precision}",
         f"train.accumulation={accumulation}",
         f"train.global_batch={batch}",
+        f"model.freeze={freeze}",
         "train.ema_decay=0.99",
     ]
 
 
 def instructions(case: Case, *changes: str) -> dict[str, Any]:
     """What the ranks are told of a case, with further overrides."""
-    name, precision, accumulation = case
-    return {"zero": ZERO[name], "overrides": [*overrides(precision, accumulation), *changes]}
+    name, *rest = case
+    return {"zero": ZERO[name], "overrides": [*overrides(*rest), *changes]}
 
 
 def counted(case: Case, *changes: str) -> list[Collective]:
     """What the planner says that they send."""
-    name, _, accumulation = case
+    name, _, accumulation, _ = case
     config = load_config(QUICKSTART, instructions(case, *changes)["overrides"])
     return collectives(profile(config), zero_of(ZERO[name]), cluster(RANKS), accumulation)
 
@@ -107,7 +113,7 @@ def results_of(output: str) -> list[dict[str, Any]]:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[1]} x{case[2]}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case)))
 class TestAgainstDeepSpeed:
     def test_sends_the_bytes_that_were_counted(self, case: Case) -> None:
         expected: dict[str, int] = {}
@@ -128,8 +134,8 @@ class TestAgainstDeepSpeed:
         assert {name.removesuffix("_tensor"): size for name, size in logged.items()} == sent
 
     def test_keeps_the_states_that_were_counted(self, case: Case) -> None:
-        name, precision, accumulation = case
-        config = load_config(QUICKSTART, overrides(precision, accumulation))
+        name, *rest = case
+        config = load_config(QUICKSTART, overrides(*rest))
         counted = memory(
             profile(config), zero_of(ZERO[name]), cluster(RANKS), config, 2, context_gib=0
         )

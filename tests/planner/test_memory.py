@@ -1,5 +1,6 @@
 """Memory of a GPU, by hand and by what must hold for every stage."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,19 @@ class TestByHand:
         found = of(2, offload_optimizer={"device": "cpu"})
         assert (found.optimizer, found.gradients) == (0, 0)
         assert found.host == (4 + 8 + 4 + 4) * N // 4  # masters, moments, average, gradients
+
+    def test_what_is_frozen_has_weights_alone(self) -> None:
+        counted = tiny()
+        first = replace(counted.parameters[0], group=None)
+        frozen = replace(counted, parameters=(first, *counted.parameters[1:]))
+        run = load_config(DEIT, ["train.ema_decay=0.9"])
+        left = N - 64 * 32
+        for stage, ranks in ((0, 1), (1, 4), (2, 4), (3, 4)):
+            section = zero(stage, stage3_param_persistence_threshold=100)
+            found = memory(frozen, section, cluster(4), run, 1, context_gib=0)
+            assert found.weights == of(stage, stage3_param_persistence_threshold=100).weights
+            assert (found.optimizer, found.ema) == (12 * left // ranks, 4 * left // ranks)
+            assert found.gradients == 2 * left // (4 if stage > 1 else 1)
 
     def test_activations_of_a_batch(self) -> None:
         assert of(0, images=3).activations == 3 * (1000 + 2 * 100)

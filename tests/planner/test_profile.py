@@ -89,3 +89,17 @@ def test_kernels_of_the_input() -> None:
     )
     assert normalized <= 5
     assert 230 < augmented - normalized <= 255
+
+
+def test_what_is_frozen_saves_nothing() -> None:
+    whole, half, head = (
+        profile(load_config(QUICKSTART, [f"model.freeze={what}"]))
+        for what in ("0", "2", '["*", "!head"]')
+    )
+    assert [p.name for p in head.trained] == ["head.weight", "head.bias"]
+    assert len(half.parameters) == len(whole.parameters) == len(whole.trained)
+    assert not any(p.name.startswith(("patch", "blocks.0", "blocks.1")) for p in half.trained)
+    assert head.saved < 0.05 * whole.saved
+    assert half.saved == pytest.approx(whole.saved / 2, rel=0.1)
+    assert head.traffic[0] == half.traffic[0] == whole.traffic[0]
+    assert head.traffic[1] < half.traffic[1] < whole.traffic[1]
