@@ -18,13 +18,25 @@ struct Tap {
   float weight;
 };
 
-// Which source pixels make which target pixels, in both's order, along a side. From OpenCV.
-inline std::vector<Tap> taps(int64_t source, int64_t target) {
-  const double scale = 1.0 / (static_cast<double>(target) / source);
+// What is reduced along a side: `length` of `pixels`, from `begin`, both in pixels or parts of them.
+struct Side {
+  int64_t pixels;
+  double begin, length;
+
+  explicit Side(int64_t all) : Side(all, 0, static_cast<double>(all)) {}
+  Side(int64_t pixels, double begin, double length)
+      : pixels(pixels), begin(begin), length(length) {}
+};
+
+// Which source pixels make which target pixels, in both's order, along a side. From OpenCV, which
+// knows whole pixels only.
+inline std::vector<Tap> taps(const Side& source, int64_t target) {
+  const double scale = 1.0 / (target / source.length);
   std::vector<Tap> made;
   for (int64_t n = 0; n < target; ++n) {
-    const double begin = n * scale, end = begin + scale, width = std::min(scale, source - begin);
-    const int64_t last = std::min<int64_t>(std::floor(end), source - 1);
+    const double begin = source.begin + n * scale, end = begin + scale;
+    const double width = std::min(scale, source.pixels - begin);
+    const int64_t last = std::min<int64_t>(std::floor(end), source.pixels - 1);
     const int64_t first = std::min<int64_t>(std::ceil(begin), last);
     if (first - begin > 1e-3) made.push_back({n, first - 1, float((first - begin) / width)});
     for (int64_t m = first; m < last; ++m) made.push_back({n, m, float(1.0 / width)});
@@ -98,9 +110,9 @@ inline void rounded(const float* __restrict sums, int64_t values, uint8_t* __res
 // Takes the rows of an image of height x width RGB pixels; writes them reduced, mirrored if asked.
 class Resizer {
  public:
-  Resizer(int64_t height, int64_t width, uint8_t* target, int64_t target_height,
+  Resizer(const Side& height, const Side& width, uint8_t* target, int64_t target_height,
           int64_t target_width, bool is_mirrored)
-      : width_(width), rows_(taps(height, target_height)), target_(target) {
+      : width_(width.pixels), rows_(taps(height, target_height)), target_(target) {
     const std::vector<Tap> columns = taps(width, target_width);
     std::vector<int64_t> counts(target_width);
     for (const Tap& tap : columns) ++counts[tap.target];
@@ -116,7 +128,7 @@ class Resizer {
         weights_[place * count_ + m] = Four{weight, weight, weight, weight};
       }
     }
-    source_.resize(3 * (width + count_) + 1);
+    source_.resize(3 * (width_ + count_) + 1);
     reduced_.resize(3 * target_width + 1);
     sums_.resize(3 * target_width);
   }

@@ -151,15 +151,22 @@ extern "C" int64_t decode_box(const uint8_t* data, uint64_t bytes, int64_t heigh
 }
 
 // The same, reduced by area to target_height x target_width RGB pixels, and mirrored if asked.
-// Returns -1 without doing anything where area::applies is false.
+// Returns -1 without doing anything where a side would grow or, at full size, not area::applies.
 extern "C" int64_t decode_reduced(const uint8_t* data, uint64_t bytes, int64_t height,
                                   int64_t width, const int64_t* box, int64_t divisor,
                                   int64_t to_end, uint8_t* target, int64_t target_height,
                                   int64_t target_width, int64_t is_mirrored) {
   const Task task{data, bytes, height, width, box, divisor, to_end};
-  const int64_t rows = task.bottom() - task.top(), columns = task.right() - task.left();
-  if (!area::applies(rows, columns, target_height, target_width)) return -1;
-  Reduced reduced{task, {rows, columns, target, target_height, target_width, is_mirrored != 0}};
+  const auto side = [&](int64_t begin, int64_t end, int n) {  // the box, to parts of a pixel
+    const double scale = static_cast<double>(divisor);
+    return area::Side(end - begin, box[n] / scale - begin, box[n + 2] / scale);
+  };
+  const area::Side rows = side(task.top(), task.bottom(), 0);
+  const area::Side columns = side(task.left(), task.right(), 1);
+  if (rows.length < target_height || columns.length < target_width) return -1;
+  if (divisor == 1 && !area::applies(box[2], box[3], target_height, target_width)) return -1;
+  const bool mirrored = is_mirrored != 0;
+  Reduced reduced{task, {rows, columns, target, target_height, target_width, mirrored}};
   return decode(task, reduced);
 }
 
@@ -167,7 +174,8 @@ extern "C" int64_t decode_reduced(const uint8_t* data, uint64_t bytes, int64_t h
 extern "C" int64_t reduce(const uint8_t* pixels, int64_t width, const int64_t* box, uint8_t* target,
                           int64_t target_height, int64_t target_width, int64_t is_mirrored) {
   if (!area::applies(box[2], box[3], target_height, target_width)) return -1;
-  area::Resizer resizer(box[2], box[3], target, target_height, target_width, is_mirrored != 0);
+  area::Resizer resizer(area::Side{box[2]}, area::Side{box[3]}, target, target_height,
+                        target_width, is_mirrored != 0);
   for (int64_t row = box[0]; row < box[0] + box[2]; ++row) {
     resizer.add(pixels + 3 * (row * width + box[1]));
   }

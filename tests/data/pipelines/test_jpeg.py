@@ -238,6 +238,29 @@ def test_flips_and_shifts() -> None:
     assert not np.array_equal(images[0], images[2])
 
 
+@pytest.mark.parametrize("size", [(112, 113), (225, 230), (449, 450)])
+def test_a_scaled_box_begins_and_ends_within_pixels(size: tuple[int, int]) -> None:
+    """At 1/8, 1/4 and 1/2 of the size."""
+    y, x = np.mgrid[:920, :930]
+    waves = [127 + 100 * np.sin((x + way * y) / 40) for way in (-1, 0, 1)]
+    data = encode(Image.fromarray(np.uint8(np.stack(waves, -1))))
+    entries, crops = np.zeros(1, ENTRY), np.zeros(2, CROP)
+    entries["bytes"], entries["height"], entries["width"], entries["mode"] = (
+        len(data),
+        920,
+        930,
+        JPG,
+    )
+    crops["top"], crops["left"] = (5, 7), (7, 5)
+    crops["height"], crops["width"], crops["flip"] = (901, 910), 921, (0, 1)
+    images = np.zeros((2, 2, *size, 3), np.uint8)
+    for is_scaled in (False, True):
+        target = images[int(is_scaled)]
+        assert ffcv.decode_crops(data, entries, crops, target, is_scaled, False).all()
+    apart = np.abs(images[0].astype(int) - images[1])
+    assert 0 < apart.max() <= 5  # 8, 15 and 32 where a box is taken to whole pixels
+
+
 def test_what_is_missing_to_build_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", "no-compiler")
