@@ -69,11 +69,11 @@ def test_the_same_of_a_folder_and_of_its_beton(source: str, folder: Path, beton:
 
 def test_images_weigh_the_same_whatever_their_size(tmp_path: Path) -> None:
     rng, stacked = np.random.default_rng(0), []
-    (tmp_path / "a").mkdir()
     for number in range(3):
+        (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
         pixels = rng.integers(0, 256, (2 + 10 * number, 9, 3)).astype(np.uint8)
         stacked.append(pixels.reshape(-1, 3) / 255)
-        Image.fromarray(pixels).save(tmp_path / f"a/{number}.png")
+        Image.fromarray(pixels).save(tmp_path / "ab"[number % 2] / f"{number}.png")
     found = of(tmp_path)
     mean = np.mean([image.mean(0) for image in stacked], axis=0)
     square = np.mean([(image**2).mean(0) for image in stacked], axis=0)
@@ -116,9 +116,10 @@ def test_damage_is_listed(beton: Path, tmp_path: Path) -> None:
         "  sample 3: bytes that differ from those converted",
     ]
     bad = tmp_path / "bad"
-    (bad / "a").mkdir(parents=True)
-    (bad / "a/x.jpg").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"one image that can be read among the 1 tried, got none"):
+    for name in "ab":
+        (bad / name).mkdir(parents=True)
+        (bad / name / "x.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"one image that can be read among the 2 tried, got none"):
         of(bad)
 
 

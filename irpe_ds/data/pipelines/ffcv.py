@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from irpe_ds.config import AugmentConfig
 from irpe_ds.data.beton.format import JPG, resize_crop
-from irpe_ds.data.beton.jpeg import DAMAGED
+from irpe_ds.data.beton.jpeg import DAMAGED, LEFTOVER, ends_as_encoders_end
 from irpe_ds.data.beton.jpeg import decode as decode_whole
 from irpe_ds.data.beton.reader import Beton, read_beton
 from irpe_ds.data.crops import Crops, center_crops, random_resized_crops, simple_crops
@@ -229,9 +229,21 @@ class BatchIterator:
             clean = decode_crops(
                 payloads, entries, in_batch, images_BHWC.numpy(), self._is_scaled, unhashed
             )
-        if not clean.all():
-            raise damage(self._beton, crops["sample"][np.flatnonzero(~clean)[0]])
+            for n in np.flatnonzero(~clean):
+                again = in_batch[n : n + 1], images_BHWC.numpy()[n : n + 1], self._is_scaled, False
+                if not (
+                    unhashed
+                    and self._has_leftover(payloads, entries[n])
+                    and decode_crops(payloads, entries, *again).all()
+                ):
+                    raise damage(self._beton, crops["sample"][n])
         return images_BHWC.permute(0, 3, 1, 2), labels
+
+    def _has_leftover(self, payloads: NDArray[np.uint8], entry: np.void) -> bool:
+        """Whether an image only has bytes that no pixel needs; slow."""
+        data = payloads[entry["start"] : entry["start"] + entry["bytes"]]
+        size = int(entry["height"]), int(entry["width"])
+        return bool(entry["mode"] == JPG) and ends_as_encoders_end(data, *size)
 
     def _put(self, item: Decoded | BaseException | None) -> bool:
         """Queue an item; False when the iterator was closed instead."""
@@ -264,7 +276,8 @@ def decode_crops(
         images_BHWC: receives the pixels.
         is_scaled: decode a JPEG at 1/2, 1/4 or 1/8 of its size where the crop is then no smaller
             than `images_BHWC`, with other pixels.
-        to_end: look for damage below the crop too.
+        to_end: look for damage below the crop too, and take bytes left over before the end of a
+            JPEG for it.
 
     Returns:
         (B,) whether each image decoded cleanly; otherwise its pixels are undefined.
@@ -316,7 +329,8 @@ def _decode_whole(
     """As `_decode_crop`, by FFCV's decoder; always at full size and to the end."""
     height, width = np.int64(entry["height"]), np.int64(entry["width"])
     image = np.empty((height, width, 3), np.uint8)
-    if decode_whole(data, image, height, width, 1) == DAMAGED:
+    status = decode_whole(data, image, height, width, 1)
+    if status == DAMAGED or (to_end and status == LEFTOVER):
         return False
     _resize_by_opencv(image, box, target, flip)
     return True

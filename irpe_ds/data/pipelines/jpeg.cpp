@@ -19,6 +19,7 @@ struct Errors {
   jpeg_error_mgr manager;
   jmp_buf failed;
   bool damaged;
+  bool leftover;  // bytes that no pixel needed, which are mostly a sign of damage before them
 };
 
 Errors& errors_of(j_common_ptr image) { return *reinterpret_cast<Errors*>(image->err); }
@@ -31,8 +32,8 @@ void on_message(j_common_ptr image, int level) {
   const jpeg_error_mgr& error = *image->err;
   const int code = error.msg_code;
   const bool leftover = code == JWRN_EXTRANEOUS_DATA && error.msg_parm.i[1] == JPEG_EOI;
-  const bool changes_pixels = !leftover && code != JWRN_JFIF_MAJOR && code != JWRN_ADOBE_XFORM;
-  if (level < 0 && changes_pixels) errors_of(image).damaged = true;
+  if (level >= 0 || code == JWRN_JFIF_MAJOR || code == JWRN_ADOBE_XFORM) return;
+  (leftover ? errors_of(image).leftover : errors_of(image).damaged) = true;
 }
 
 // What is wanted of which JPEG.
@@ -42,7 +43,7 @@ struct Task {
   int64_t height, width;  // of the whole image, pixels
   const int64_t* box;     // top, left, height, width
   int64_t divisor;        // of the sides: 1, 2, 4 or 8
-  int64_t to_end;         // whether to look below the box too
+  int64_t to_end;         // whether to look below the box too, and at leftover bytes
 
   int64_t top() const { return box[0] / divisor; }
   int64_t left() const { return box[1] / divisor; }
@@ -61,7 +62,7 @@ int64_t decode(const Task& task, Rows& rows) {
   image.err = jpeg_std_error(&errors.manager);
   errors.manager.error_exit = on_error;
   errors.manager.emit_message = on_message;
-  errors.damaged = false;
+  errors.damaged = errors.leftover = false;
   if (setjmp(errors.failed)) {
     jpeg_destroy_decompress(&image);
     return 1;
@@ -101,7 +102,7 @@ int64_t decode(const Task& task, Rows& rows) {
     jpeg_finish_decompress(&image);
   }
   jpeg_destroy_decompress(&image);
-  return errors.damaged;
+  return errors.damaged || (task.to_end && errors.leftover);
 }
 
 // Rows one after the other in memory.
@@ -142,7 +143,7 @@ struct Reduced {
 //
 // Receives, in `placed`, top, left, height and width of what `pixels` holds (RGB, at most
 // `capacity` bytes): the box and a margin. Returns 0, or 1 if the data are damaged; `to_end` looks
-// below the box too.
+// below the box too, and takes bytes left over before the end for damage.
 extern "C" int64_t decode_box(const uint8_t* data, uint64_t bytes, int64_t height, int64_t width,
                               const int64_t* box, int64_t divisor, int64_t to_end, uint8_t* pixels,
                               int64_t capacity, int64_t* placed) {

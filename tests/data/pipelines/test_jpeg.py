@@ -130,7 +130,7 @@ def decode_whole(data: Pixels, size: tuple[int, int]) -> Pixels | None:
     entry, target = np.zeros(1, ENTRY), np.empty((*size, 3), np.uint8)
     entry["height"], entry["width"] = size
     box = np.array((0, 0, *size), np.int64)
-    return target if ffcv._decode_whole(data, entry[0], box, target, False, True) else None
+    return target if ffcv._decode_whole(data, entry[0], box, target, 0, False, False) else None
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -143,7 +143,7 @@ def test_warnings_that_change_no_pixel(kind: str, mode: str) -> None:
     assert np.array_equal(*opened)
     expected = decode_by_ffcv(clean, 60, 90)
     for found in (
-        decode(strange, (60, 90), (0, 0, 60, 90), to_end=True),
+        decode(strange, (60, 90), (0, 0, 60, 90)),
         decode_whole(strange, (60, 90)),
     ):
         assert found is not None
