@@ -11,7 +11,7 @@ import numpy as np
 
 from irpe_ds.data.beton.reader import ENTRY
 from irpe_ds.data.crops import CROP
-from irpe_ds.data.pipelines.ffcv import decode_crops
+from irpe_ds.data.pipelines.decoding import decode_crops
 
 numba.config.THREADING_LAYER = "workqueue"
 _arguments = np.empty(0, np.uint8), np.empty(0, ENTRY), np.empty(0, CROP)

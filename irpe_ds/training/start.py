@@ -79,7 +79,7 @@ def cautions(config: RunConfig, length: RunLength) -> list[str]:
     if config.model.num_classes == 1:
         found.append("model.num_classes=1: every image is of the class, and nothing is learned")
     if config.data.pipeline == "ffcv":
-        from irpe_ds.data.pipelines.ffcv import WHY_WHOLE  # compiles on import
+        from irpe_ds.data.pipelines.decoding import WHY_WHOLE  # compiles on import
 
         found += [f"images are decoded whole, which is slower: {WHY_WHOLE}"] if WHY_WHOLE else []
     found += _other_normalization(config)

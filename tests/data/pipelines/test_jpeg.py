@@ -15,8 +15,8 @@ from irpe_ds.data.beton.images import store_image
 from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.beton.reader import ENTRY
 from irpe_ds.data.crops import CROP
-from irpe_ds.data.pipelines import ffcv, jpeg
-from irpe_ds.data.pipelines.ffcv import MARGIN
+from irpe_ds.data.pipelines import decoding, jpeg
+from irpe_ds.data.pipelines.decoding import MARGIN
 from irpe_ds.errors import UserError
 
 ImageFile.MAXBLOCK = 1 << 20  # Pillow cannot write a small progressive JPEG in less
@@ -130,7 +130,7 @@ def decode_whole(data: Pixels, size: tuple[int, int]) -> Pixels | None:
     entry, target = np.zeros(1, ENTRY), np.empty((*size, 3), np.uint8)
     entry["height"], entry["width"] = size
     box = np.array((0, 0, *size), np.int64)
-    return target if ffcv._decode_whole(data, entry[0], box, target, 0, False, False) else None
+    return target if decoding._decode_whole(data, entry[0], box, target, 0, False, False) else None
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -216,10 +216,10 @@ def test_whole_images_give_the_same_crops(monkeypatch: pytest.MonkeyPatch) -> No
         )
     images = np.zeros((2, len(crops), 8, 12, 3), np.uint8)
     file = np.concatenate(payloads)
-    assert ffcv.decode_crops(file, entries, crops, images[0], False, True).all()
-    monkeypatch.setattr(ffcv, "_decode_jpeg", ffcv._decode_whole)
-    monkeypatch.setattr(ffcv, "_resize_pixels", ffcv._resize_by_opencv)
-    assert ffcv.decode_crops.py_func(file, entries, crops, images[1], False, True).all()
+    assert decoding.decode_crops(file, entries, crops, images[0], False, True).all()
+    monkeypatch.setattr(decoding, "_decode_jpeg", decoding._decode_whole)
+    monkeypatch.setattr(decoding, "_resize_pixels", decoding._resize_by_opencv)
+    assert decoding.decode_crops.py_func(file, entries, crops, images[1], False, True).all()
     assert np.array_equal(images[0], images[1])
     assert images.std() > 20
 
@@ -233,7 +233,7 @@ def test_flips_and_shifts() -> None:
     crops["height"], crops["width"], crops["flip"] = 20, 30, (0, 1, 0, 1)
     crops["shift_down"], crops["shift_right"] = 2, (3, 3, -3, -3)
     images = np.zeros((4, 7, 13, 3), np.uint8)
-    assert ffcv.decode_crops(pixels.ravel(), entries, crops, images, False, False).all()
+    assert decoding.decode_crops(pixels.ravel(), entries, crops, images, False, False).all()
     assert np.array_equal(images[::2, :, ::-1], images[1::2])
     assert not np.array_equal(images[0], images[2])
 
@@ -256,7 +256,7 @@ def test_a_scaled_box_begins_and_ends_within_pixels(size: tuple[int, int]) -> No
     images = np.zeros((2, 2, *size, 3), np.uint8)
     for is_scaled in (False, True):
         target = images[int(is_scaled)]
-        assert ffcv.decode_crops(data, entries, crops, target, is_scaled, False).all()
+        assert decoding.decode_crops(data, entries, crops, target, is_scaled, False).all()
     apart = np.abs(images[0].astype(int) - images[1])
     assert 0 < apart.max() <= 5  # 8, 15 and 32 where a box is taken to whole pixels
 
