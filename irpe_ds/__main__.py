@@ -27,7 +27,7 @@ def scripts() -> dict[str, Path]:
 
 def summary(script: Path) -> str:
     """What a script does: its docstring up to the first full stop or colon."""
-    return re.split(r'[.:][\s"]', script.read_text()[3:], maxsplit=1)[0]
+    return re.split(r'[.:][\s"]', script.read_text().removeprefix("r")[3:], maxsplit=1)[0]
 
 
 def main() -> None:
