@@ -22,13 +22,18 @@ def poison(updates: range) -> None:
     step = Trainer.step
 
     def poisoned(self: Any, batch: Any, micro_step: int) -> Any:
-        normalize = self.normalize
+        inputs = self.inputs
+
+        def not_finite(batch: Any) -> Any:
+            images, targets = inputs(batch)
+            return images * float("nan"), targets
+
         if self.update + 1 in updates and self.ranks.rank == 1:
-            self.normalize = lambda images: normalize(images) * float("nan")
+            self.inputs = not_finite
         try:
             return step(self, batch, micro_step)
         finally:
-            self.normalize = normalize
+            self.inputs = inputs
 
     Trainer.step = poisoned  # type: ignore[method-assign]
 
