@@ -111,9 +111,10 @@ def read_samples(path: Path) -> str:
     found = read_beton(path, "data.train")
     digest = hashlib.sha256(found.entries.tobytes())
     for sample in range(len(found.entries)):
-        if not found.is_intact(sample):
+        payload = found.payload(sample)
+        if not found.is_intact(sample, payload):
             return "damage found"
-        digest.update(found.payload(sample).tobytes())
+        digest.update(payload.tobytes())
     opened = open_images(path, "data.train")
     for sample in range(opened.info.num_samples):
         with suppress(OSError, ValueError, SyntaxError, UserError, Image.DecompressionBombError):
