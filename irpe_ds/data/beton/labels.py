@@ -112,7 +112,8 @@ def _read_lines(path: Path) -> list[str]:
     try:
         lines = read_regular(path, _LIMIT).decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError("--classes", expected, f"{path}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError("--classes", expected, f"{path}: {reason}") from None
     lines = [line.strip() for line in lines if line.strip()]
     if not lines:
         raise DataError("--classes", expected, f"{path}: empty")

@@ -60,7 +60,8 @@ def read_list(
             rows = csv.reader(text, delimiter=separator)
             yield from _rows(rows, path, option, image_key, label_key)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(option, expected, f"{path}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(option, expected, f"{path}: {reason}") from None
 
 
 def _separator(path: Path, first: list[str]) -> str | None:

@@ -11,6 +11,7 @@ from irpe_ds.data.beton.format import JPG
 from irpe_ds.data.beton.images import check_jpeg
 from irpe_ds.data.beton.manifest import (
     MANIFEST,
+    SHARDING,
     FileRecord,
     beside,
     file_hashes,
@@ -40,6 +41,8 @@ def verify(path: Path, *, workers: int, needs_manifest: bool = True) -> DatasetI
         DataError: names the first damaged sample, or what differs from the manifest.
     """
     manifest = read_manifest(path)
+    if not path.exists() and manifest is None and not beside(path, SHARDING).exists():
+        raise DataError(path, "a .beton file", "no such file")
     if manifest is not None:
         for file, record in manifest.files(path):
             _check_labels(file, record, manifest.classes)
