@@ -18,6 +18,9 @@ class Files:
     def __init__(self, source: Source) -> None:
         self._source, self._readers, self._lock = source, OrderedDict[str, Reader](), Lock()
 
+    def __reduce__(self) -> tuple[type["Files"], tuple[Source]]:
+        return Files, (self._source,)  # a worker process opens archives of its own
+
     def read(self, member: Member) -> bytes:
         """The bytes of a member.
 
