@@ -11,9 +11,10 @@ from typing import Any
 from irpe_ds.benchmark.gpu_monitor import GpuMonitor
 from irpe_ds.benchmark.rows import INSTRUMENTED_STEP_MS, KIND, PHASES, RANKS
 from irpe_ds.benchmark.step_profiler import StepProfiler
-from irpe_ds.cli import run
+from irpe_ds.cli import end_process, run
 from irpe_ds.cluster.process_group import destroy_process_group
 from irpe_ds.config import load_config
+from irpe_ds.errors import ExitCode
 from irpe_ds.files import replace_file
 from irpe_ds.runlog import RunLog, writing
 from irpe_ds.training.run import train
@@ -34,6 +35,7 @@ def main() -> None:
     work = partial(measure, **shape, traced=config.train.profile)
     train(config.model_copy(update={"train": section}), work=work)
     destroy_process_group()
+    end_process(ExitCode.DONE)
 
 
 def measure(
