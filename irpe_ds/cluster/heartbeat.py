@@ -127,6 +127,7 @@ class Heartbeat:
             except RuntimeError:  # rank 0 closed the connection
                 self._stopping.wait(3 * self.silence / BEATS)  # this rank may be ending too
                 self._abort(str(self._failure or self._gone([0])))
+                return  # it was ending
             now = self._last_contact = time.monotonic()
             if failure is not None:  # over NCCL a collective may wait for ever
                 beats_since_failure += 1
