@@ -200,7 +200,8 @@ class TimmPipeline:
         )
         _check_shared_memory()
         others = set(active_children())
-        iterator = iter(loader)
+        iterator: Any = iter(loader)
+        iterator._workers_done_event = DoneEvent(iterator._workers_done_event)
         workers = [process for process in active_children() if process not in others]
         try:
             while (batch := next_batch(iterator, workers)) is not None:
@@ -211,10 +212,31 @@ class TimmPipeline:
             # Not when the last reference to it goes, which a traceback may keep to the end of the
             # process: that would wait for ever for its workers, as they ignore SIGTERM.
             with suppress(RuntimeError):  # torch's handler of SIGCHLD raises it
-                iterator._shutdown_workers()  # type: ignore[attr-defined]
+                iterator._shutdown_workers()
             for worker in workers:  # one that was stopped, or hangs
                 worker.kill()
                 worker.join(1)
+
+
+class DoneEvent:
+    """The event by which torch (2.14) ends its workers, without waiting for ever for its lock.
+
+    Workers take the lock all the time. One that is killed or stopped just then keeps it.
+    """
+
+    def __init__(self, event: Any) -> None:
+        self._event, self._is_set = event, False
+
+    def is_set(self) -> bool:
+        """Whether this process, the only one that does, has set it."""
+        return self._is_set
+
+    def set(self) -> None:
+        """Tell the workers."""
+        self._is_set = True
+        setting = Thread(target=self._event.set, daemon=True)
+        setting.start()
+        setting.join(1)
 
 
 Loaded = tuple[Tensor, Tensor] | DataError
@@ -231,8 +253,11 @@ def next_batch(iterator: Iterator[Loaded], workers: list[BaseProcess]) -> Loaded
         with _told_of(workers):
             return next(iterator, None)
     except (RuntimeError, OSError, EOFError) as error:
-        with suppress(RuntimeError):
-            wait([worker.sentinel for worker in workers], timeout=1)
+        with suppress(RuntimeError):  # torch's handler of SIGCHLD: then it has ended
+            ending = wait([worker.sentinel for worker in workers], timeout=1)
+            for worker in workers:
+                if worker.sentinel in ending:
+                    worker.join()
         dead = ", ".join(str(worker.pid) for worker in workers if not worker.is_alive())
         reason = str(error).strip() or "connection lost"
         told = f"process {dead} died: {reason}" if dead else reason
@@ -253,6 +278,8 @@ def _told_of(workers: list[BaseProcess]) -> Iterator[None]:
         while not done.wait(_PATIENCE_SECONDS):
             waited += _PATIENCE_SECONDS
             states = {worker.pid: _state(worker.pid) for worker in workers}
+            if set(states.values()) == {"?"}:  # torch's handler of SIGCHLD raised before done.set()
+                return
             stopped = " ".join(str(pid) for pid, state in states.items() if state == "T")
             told = ", ".join(f"pid {pid} in state {state}" for pid, state in states.items())
             if stopped:

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.beton.sources import open_source
 from irpe_ds.data.loaders import Batch, EvalLoader, TrainLoader
 from irpe_ds.data.pipelines.pipeline import dataset_info
-from irpe_ds.data.pipelines.timm import seed_generators
-from irpe_ds.errors import DataError
+from irpe_ds.data.pipelines.timm import Transformed, seed_generators
+from irpe_ds.errors import DataError, TrainingError
 
 FULL = AugmentConfig(auto="rand-m9-mstd0.5-inc1", repeats=2)
 
@@ -251,6 +252,25 @@ def test_a_dead_worker_is_named_and_the_others_end(
     with pytest.raises(RuntimeError, match=rf"data\.workers: .*{worker.pid}"):
         list(epoch)
     assert set(multiprocessing.active_children()) == before
+
+
+def test_a_worker_killed_with_a_lock_in_its_hands(
+    beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock of the event by which torch tells its workers to end."""
+
+    def die(*_: object) -> None:
+        frame = sys._getframe()
+        while "done_event" not in frame.f_locals:
+            assert frame.f_back is not None
+            frame = frame.f_back
+        frame.f_locals["done_event"]._cond.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    monkeypatch.setattr(Transformed, "__getitem__", die)  # the workers are forked
+    with pytest.raises(TrainingError, match=r"data\.workers: process \d+ died"):
+        list(train_loader(beton, workers=2, batch_size=1).epoch(0))
 
 
 def test_full_shared_memory_is_one_line(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
