@@ -18,18 +18,12 @@ from deepspeed.env_report import op_report
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder
 
 from irpe_ds.ops import __main__ as report
-from irpe_ds.ops.bench import resources
 from irpe_ds.ops.build import folders, library, prebuilt, toolchain
 from irpe_ds.ops.build.builder import IRPEBuilder
 from irpe_ds.ops.build.extension import ExtensionBuilder
 from irpe_ds.ops.build.toolchain import Unavailable
 
 ROOT = Path(__file__).parents[3]
-
-
-def slow(*case: Any) -> Any:
-    """A case that `make test-slow` runs."""
-    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 def script(path: Path, text: str) -> Path:
@@ -273,45 +267,6 @@ class TestCUDAToolkit:
         monkeypatch.setattr(torch.version, "cuda", None)
         with pytest.raises(Unavailable, match=r"^this PyTorch is built without CUDA$"):
             toolchain.cuda()
-
-
-@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
-def test_gather_and_bucket_sum_stay_in_registers(architecture: str) -> None:
-    kernels = {kernel.name: kernel for kernel in resources.kernel_resources(architecture)}
-    assert len(kernels) == 16
-    assert kernels.keys() >= {"gather<double, false>", "bucket_sum<bfloat16, true>"}
-    for kernel in kernels.values():
-        assert (kernel.stack, kernel.spills) == (0, 0), kernel
-
-
-@pytest.mark.parametrize(
-    ("architecture", "name", "model", "stack"),
-    [
-        ("sm_80", "forward", resources.DEIT_K, 0),
-        ("sm_90", "forward", resources.DEIT_K, 0),
-        slow("sm_80", "forward", resources.DEIT_QKV, 0),
-        slow("sm_90", "forward", resources.DEIT_QKV, 64),
-        slow("sm_80", "backward_queries", resources.DEIT_K, 64),
-        slow("sm_90", "backward_queries", resources.DEIT_K, 64),
-        slow("sm_80", "backward_queries", resources.DEIT_QKV, 0),
-        slow("sm_90", "backward_queries", resources.DEIT_QKV, 64),
-        slow("sm_80", "backward_keys", resources.DEIT_K, 48),
-        slow("sm_90", "backward_keys", resources.DEIT_K, 48),
-        slow("sm_90", "backward_keys", resources.DEIT_384_K, 40),  # 11 warps
-        slow("sm_80", "backward_keys", resources.DEIT_QKV, 96),
-        slow("sm_90", "backward_keys", resources.DEIT_QKV, 96),
-    ],
-    ids=lambda x: getattr(x, "name", x),
-)
-def test_the_fused_kernels_spill_little(
-    architecture: str, name: str, model: resources.Model, stack: int
-) -> None:
-    """At most `stack` bytes of a thread, each stored and loaded once."""
-    kernel, plan, shared_bytes = resources.fused_resources(name, model, architecture)
-    assert kernel.stack <= stack, kernel
-    assert kernel.spills <= 2 * stack, kernel
-    assert plan.warps * 32 * kernel.registers <= 65536  # what a multiprocessor has
-    assert 0 < shared_bytes <= resources.SHARED_BYTES[architecture]
 
 
 class TestReport:
