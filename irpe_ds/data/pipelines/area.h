@@ -99,11 +99,13 @@ inline void add_to(float weight, const float* __restrict row, int64_t values,
   for (int64_t n = 0; n < values; ++n) sums[n] += weight * row[n];
 }
 
-// To the nearest, half to even.
+// To the nearest, half to even: of 1.5 * 2^23 and a number up to 255, the last bits are that.
 inline void rounded(const float* __restrict sums, int64_t values, uint8_t* __restrict to) {
   for (int64_t n = 0; n < values; ++n) {
-    const float whole = std::min(sums[n], 255.0f) + 12582912.0f - 12582912.0f;  // 1.5 * 2^23
-    to[n] = static_cast<uint8_t>(static_cast<int32_t>(whole));
+    const float sum = sums[n] + 12582912.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &sum, sizeof bits);
+    to[n] = static_cast<uint8_t>(bits);
   }
 }
 

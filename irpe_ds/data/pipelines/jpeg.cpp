@@ -1,10 +1,14 @@
 // A box of a JPEG, by libjpeg-turbo: of what lies outside of it, entropy coding alone is undone, and
 // below it nothing. At 1, 1/2, 1/4 or 1/8 of the size; as it is, or reduced by area on the way.
+//
+// Of most JPEGs huffman.h undoes the entropy coding: libjpeg-turbo calls it in the place of its own
+// function, which it has behind the second pointer of a structure since its first version.
 
 #include <algorithm>
 #include <csetjmp>
 #include <cstdint>
 #include <cstdio>
+#include <optional>
 #include <vector>
 
 #include <jpeglib.h>
@@ -12,6 +16,7 @@
 #include <jerror.h>
 
 #include "area.h"
+#include "huffman.h"
 
 namespace {
 
@@ -20,6 +25,7 @@ struct Errors {
   jmp_buf failed;
   bool damaged;
   bool leftover;  // bytes that no pixel needed, which are mostly a sign of damage before them
+  bool lost;      // huffman.h has lost its way: damaged, or it need not have been
 };
 
 Errors& errors_of(j_common_ptr image) { return *reinterpret_cast<Errors*>(image->err); }
@@ -52,20 +58,37 @@ struct Task {
   int64_t ended(int64_t place) const { return (place + divisor - 1) / divisor; }
 };
 
+// As jpegint.h of libjpeg-turbo, 1.0 to 3.1, begins it.
+struct EntropyDecoder {
+  void (*start_pass)(j_decompress_ptr image);
+  boolean (*decode_mcu)(j_decompress_ptr image, JBLOCKROW* blocks);
+};
+
+boolean read_unit(j_decompress_ptr image, JBLOCKROW* blocks) {
+  if (!static_cast<huffman::Scan*>(image->client_data)->read(blocks)) {
+    errors_of((j_common_ptr)image).lost = true;
+    on_error((j_common_ptr)image);
+  }
+  return TRUE;
+}
+
+constexpr int64_t LOST = 2;
+
 // Decodes the box and a margin, without which upsampled colours at its edges would be other than
 // in the whole image. `rows` says where a row of RGB goes, and is told when it is there: place(row,
 // first column, columns), placed(row). Returns 0, or 1 if data are damaged or there is no place.
+// `by_us` undoes the entropy coding here where it can, and returns LOST where damage hinders it.
 template <class Rows>
-int64_t decode(const Task& task, Rows& rows) {
+int64_t decode(const Task& task, Rows& rows, bool by_us) {
   jpeg_decompress_struct image;
   Errors errors;
   image.err = jpeg_std_error(&errors.manager);
   errors.manager.error_exit = on_error;
   errors.manager.emit_message = on_message;
-  errors.damaged = errors.leftover = false;
+  errors.damaged = errors.leftover = errors.lost = false;
   if (setjmp(errors.failed)) {
     jpeg_destroy_decompress(&image);
-    return 1;
+    return errors.lost ? LOST : 1;
   }
   jpeg_create_decompress(&image);
   jpeg_mem_src(&image, task.data, task.bytes);
@@ -85,6 +108,13 @@ int64_t decode(const Task& task, Rows& rows) {
   const int64_t last = std::min<int64_t>(task.right() + margin, image.output_width);
   JDIMENSION left = static_cast<JDIMENSION>(first), columns = static_cast<JDIMENSION>(last - first);
   jpeg_crop_scanline(&image, &left, &columns);  // to whole units
+  std::optional<huffman::Scan> scan;
+  if (by_us && huffman::Scan::applies(image)) {
+    const int64_t side = image.num_components == 1 ? unit : unit * image.max_h_samp_factor;
+    scan.emplace(image, left / side, (left + columns + side - 1) / side);
+    image.client_data = &*scan;
+    reinterpret_cast<EntropyDecoder*>(image.entropy)->decode_mcu = read_unit;
+  }
   if (top > 0) jpeg_skip_scanlines(&image, static_cast<JDIMENSION>(top));
 
   for (int64_t row = top; row < task.bottom(); ++row) {
@@ -103,6 +133,17 @@ int64_t decode(const Task& task, Rows& rows) {
   }
   jpeg_destroy_decompress(&image);
   return errors.damaged || (task.to_end && errors.leftover);
+}
+
+// The same with the rows that `make` makes: once more if need be. Not by us where leftover bytes
+// count, as we do not tell where the scan has ended.
+template <class Make>
+int64_t decode(const Task& task, const Make& make) {
+  auto rows = make();
+  const int64_t status = decode(task, rows, !task.to_end);
+  if (status != LOST) return status;
+  auto fresh = make();
+  return decode(task, fresh, false);
 }
 
 // Rows one after the other in memory.
@@ -127,13 +168,15 @@ struct Reduced {
   std::vector<uint8_t> pixels = {};
   int64_t before = 0;  // pixels of a row left of the box
 
+  // At an odd address: to an aligned one libjpeg-turbo writes past the caches, and reading is slow.
+  uint8_t* row() { return pixels.data() + 1; }
   JSAMPROW place(int64_t, int64_t left, int64_t columns) {
-    pixels.resize(3 * columns);
+    pixels.resize(3 * columns + 1);
     before = task.left() - left;
-    return pixels.data();
+    return row();
   }
-  void placed(int64_t row) {
-    if (row >= task.top()) resizer.add(pixels.data() + 3 * before);
+  void placed(int64_t number) {
+    if (number >= task.top()) resizer.add(row() + 3 * before);
   }
 };
 
@@ -147,8 +190,8 @@ struct Reduced {
 extern "C" int64_t decode_box(const uint8_t* data, uint64_t bytes, int64_t height, int64_t width,
                               const int64_t* box, int64_t divisor, int64_t to_end, uint8_t* pixels,
                               int64_t capacity, int64_t* placed) {
-  Stored rows{pixels, capacity, placed};
-  return decode(Task{data, bytes, height, width, box, divisor, to_end}, rows);
+  const Task task{data, bytes, height, width, box, divisor, to_end};
+  return decode(task, [&] { return Stored{pixels, capacity, placed}; });
 }
 
 // The same, reduced by area to target_height x target_width RGB pixels, and mirrored if asked.
@@ -167,8 +210,9 @@ extern "C" int64_t decode_reduced(const uint8_t* data, uint64_t bytes, int64_t h
   if (rows.length < target_height || columns.length < target_width) return -1;
   if (divisor == 1 && !area::applies(box[2], box[3], target_height, target_width)) return -1;
   const bool mirrored = is_mirrored != 0;
-  Reduced reduced{task, {rows, columns, target, target_height, target_width, mirrored}};
-  return decode(task, reduced);
+  return decode(task, [&] {
+    return Reduced{task, {rows, columns, target, target_height, target_width, mirrored}};
+  });
 }
 
 // Pixels instead of a JPEG: a box of `pixels`, whose rows have `width` pixels.

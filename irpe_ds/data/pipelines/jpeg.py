@@ -14,7 +14,7 @@ from irpe_ds.ops.build import folders, toolchain
 from irpe_ds.ops.build.toolchain import Unavailable
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-HEADERS = (SOURCE.with_name("area.h"),)
+HEADERS = (SOURCE.with_name("area.h"), SOURCE.with_name("huffman.h"))
 OPTIONS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")
 LIBRARY = "jpeg.so"
 HINT = "install libjpeg-turbo with its headers: libjpeg-dev or libjpeg-turbo-devel"

@@ -31,9 +31,9 @@ def photograph(width: int, height: int, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(np.uint8(127 + 120 * np.stack(waves, -1))).convert(mode)
 
 
-def encode(image: Image.Image, **options: object) -> Pixels:
+def encode(image: Image.Image, quality: int = 85, **options: object) -> Pixels:
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=85, **options)
+    image.save(file, "JPEG", quality=quality, **options)
     return np.frombuffer(file.getvalue(), np.uint8)
 
 
