@@ -153,6 +153,9 @@ class DataConfig(Section):
     os_cache: StrictBool = True
     """Leave what has been read in the system's page cache. False: for data larger than the memory.
     Pipeline `ffcv`. FFCV: os_cache."""
+    stage: Path | None = None
+    """Folder on a disk of each node, to which a run copies .beton files before it reads them, or
+    finds them from a run before. None: they are read where they are."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means of the normalisation, for pixels in [0, 1]."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)

@@ -113,8 +113,11 @@ def _check_regular(descriptor: int, path: Path | str) -> None:
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
-def lock_file(path: Path) -> TextIO:
+def lock_file(path: Path, wait: bool = False) -> TextIO:
     """Create a file if need be and lock it (flock) until it is closed or the process ends.
+
+    Args:
+        wait: for another process that holds the lock.
 
     Raises:
         BlockingIOError: another process holds the lock.
@@ -122,7 +125,7 @@ def lock_file(path: Path) -> TextIO:
     """
     file = open_own(path)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         file.close()
         raise

@@ -101,9 +101,19 @@ class Ranks:
         """
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(function) if self.is_main else None
-            while self.any_rank(future is not None and bool(wait([future], 60).not_done)):
-                pass
+            self._wait_for_all(future)
             return self.on_rank0(lambda: cast(Future[Result], future).result())
+
+    def run_at_length(self, function: Callable[[], Result]) -> Result:
+        """`run_checked` for what may take as long; likewise in threads."""
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(function)
+            self._wait_for_all(future)
+            return self.run_checked(future.result)
+
+    def _wait_for_all(self, future: Future[Result] | None) -> None:
+        while self.any_rank(future is not None and bool(wait([future], 60).not_done)):
+            pass
 
 
 def is_broken_connection(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from irpe_ds.config import RunConfig
 from irpe_ds.data.beton.cached import converted
 from irpe_ds.data.beton.manifest import SKIPPED, beside, read_manifest
 from irpe_ds.data.beton.reader import DatasetInfo
+from irpe_ds.data.beton.staging import staged
 from irpe_ds.data.pipelines.pipeline import Part, dataset_info, val_images
 from irpe_ds.errors import ConfigError, DataError
 from irpe_ds.files import read_regular
@@ -53,6 +54,23 @@ def resolve(config: RunConfig) -> Resolved:
         train, val = (dataset_info(data, part).num_samples for part in PARTS)
         notes.append(f"data.val: {val} of the {train + val} images; {VAL_IMAGES} lists them")
     return Resolved(config, notes)
+
+
+def stage(config: RunConfig) -> RunConfig:
+    """The configuration with the copies of its data in data.stage, made on the way if need be.
+
+    Every rank calls it: those of a node wait for the one that copies.
+
+    Raises:
+        DataError: the data cannot be copied.
+    """
+    data, folder = config.data, config.data.stage
+    if folder is None:
+        return config
+    for part in PARTS:
+        if (path := getattr(data, part)) is not None:
+            data = data.model_copy(update={part: staged(path, folder, f"data.{part}")})
+    return config.model_copy(update={"data": data})
 
 
 def _notes(where: str, folder: Path, beton: Path) -> Iterator[str]:

@@ -39,7 +39,7 @@ from irpe_ds.models.deferred import Initial
 from irpe_ds.ops.dispatch import FallbackWarning, ResolvedImpl, resolve_impl
 from irpe_ds.provenance import commit, package_versions
 from irpe_ds.runlog import RunLog, writing
-from irpe_ds.training.datasets import check_data, check_names, names_of, resolve, unconverted
+from irpe_ds.training.datasets import check_data, check_names, names_of, resolve, stage, unconverted
 from irpe_ds.training.deepspeed_config import deepspeed_config, sums_in_fp32
 from irpe_ds.training.loss import Loss, build_loss
 from irpe_ds.training.precision import PRODUCTS
@@ -106,8 +106,13 @@ def train(
         Waiting("converting folders of images", ranks.is_main) as waiting,
     ):
         config, notes = ranks.on_rank0_at_length(partial(resolve, config))
+        local = config
+        if config.data.stage is not None:
+            waiting.next("copying the data to data.stage")
+            local = ranks.run_at_length(partial(stage, config))
+            notes.append(f"data.stage: training images are read from {local.data.train}")
         waiting.next("preparing data, model and attention op")
-        prepared = ranks.run_checked(partial(prepare, config, resume))
+        prepared = ranks.run_checked(partial(prepare, local, resume))
         length, model, op = prepared.length, prepared.model, prepared.op
         check_consistency(ranks, prepared.facts())
         manifest = initial_manifest(config, ds_config, length, model, world_size, op._asdict())
@@ -129,7 +134,7 @@ def train(
         with FolderLock(config.folder, ranks):
             built = model, prepared.initial, prepared.loss
             watched = ranks, preemption, waiting
-            trainer = Trainer(config, length, manifest, start, *built, ds_config, *watched)
+            trainer = Trainer(local, length, manifest, start, *built, ds_config, *watched)
             about = {"environment": run_environment(ranks, op), "deepspeed": ds_config}
             with open_log(config, resume, start.saved, ranks, about) as log:
                 if ranks.is_main:

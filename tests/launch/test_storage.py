@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.launch.outcomes import slow, zero
-from tests.launch.ranks import Ranks
+from tests.launch.ranks import Ranks, rows
 
 pytestmark = pytest.mark.dist
 
@@ -97,3 +98,15 @@ def test_data_that_are_truncated_while_they_are_read(
     assert ranks.wait(600) == [2, 2], ranks.output()
     assert "to read sample" in ranks.output()
     assert "Traceback" not in ranks.output()
+
+
+def test_staged_data_give_the_same_run(common: list[str], output: Path, tmp_path: Path) -> None:
+    disk, name = tmp_path / "disk", f"staged-{tmp_path.name}"
+    run = [*common, *zero(1), "train.max_updates=4"]
+    copied = [*run, f"name={name}", f"data.stage={disk}"]
+    ranks = Ranks(tmp_path, 2, [([*run, f"name=not-{name}"], "never"), (copied, "never")])
+    ranks.succeed()
+    assert f"training images are read from {disk}/train-" in ranks.output()
+    assert len(list(disk.glob("*/*.beton"))) == 2
+    assert rows(output / name, "train") == rows(output / f"not-{name}", "train")
+    assert str(disk) not in re.sub("stage: .*", "", (output / name / "config.yaml").read_text())

@@ -188,12 +188,12 @@ def read_manifest(beton: Path) -> DatasetManifest | None:
         DataError: it is unreadable or malformed.
     """
     try:
-        return DatasetManifest.read(_record(beton, MANIFEST))
+        return DatasetManifest.read(find_beside(beton, MANIFEST))
     except FileNotFoundError:
         return None
 
 
-def _record(beton: Path, suffix: str) -> Path:
+def find_beside(beton: Path, suffix: str) -> Path:
     """The file beside a .beton; of a symbolic link that has none, beside what it leads to."""
     own = beside(beton, suffix)
     return own if own.exists() or not beton.is_symlink() else beside(target(beton), suffix)
@@ -242,7 +242,7 @@ def read_hashes(beton: Path, manifest: DatasetManifest) -> Iterator[SampleHash]:
 
 def file_hashes(beton: Path, sha256: str) -> Iterator[SampleHash]:
     """The lines of one file of hashes, which has this hash; errors as of `read_hashes`."""
-    path, digest = _record(beton, HASHES), hashlib.sha256()
+    path, digest = find_beside(beton, HASHES), hashlib.sha256()
     try:
         with open_regular(path) as file:
             for number, line in enumerate(iter(partial(file.readline, _LINE_BYTES), b""), 1):
@@ -265,7 +265,7 @@ def hash_prefixes(beton: Path, sha256: str) -> NDArray[np.uint64]:
 
     Without a step per line, as a million of them would take seconds.
     """
-    path, digest = _record(beton, HASHES), hashlib.sha256()
+    path, digest = find_beside(beton, HASHES), hashlib.sha256()
     found, rest = list[NDArray[np.uint64]](), b""
     try:
         with open_regular(path) as file:
