@@ -22,7 +22,12 @@ THOROUGH = (
 """Tests of more than seconds, by the beginning of their path: `make check` leaves them out."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.args == config.getini("testpaths"):
+        collected = {item.path for item in items}
+        left_out = sorted(set(Path(__file__).parent.rglob("test_*.py")) - collected)
+        if left_out:  # pytest itself leaves out folders of some names
+            raise pytest.UsageError(f"not collected: {', '.join(map(str, left_out))}")
     for item in items:
         if item.path.relative_to(Path(__file__).parent).as_posix().startswith(THOROUGH):
             item.add_marker(pytest.mark.thorough)
