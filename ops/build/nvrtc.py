@@ -132,7 +132,9 @@ def _is_trusted(path: Path) -> bool:
     reason = folders.untrusted_reason(path.parent, path.parent)
     reason = reason or folders.untrusted_reason(path, path.parent)
     if reason is not None:
-        _say_once(f"{reason}, so kernels are compiled anew: set IRPE_KERNEL_CACHE to another folder")
+        _say_once(
+            f"{reason}, so kernels are compiled anew: set IRPE_KERNEL_CACHE to another folder"
+        )
     return reason is None
 
 

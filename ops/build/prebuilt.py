@@ -54,7 +54,9 @@ def built_for() -> dict[str, Any]:
     try:
         info: dict[str, Any] = json.loads(read_regular(INFO, 100_000))
         wrong = {
-            key for key, x in info.items() if not isinstance(x, str | None if key == "cuda" else str)
+            key
+            for key, x in info.items()
+            if not isinstance(x, str | None if key == "cuda" else str)
         }
         if wrong or info.keys() != {*needs(), "architectures", "without_cuda"}:
             raise ValueError("other keys or values than setup.py writes")

@@ -37,7 +37,9 @@ def architectures() -> str:
     chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     for architecture in chosen:
         if not re.fullmatch(r"\d{1,2}\.\d[af]?(\+PTX)?", architecture, re.ASCII):
-            expected = f"TORCH_CUDA_ARCH_LIST: expected compute capabilities such as {ARCHITECTURES}"
+            expected = (
+                f"TORCH_CUDA_ARCH_LIST: expected compute capabilities such as {ARCHITECTURES}"
+            )
             raise Unavailable(f"{expected}, got {architecture[:40]!r}")
     return ";".join(chosen) or ARCHITECTURES
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -134,7 +133,7 @@ def test_a_lock_that_a_killed_build_left_is_no_obstacle(tmp_path: Path) -> None:
 
 
 def test_a_gpu_without_nvcc_still_builds_for_the_cpu(tmp_path: Path) -> None:
-    """PyTorch alone builds; two processes, of several threads each, that come at once build once."""
+    """PyTorch alone builds; of two processes with several threads each, one builds."""
     code = """
 import sys, threading, torch
 sys.modules["deepspeed"] = None  # as if it were not installed
