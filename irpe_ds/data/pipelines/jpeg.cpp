@@ -2,7 +2,7 @@
 // below it nothing. At 1, 1/2, 1/4 or 1/8 of the size; as it is, or reduced by area on the way.
 //
 // Of most JPEGs huffman.h undoes the entropy coding: libjpeg-turbo calls it in the place of its own
-// function, which it has behind the second pointer of a structure since its first version.
+// function, to which the second pointer of a structure leads in each of its versions.
 
 #include <algorithm>
 #include <csetjmp>
@@ -58,7 +58,8 @@ struct Task {
   int64_t ended(int64_t place) const { return (place + divisor - 1) / divisor; }
 };
 
-// As jpegint.h of libjpeg-turbo, 1.0 to 3.1, begins it.
+// As jpegint.h of libjpeg-turbo begins it, up to 3.1; another version undoes the coding itself.
+constexpr bool KNOWN = LIBJPEG_TURBO_VERSION_NUMBER < 4000000;
 struct EntropyDecoder {
   void (*start_pass)(j_decompress_ptr image);
   boolean (*decode_mcu)(j_decompress_ptr image, JBLOCKROW* blocks);
@@ -109,7 +110,7 @@ int64_t decode(const Task& task, Rows& rows, bool by_us) {
   JDIMENSION left = static_cast<JDIMENSION>(first), columns = static_cast<JDIMENSION>(last - first);
   jpeg_crop_scanline(&image, &left, &columns);  // to whole units
   std::optional<huffman::Scan> scan;
-  if (by_us && huffman::Scan::applies(image)) {
+  if (KNOWN && by_us && huffman::Scan::applies(image)) {
     const int64_t side = image.num_components == 1 ? unit : unit * image.max_h_samp_factor;
     scan.emplace(image, left / side, (left + columns + side - 1) / side);
     image.client_data = &*scan;
