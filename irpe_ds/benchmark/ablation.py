@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
+from threading import Lock
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
@@ -92,6 +93,7 @@ def run_ablation(
     """
     common.folder.mkdir(parents=True, exist_ok=True)
     rows: dict[str, dict[str, Any]] = {}
+    writing = Lock()
 
     def finish(trial: Trial, number: int) -> None:
         place = f"[{number + 1}/{len(trials)}] {trial.config.name}"
@@ -101,9 +103,10 @@ def run_ablation(
             train(trial.config, command, number % jobs, jobs)
             seconds = time.monotonic() - started
         row = result_of(trial)
-        rows[trial.config.name] = row
-        say(f"{place}: top-1 {row['top1']:.2f} %" + (f", {seconds:.0f} s" if seconds else ""))
-        write_results(common, trials, rows)
+        with writing:  # the file's temporary name is always the same
+            rows[trial.config.name] = row
+            say(f"{place}: top-1 {row['top1']:.2f} %" + (f", {seconds:.0f} s" if seconds else ""))
+            write_results(common, trials, rows)
 
     with ThreadPoolExecutor(jobs) as pool:
         ended = [pool.submit(partial(finish, trial, n)) for n, trial in enumerate(trials)]

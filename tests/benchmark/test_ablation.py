@@ -2,10 +2,13 @@
 
 import json
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from irpe_ds.benchmark import ablation
 from irpe_ds.benchmark.ablation import load_ablation, run_ablation, summarise
 from irpe_ds.errors import ConfigError, UserError
 from irpe_ds.plots.ablation import draw_ablation
@@ -84,6 +87,23 @@ def test_trained_once_and_summarised(tmp_path: Path, script: list[str]) -> None:
     accuracies = {s.variant: [*s.top1.values()] for s in summarise(results)}
     axes = draw_ablation("digits", accuracies, "a note").axes[0]
     assert [text.get_text() for text in axes.texts] == ["91.00\n± 1.00", "93.00\n± 1.00"]
+
+
+def test_trainings_that_end_together_write_one_after_the_other(
+    tmp_path: Path, script: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common, trials = load_ablation(BASE, overrides(tmp_path))
+    run_ablation(common, trials, script, 2, lambda _: None)
+    writing, original = threading.Lock(), ablation.replace_file
+
+    def replace_file(path: Path, text: str) -> None:
+        assert writing.acquire(blocking=False)
+        time.sleep(0.01)  # the others want to write too
+        original(path, text)
+        writing.release()
+
+    monkeypatch.setattr(ablation, "replace_file", replace_file)
+    assert len(run_ablation(common, trials, ["false"], 6, lambda _: None)["rows"]) == 6
 
 
 def test_a_failure_is_named_and_the_rest_kept(
