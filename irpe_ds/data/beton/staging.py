@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,20 +48,10 @@ def staged(path: Path, folder: Path, where: str) -> Path:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with lock_file(place.with_name(_LOCK), wait=True):
-            missing = [each for each in files if not _is_there(each[1], each[2])]
-            _check_space(place.parent, sum(record.size for *_, record in missing))
-            total = sum(record.size for *_, record in missing)
-            with (
-                progress(f"{where} to data.stage" if missing else None, total, unit="B") as bar,
-                ThreadPoolExecutor(_THREADS) as pool,
-            ):
-                for copied in [pool.submit(_copy, *each, bar.update) for each in missing]:
-                    copied.result()
+            _copy_all(where, [each for each in files if not _is_there(*each[1:])])
+            # The set's own manifest is the last: with it there is a data set.
             for source, copy in {**{file: copy for file, copy, _ in files}, path: place}.items():
-                for suffix in (
-                    HASHES,
-                    MANIFEST,
-                ):  # the set's own manifest last: it makes a data set
+                for suffix in (HASHES, MANIFEST):
                     if (found := find_beside(source, suffix)).exists():
                         with atomic_write(beside(copy, suffix)) as unfinished:
                             shutil.copyfile(found, unfinished)
@@ -75,11 +65,27 @@ def _is_there(copy: Path, record: FileRecord) -> bool:
     return copy.exists() and copy.stat().st_size == record.size
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def _copy_all(where: str, files: Sequence[tuple[Path, Path, FileRecord]]) -> None:
+    """Copy files to their new places; stops at the first error."""
+    if not files:
+        return
+    for _, copy, _ in files:
+        beside(copy, _PARTIAL).unlink(missing_ok=True)  # of a process that was killed
+    folder, needed = files[0][1].parent, sum(record.size for *_, record in files)
     free = shutil.disk_usage(folder).free
     if free < needed:
         expected = f"a disk with {needed / 1e9:,.1f} GB free"
         raise DataError("data.stage", expected, f"{folder} with {free / 1e9:,.1f} GB")
+    with (
+        progress(f"{where} to data.stage", needed, unit="B") as bar,
+        ThreadPoolExecutor(_THREADS) as pool,
+    ):
+        try:
+            for copied in [pool.submit(_copy, *each, bar.update) for each in files]:
+                copied.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _copy(file: Path, copy: Path, record: FileRecord, report: Callable[[int], object]) -> None:
