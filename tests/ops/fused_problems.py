@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from irpe_ds.ops import dispatch, fused_op, irpe_attention
+from irpe_ds.ops.factors import factor
 from irpe_ds.ops.fused_op import Arguments
 from irpe_ds.ops.fused_plan import Shape
 from irpe_ds.ops.inputs import TermSpec
@@ -42,6 +43,7 @@ def simulated(device: SimulatedDevice) -> Iterator[None]:
     row = dispatch.IMPLEMENTATIONS["fused"]
     here = row._replace(devices=("cpu", "cuda"), unavailable_reason=lambda key: None)
     dispatch._resolve_and_warn.cache_clear()
+    factor.cache_clear()  # those of this CPU may have been made outside the simulator's memory
     with (
         mock.patch.dict(dispatch.IMPLEMENTATIONS, fused=here),
         mock.patch.object(fused_op, "device_of", return_value=device),

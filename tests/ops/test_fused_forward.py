@@ -40,6 +40,14 @@ def test_deit(simulator: Simulator) -> None:
     problem.check(simulator, SimulatedDevice(simulator.driver, num_sms=2), backward=False)
 
 
+def test_factors_made_before_the_simulator(ptx_simulator: Simulator) -> None:
+    """As by tests in the same process that only plan; they are none of its memory."""
+    case = Case(grid=(5, 7), batch=1, heads=1)
+    case.shape()
+    with ptx_simulator.watch():
+        Problem(case).check(ptx_simulator, SimulatedDevice(ptx_simulator.driver), backward=False)
+
+
 @pytest.mark.parametrize("mode", ["contextual", "bias"])
 @pytest.mark.parametrize(
     ("method", "ratio", "grid"),
