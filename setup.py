@@ -87,7 +87,7 @@ with environment:
         python_requires=">=3.10",
         packages=find_packages(include=["irpe_ds", "irpe_ds.*"]),
         package_data={
-            "irpe_ds": ["py.typed", "data/pipelines/*.cpp", "data/pipelines/*.h", *SCRIPTS],
+            "irpe_ds": ["py.typed", "data/*/*.cpp", "data/*/*.h", *SCRIPTS],
             "irpe_ds.ops": ["csrc/**/*", "bench/predict/multiprocessor.*"],
         },
         include_package_data=False,

@@ -62,12 +62,13 @@ def bench_load(args: argparse.Namespace) -> Iterator[Table]:
     folder = args.data / "folder/train"
     with tempfile.TemporaryDirectory(dir=args.data) as scratch:
         beton = Path(scratch, "train.beton")
-        _run(_converter(folder, beton, max(args.workers)))
+        _run([*_converter(folder, beton, max(args.workers)), "--mode", args.mode])
         for workers in args.workers:
             spec = LoaderSpec(
                 folder=folder, beton=beton, workers=workers, size=args.size, batch=args.batch
             )
             title = f"load, workers {workers}, {args.size} pixels, batches of {args.batch}"
+            title += f", {args.mode}" if args.mode != "passthrough" else ""
             with ExitStack() as stack:
                 calls = {
                     name: stack.enter_context(started(name, prepare, spec))
@@ -265,6 +266,8 @@ def _parser() -> argparse.ArgumentParser:
         if name != "convert":
             part.add_argument("--size", type=int, default=224, help="of the images, pixels")
             part.add_argument("--batch", type=int, default=128, help="images")
+        if name == "load":
+            part.add_argument("--mode", default="passthrough", help="of the conversion")
     text = f"which, of {', '.join(STORAGE)}; compared with the first"
     part.add_argument(
         "--loaders", nargs="+", choices=STORAGE, default=[*STORAGE], metavar="NAME", help=text

@@ -29,7 +29,7 @@ class LoaderSpec:
     folder: Path
     """The ImageFolder."""
     beton: Path
-    """The same images as .beton, with unchanged JPEGs."""
+    """The same images as .beton."""
     workers: int
     """Decoding threads or processes."""
     size: int

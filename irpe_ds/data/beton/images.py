@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from irpe_ds.data.beton.format import JPG, MAX_PIXELS, RAW
 from irpe_ds.data.beton.jpeg import DAMAGED, LEFTOVER, decode, ends_as_encoders_end, is_common
 from irpe_ds.data.beton.options import StorageOptions
+from irpe_ds.data.beton.transcode import transcode
 from irpe_ds.data.rgb import to_rgb
 
 MAX_SIDE = 65535  # pixels; the format has 16 bits for each side
@@ -70,8 +71,9 @@ def store_image(data: bytes, position: int, options: StorageOptions) -> StoredIm
             if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
                 if options.check == "decode" or not is_common(data):
                     check_jpeg(data)  # Pillow 12 accepts damage that libjpeg-turbo reports
-                if options.mode == "passthrough":
-                    return StoredImage(data, JPG, image.height, image.width, True)
+                if options.mode in ("passthrough", "transcode"):
+                    made = transcode(data) if options.mode == "transcode" else None
+                    return StoredImage(made or data, JPG, image.height, image.width, made is None)
             pixels = _reduced(np.asarray(to_rgb(image)), options)
     except DAMAGE as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from irpe_ds.errors import ConfigError
 
-Mode = Literal["passthrough", "reencode", "raw", "proportion"]
+Mode = Literal["passthrough", "transcode", "reencode", "raw", "proportion"]
 Check = Literal["decode", "header"]
 OnBad = Literal["error", "skip"]
 ClassLevel = Literal["top", "leaf"]
@@ -27,6 +27,7 @@ class StorageOptions:
 
     mode: Mode = "passthrough"
     """`passthrough`: the bytes of an RGB or grey JPEG, and the pixels of any other image.
+    `transcode`: the same pixels, but JPEGs are coded anew, so that crops of them decode faster.
     `reencode`: JPEG, compressed again. `raw`: pixels. `proportion`: JPEG for a random share of
     the images, pixels for the others."""
     longest_side: int | None = None
@@ -49,7 +50,7 @@ class StorageOptions:
         for name, side in given.items():
             if side < 1:
                 raise ConfigError(name, "at least 1 pixel", side)
-            if self.mode == "passthrough":
+            if self.mode in ("passthrough", "transcode"):
                 raise ConfigError("--mode", f"another mode with {name}", self.mode)
         if len(given) == 2:
             got = f"--longest-side {self.longest_side} too"

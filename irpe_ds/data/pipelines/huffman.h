@@ -1,7 +1,8 @@
 // Undoes the Huffman coding of a baseline JPEG in the place of libjpeg-turbo, which does the rest.
 //
 // Most symbols, a code with the bits that follow it, are shorter than PEEK bits: one lookup gives run,
-// value and length. Where a coefficient is not wanted, one lookup skips as many symbols as fit.
+// value and length. Where a coefficient is not wanted, one lookup skips as many symbols as fit. Between
+// two restart markers that enclose nothing wanted, nothing is read but for the second marker.
 
 #pragma once
 
@@ -53,58 +54,71 @@ class Table {
     }
     std::memcpy(bits_, coded.bits, sizeof bits_);
     std::memcpy(values_, coded.huffval, sizeof values_);
-    int code = 0, first = 0;  // of a length
+    Code codes[1 << PEEK] = {};  // by the bits that come next; the long ones are left out
+    int code = 0, first = 0;     // of a length
     for (int length = 1; length <= 16; ++length) {
       offset_[length] = first - code;
+      for (int n = 0; n < bits_[length] && length <= PEEK; ++n) {
+        const int times = 1 << (PEEK - length);
+        const Code found{static_cast<uint8_t>(length), values_[first + n]};
+        std::fill_n(codes + (code + n) * times, times, found);
+      }
       code += bits_[length], first += bits_[length];
       end_[length] = code;
       code <<= 1;
     }
     for (uint64_t n = 0; n < 1 << PEEK; ++n) {
-      const Symbol symbol = read(n << (64 - PEEK));
-      symbols[n] = symbol.length && symbol.length <= PEEK ? symbol : Symbol{0, 0, OPEN};
+      const uint64_t bits = n << (64 - PEEK);
+      const Symbol symbol = codes[n].length ? symbol_of(codes[n], bits) : Symbol{0, 0, OPEN};
+      symbols[n] = symbol.length <= PEEK ? symbol : Symbol{0, 0, OPEN};
+      skips[n] = skip(codes, bits);
     }
-    for (uint64_t n = 0; n < 1 << PEEK; ++n) skips[n] = skip(n << (64 - PEEK));
   }
 
   // The symbol at the beginning of `bits`, at least 31 of them.
   Symbol read(uint64_t bits) const {
-    const int code = code_length(bits);
-    if (!code) return {0, NONE, 0};
-    const int value = values_[(bits >> (64 - code)) + offset_[code]];
-    const int run = value >> 4, size = value & 15;
-    const uint8_t length = static_cast<uint8_t>(code + size);
-    if (size == 0) return {0, static_cast<uint8_t>(run == 15 ? 16 : END), length};
-    int32_t number = static_cast<int32_t>(bits << code >> (64 - size));
-    if (number < 1 << (size - 1)) number -= (1 << size) - 1;
-    return {static_cast<int16_t>(number), static_cast<uint8_t>(run + 1), length};
+    for (int length = 1; length <= 16; ++length) {
+      const int code = static_cast<int>(bits >> (64 - length));
+      if (code < end_[length]) {
+        return symbol_of({static_cast<uint8_t>(length), values_[code + offset_[length]]}, bits);
+      }
+    }
+    return {0, NONE, 0};
   }
 
  private:
+  struct Code {
+    uint8_t length;  // 0: none
+    uint8_t value;   // zeros before the coefficient, and how many bits it has
+  };
+
   uint8_t bits_[17] = {1}, values_[256] = {};  // no JPEG has one of length 0
   int end_[17];     // beyond the last code of a length
   int offset_[17];  // from a code of a length to its value
 
-  int code_length(uint64_t bits) const {
-    for (int length = 1; length <= 16; ++length) {
-      if (static_cast<int>(bits >> (64 - length)) < end_[length]) return length;
-    }
-    return 0;
+  static Symbol symbol_of(Code code, uint64_t bits) {
+    const int run = code.value >> 4, size = code.value & 15;
+    const uint8_t length = static_cast<uint8_t>(code.length + size);
+    if (size == 0) return {0, static_cast<uint8_t>(run == 15 ? 16 : END), length};
+    int32_t number = static_cast<int32_t>(bits << code.length >> (64 - size));
+    if (number < 1 << (size - 1)) number -= (1 << size) - 1;
+    return {static_cast<int16_t>(number), static_cast<uint8_t>(run + 1), length};
   }
 
-  Skip skip(uint64_t bits) const {
+  // Of the first PEEK of `bits`, those that are known.
+  static Skip skip(const Code* codes, uint64_t bits) {
     int known = PEEK, advance = 0, length = 0;
     while (true) {
-      const int code = code_length(bits);
-      if (!code || code > known) break;
-      const Symbol symbol = read(bits);
-      if (symbol.advance == END) {
-        return {static_cast<uint8_t>(advance), static_cast<uint8_t>((length + symbol.length) | LAST)};
+      const Code code = codes[bits >> (64 - PEEK)];
+      if (!code.length || code.length > known) break;
+      const int size = code.value & 15, symbol = code.length + size;
+      if (code.value < 0xF0 && !size) {
+        return {static_cast<uint8_t>(advance), static_cast<uint8_t>((length + symbol) | LAST)};
       }
-      advance += symbol.advance, length += symbol.length;
+      advance += (code.value >> 4) + 1, length += symbol;
       if (advance >= END) return {END, 0};
-      if (symbol.length >= known) break;
-      bits <<= symbol.length, known -= symbol.length;
+      if (symbol >= known) break;
+      bits <<= symbol, known -= symbol;
     }
     return {static_cast<uint8_t>(length ? advance : END), static_cast<uint8_t>(length)};
   }
@@ -152,7 +166,7 @@ class Scan {
   // Of each row of units (MCUs) those from `first` to before `end` are wanted.
   Scan(jpeg_decompress_struct& image, int64_t first, int64_t end)
       : coded_(image.src->next_input_byte), coded_end_(coded_ + image.src->bytes_in_buffer),
-        bits_(unstuff()), interval_(image.restart_interval), until_restart_(interval_),
+        interval_(image.restart_interval), until_restart_(interval_),
         columns_(image.MCUs_per_row), first_(first), end_(end), num_blocks_(image.blocks_in_MCU) {
     for (int n = 0; n < num_blocks_; ++n) {
       const int number = image.MCU_membership[n];
@@ -169,25 +183,14 @@ class Scan {
     }
   }
 
-  // Reads the next unit into its blocks, which are zero, or to nowhere; false if it is damaged.
+  // Reads the next unit into its blocks, which are zero, or passes it; false if it is damaged.
   bool read(JBLOCKROW* blocks) {
     if (interval_ && until_restart_-- == 0 && !restart()) return false;
     const bool is_wanted = blocks && column_ >= first_ && column_ < end_;
     column_ = column_ + 1 == columns_ ? 0 : column_ + 1;
-    Bits bits = bits_;  // in registers
-    for (int n = 0; n < num_blocks_; ++n) {
-      const Block& block = blocks_[n];
-      bits.fill();
-      const Symbol dc = next(*block.dc, bits);
-      if (dc.advance == NONE) return false;
-      const uint32_t value = last_[block.component] += dc.value;
-      if (is_wanted) (*blocks[n])[0] = static_cast<JCOEF>(value);
-      const bool is_sound = is_wanted && block.has_ac ? read_ac(*block.ac, bits, *blocks[n])
-                                                      : skip_ac(*block.ac, bits);
-      if (!is_sound || bits.left() < 0) return false;
-    }
-    bits_ = bits;
-    return true;
+    if (!is_wanted) return ++passed_, true;
+    if (!is_begun_) bits_ = unstuff(), is_begun_ = true;
+    return catch_up(blocks);
   }
 
  private:
@@ -198,7 +201,9 @@ class Scan {
   };
 
   const uint8_t *coded_, *const coded_end_;  // what has not been copied yet
-  Bits bits_;
+  Bits bits_{nullptr, nullptr};
+  bool is_begun_ = false;  // whether `bits_` are those before the next marker
+  int64_t passed_ = 0;     // units that are not wanted, and have not been skipped yet
   int64_t interval_, until_restart_, restarts_ = 0;  // in units; 0: there are none
   int64_t columns_, first_, end_, column_ = 0;
   int num_blocks_;
@@ -211,8 +216,7 @@ class Scan {
     copy.resize(coded_end_ - coded_ + Bits::PADDING);
     uint8_t* place = copy.data();
     for (bool is_stuffed = true; is_stuffed;) {
-      const void* found = std::memchr(coded_, 0xFF, coded_end_ - coded_);
-      const auto* ones = found ? static_cast<const uint8_t*>(found) : coded_end_;
+      const uint8_t* ones = next_ones();
       is_stuffed = coded_end_ - ones > 1 && !ones[1];
       const size_t count = ones - coded_ + is_stuffed;
       std::memcpy(place, coded_, count);
@@ -222,15 +226,48 @@ class Scan {
     return {copy.data(), place};
   }
 
-  // Goes on behind a marker, which must be the right one, and come where the bits end.
+  const uint8_t* next_ones() const {
+    const void* found = std::memchr(coded_, 0xFF, coded_end_ - coded_);
+    return found ? static_cast<const uint8_t*>(found) : coded_end_;
+  }
+
+  // Skips the units that were passed, and reads one if there are blocks for it.
+  bool catch_up(JBLOCKROW* blocks) {
+    Bits bits = bits_;  // in registers
+    for (int64_t unit = 0; unit < passed_ + (blocks != nullptr); ++unit) {
+      for (int n = 0; n < num_blocks_; ++n) {
+        if (!read(blocks_[n], bits, unit < passed_ ? nullptr : *blocks[n])) return false;
+      }
+    }
+    bits_ = bits, passed_ = 0;
+    return true;
+  }
+
+  // Goes on behind the next marker, which must be the right one, and come where the bits end.
   bool restart() {
-    const bool is_whole = bits_.left() < 8 && coded_end_ - coded_ > 1;
-    if (!is_whole || coded_[0] != 0xFF || coded_[1] != JPEG_RST0 + restarts_++ % 8) return false;
+    if (is_begun_ && (!catch_up(nullptr) || bits_.left() >= 8)) return false;
+    while (!is_begun_) {
+      coded_ = next_ones();
+      if (coded_end_ - coded_ < 2 || coded_[1]) break;
+      coded_ += 2;
+    }
+    if (coded_end_ - coded_ < 2 || coded_[1] != JPEG_RST0 + restarts_++ % 8) return false;
     coded_ += 2;
-    bits_ = unstuff();
-    until_restart_ = interval_ - 1;
+    is_begun_ = false, passed_ = 0, until_restart_ = interval_ - 1;
     std::fill(last_, last_ + MAX_COMPS_IN_SCAN, 0);
     return true;
+  }
+
+  // Reads a block, or with no place for its coefficients skips it.
+  bool read(const Block& block, Bits& bits, JCOEF* coefficients) {
+    bits.fill();
+    const Symbol mean = next(*block.dc, bits);
+    if (mean.advance == NONE) return false;
+    const uint32_t value = last_[block.component] += mean.value;
+    if (coefficients) coefficients[0] = static_cast<JCOEF>(value);
+    const bool is_sound = coefficients && block.has_ac ? read_ac(*block.ac, bits, coefficients)
+                                                       : skip_ac(*block.ac, bits);
+    return is_sound && bits.left() >= 0;
   }
 
   static bool read_ac(const Table& table, Bits& bits, JCOEF* block) {
