@@ -66,7 +66,8 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, required=True, help="the .beton file to write")
     add_choices(parser.add_argument_group("classes and images"))
     defaults = StorageOptions()
-    add("--mode", choices=get_args(Mode), default=defaults.mode)
+    text = "how images are stored; transcode: JPEGs anew without loss, for faster crops"
+    add("--mode", choices=get_args(Mode), default=defaults.mode, help=text)
     add("--longest-side", type=int, metavar="PIXELS", help="reduce longer images to this")
     add("--shortest-side", type=int, metavar="PIXELS", help="the same for the shorter side")
     add("--quality", type=int, default=defaults.quality, help="of new JPEGs (default: 90)")
