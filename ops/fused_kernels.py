@@ -135,10 +135,10 @@ class Kernel:
         attribute = (self._function, max_dynamic_shared_size, shared_bytes)
         self._call("cuFuncSetAttribute", *attribute)
 
-    def launch(self, blocks: int, params: ctypes.Structure) -> None:
-        """Start it on the current stream."""
+    def launch(self, heads: int, images: int, params: ctypes.Structure) -> None:
+        """Start a block for each head of so many images, on the current stream."""
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        sizes = (blocks, 1, 1, self.threads, 1, 1, self.shared_bytes)
+        sizes = (heads, images, 1, self.threads, 1, 1, self.shared_bytes)
         stream = ctypes.c_void_p(self.device.stream())
         self._call("cuLaunchKernel", self._function, *sizes, stream, arguments, None)
 
@@ -338,5 +338,5 @@ def images_at_a_time(batch: int, heads: int, num_sms: int) -> int:
 
 def _launch(name: str, call: Call, device: Device, params: Params) -> None:
     if call.q.numel():
-        blocks = params.H * images_at_a_time(params.B, params.H, device.num_sms)
-        kernel(name, call.shape, device).launch(blocks, params)
+        images = images_at_a_time(params.B, params.H, device.num_sms)
+        kernel(name, call.shape, device).launch(params.H, images, params)

@@ -210,8 +210,9 @@ def _ring_bytes(
         if rpe.row_classes:
             entries = rpe.row_classes * rpe.slots
             count += plan.stages * capacity * _pitch(entries * 2)
-            constants = _up(entries * pitch + (2 * width - 1) * 4, 16)
-            count = _up(count + constants + 2 * height * rpe.slots * 2, 16)
+            constants = _up(entries * pitch + (2 * width + 6) * 4, 16)
+            one_hots = _up(2 * height, 8) - 1 + height if shape.num_prefix else 2 * height - 1
+            count = _up(count + constants + one_hots * rpe.slots * 2, 16)
     return count
 
 
@@ -231,7 +232,7 @@ def _sums_bytes(shape: Shape, rpe: Rpe, with_table: bool) -> int:
     """The same of bucket sums, with a table if any."""
     height, width = shape.grid
     table = _table_bytes(shape, rpe) if with_table else 0
-    return _up(table + (2 * height - 1) * 4, 16) + (2 * width + 29) * (rpe.slots * 4 + 16)
+    return _up(table + (2 * height + 7) * 4, 16) + (2 * width + 12) * (rpe.slots * 4 + 16)
 
 
 def _bins_bytes(rpe: Rpe) -> int:

@@ -67,7 +67,7 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
   float2 lse[count], delta[count];
   for_each<count>([&]<int n>() {
     OneHots<tile + n, rows, last, kRpeQ.slots> one_hots[M];
-    score(s[n], c, item, one_hots, lane);
+    score(s[n], c, item, one_hots, kKeysStrip, lane);
     RowsB grad_out;
     grad_out.load(c.y + (tile + n) * 8 * kPitch, lane);
 #pragma unroll
@@ -76,7 +76,7 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
       if constexpr (kSameClasses) {
         item.lookup_v[m].template add<tile + n, rows>(grad[n][m], c.w_y, item.ring_lookup[m], lane);
       } else if constexpr (bool(kRpeV)) {
-        item.lookup_v[m].template load<tile + n, rows>(lane);
+        item.lookup_v[m].template load<tile + n, rows>(c.first_row(), lane);
         item.lookup_v[m].template add<tile + n, rows>(grad[n][m], c.w_y, item.lookup_v[m], lane);
       }
     }
@@ -84,6 +84,7 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
     lse[n] = load_shared_float2(c.lse + column), delta[n] = load_shared_float2(c.delta + column);
   });
   uint32_t a[M][4], weights[M][4];
+  SumOneHots<tile, count, rows, last, kRpeQ.slots> sum_one_hots;
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     uint32_t dropped = 0;
@@ -108,13 +109,15 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
       }
     }
     if constexpr (kSumsOfQ) {
-      SumOneHots<tile, count, rows, last, kRpeQ.slots> one_hots_q;
-      one_hots_q.load(item.sums[m], lane);
-      item.sums[m].add(a[m], one_hots_q);
+      sum_one_hots.load(item.sums[m], m, c.first_row(), lane);
+      item.sums[m].add(a[m], sum_one_hots);
     }
   }
   multiply_columns<M, count>(item.grad_v, weights, c.y + tile * 8 * kPitch, lane);
   multiply_columns<M, count>(item.grad_k, a, c.x + tile * 8 * kPitch, lane);
+  // ptxas moves no ldmatrix over it. Else it begins so many steps at once that their sums take more
+  // than the 255 registers which a thread of 8 warps has; stores of bucket sums do the same.
+  if constexpr (!kSumsOfQ && kWarps <= 8 && tile % 4 == 0) __syncwarp();
 }
 
 __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t base,
@@ -182,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0);
   QueryRing ring(p, base, warp, lane);
-  const int h = ring.h;
+  const int h = ring.head();
   if constexpr (bool(kRpeQ)) load_lookup_constants<kRpeQ>(base + kLookupQ, p.rpe_q, h);
   if constexpr (kSumsOfQ) load_bucket_sum_constants<kRpeQ, false>(base + kSumsQ, p.rpe_q, h);
   // Free rows are computed too: they must hold numbers.
@@ -209,16 +212,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       constexpr int kTiles = kTilesOf<kGridRows, last>;
       ring.wait<last>();
       if (active) {
+        const Chunk c = ring.template chunk<last>();
         for_each<ceil_div(kTiles, 2)>([&]<int n>() {
-          attend<2 * n, min(2, kTiles - 2 * n), kGridRows, last>(p, ring.chunk(), item, lane);
+          attend<2 * n, min(2, kTiles - 2 * n), kGridRows, last>(p, c, item, lane);
         });
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-          item.lookup[m].next_chunk();
-          item.ring_lookup[m].next_chunk();
-          item.lookup_v[m].next_chunk();
-          item.sums[m].next_chunk();
-        }
       }
       ring.release();
     };

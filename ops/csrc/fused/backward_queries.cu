@@ -57,10 +57,12 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
   float s[count][M][4], grad[count][M][4];
   for_each<count>([&]<int n>() {
     OneHots<tile + n, rows, last, kRpeK.slots> one_hots[M];
-    score(s[n], c, item, one_hots, lane);
+    score(s[n], c, item, one_hots, kRowsStrip, lane);
     if constexpr (kMask) mask_keys<tile + n>(s[n], p, item.b, c.number, lane);
     RowsB v;
     v.load(c.y + (tile + n) * 8 * kPitch, lane);
+    if constexpr (bool(kRpeV))
+      load_fragments<tile + n, rows>(item.lookup_v, kGradStrip, c.first_row());
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       if constexpr (kSameClasses) {
@@ -74,6 +76,7 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
     }
   });
   uint32_t a[M][4];
+  SumOneHots<tile, count, rows, last, kRpeK.slots> sum_one_hots;
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -102,9 +105,8 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
         a[m][n * 2 + half] = pack(s[n][m][2 * half], s[n][m][2 * half + 1]);
     }
     if constexpr (bool(kRpeK)) {
-      SumOneHots<tile, count, rows, last, kRpeK.slots> one_hots;
-      one_hots.load(item.sums_k[m], lane);
-      item.sums_k[m].add(a[m], one_hots);
+      sum_one_hots.load(item.sums_k[m], m, c.first_row(), lane);
+      item.sums_k[m].add(a[m], sum_one_hots);
     }
   }
   multiply_columns<M, count>(item.grad_q, a, c.x + tile * 8 * kPitch, lane);
@@ -133,10 +135,12 @@ struct Output {
   // delta of rows g and g + 8 of every strip, with grad_out at `rows`.
   __device__ __forceinline__ void dot(float (&delta)[M][2], uint32_t rows, int lane) const {
     float sums[kSteps];
+    rows += lane / kRowLanes * kPitch + lane % kRowLanes * 16;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int row = step * kRowsAtOnce + lane / kRowLanes;
-      const uint32_t at = rows + row / 16 * kGradStrip + row % 16 * kPitch + lane % kRowLanes * 16;
+      constexpr int kSteps16 = 16 / kRowsAtOnce;  // of a strip
+      const uint32_t at =
+          rows + step / kSteps16 * kGradStrip + step % kSteps16 * kRowsAtOnce * kPitch;
       sums[step] = 0;
 #pragma unroll
       for (int n = 0; n < kDimTiles; n += kRowLanes) {
@@ -222,7 +226,8 @@ __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t
 }
 
 __device__ __forceinline__ void finish_item(const Params& p, Item& item, uint32_t base,
-                                            uint32_t rows, int lane) {
+                                            uint32_t rows) {
+  const int lane = lane_id();
   if constexpr (bool(kRpeK)) {
     // A term on keys adds one number to all scores of a prefix query: its gradient is 0, and not
     // the rounding errors of a sum.
@@ -243,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0);
   KeyRing ring(p, base, warp, lane);
-  const int h = ring.h;
+  const int h = ring.head();
   if constexpr (bool(kRpeK)) {
     load_lookup_constants<kRpeK>(base + kLookupK, p.rpe_k, h);
     load_bucket_sum_constants<kRpeK, false>(base + kSumsK, p.rpe_k, h);
@@ -276,23 +281,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       constexpr int kTiles = kTilesOf<kGridRows, last>;
       ring.wait<last>();
       if (active) {
+        const Chunk c = ring.template chunk<last>();
         for_each<ceil_div(kTiles, 2)>([&]<int n>() {
-          attend<2 * n, min(2, kTiles - 2 * n), kGridRows, last>(p, ring.chunk(), item, lane);
+          attend<2 * n, min(2, kTiles - 2 * n), kGridRows, last>(p, c, item, lane);
         });
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-          item.lookup[m].next_chunk();
-          item.ring_lookup[m].next_chunk();
-          item.sums_k[m].next_chunk();
-          item.lookup_v[m].next_chunk();
-        }
       }
       ring.release();
     };
 #pragma unroll 1
     for (int n = 0; n < kChunks - 1; ++n) chunk(Bool<false>{});
     chunk(Bool<true>{});
-    if (active) finish_item(p, item, base, rows, lane);
+    if (active) finish_item(p, item, base, rows);
   }
   cp_async_wait<0>();
 }

@@ -9,14 +9,17 @@ namespace irpe {
 // Constants of a head in shared memory, at these bytes from `base`; and a strip's sums.
 template <Rpe rpe, bool with_table = true>
 struct BucketSumLayout {
-  static constexpr int kSlots = rpe.slots, kHalves = kSlots / 8, kMargin = 15;
+  static constexpr int kSlots = rpe.slots, kHalves = kSlots / 8, kMargin = 6;
   static constexpr int kTableRows = round_up(rpe.entries(), 16);
   static constexpr int kOneHotPitch = kSlots * 4 + 16;  // lanes with other keys hit other banks
   static constexpr int table = 0;
   static constexpr int row_offsets =
       table + (with_table ? kTableRows * kPitch : 0);  // by yi - yj + kGridH - 1
-  static constexpr int one_hots = round_up(row_offsets + (2 * kGridH - 1) * 4, 16);  // by xi - xj
-  static constexpr int bytes = one_hots + (2 * kGridW - 1 + 2 * kMargin) * kOneHotPitch;
+  static constexpr int kOffsets = 2 * kGridH + 7;      // yi of free rows too, with the last class
+  static constexpr int one_hots = round_up(row_offsets + kOffsets * 4, 16);  // by xi - xj
+  // A tile begins at columns -7 to kGridW - 1.
+  static constexpr int kColumns = kMargin + 2 * kGridW - 1 + 7;
+  static constexpr int bytes = one_hots + kColumns * kOneHotPitch;
   // Bins of two slots: [class][half of the slots][rows g or g + 8][lane]. If a class is one run of
   // key rows its sum is stored once it is complete, as operands are; else floats are added to.
   static constexpr int kBinBytes = rpe.runs ? 4 : 8;
@@ -38,14 +41,15 @@ __device__ inline void load_bucket_sum_constants(uint32_t base, const Table& t, 
   }
   cp_async_commit();
   cp_async_wait<0>();
-  for (int n = tid; n < 2 * kGridH - 1; n += kThreads) {
+  for (int n = tid; n < Layout::kOffsets; n += kThreads) {
     // Lowest bit: the next key row, whose offset is one less, has another class.
-    const bool ends = n == 0 || t.row_class[n - 1] != t.row_class[n];
+    const int dy = min(n, 2 * kGridH - 2), row_class = t.row_class[dy];
+    const bool ends = n == 0 || (n == dy && t.row_class[n - 1] != row_class);
     store_shared(base + Layout::row_offsets + n * 4,
-                 t.row_class[n] * Layout::kClassBytes | static_cast<int>(rpe.runs && ends));
+                 row_class * Layout::kClassBytes | static_cast<int>(rpe.runs && ends));
   }
   // Words of two keys, the second one column further, by the column of the first.
-  for (int n = tid; n < (2 * kGridW - 1 + 2 * Layout::kMargin) * Layout::kSlots; n += kThreads) {
+  for (int n = tid; n < Layout::kColumns * Layout::kSlots; n += kThreads) {
     const int dx = n / Layout::kSlots - Layout::kMargin - (kGridW - 1), slot = n % Layout::kSlots;
     const auto is = [&](int d) {
       return -kGridW < d && d < kGridW && t.column_class[d + kGridW - 1] == slot;
@@ -71,8 +75,9 @@ struct SumOneHots {
     return y < y1 || end >= (y == rows - 1 ? keys : (y + 1) * kRingWidth);
   }
 
+  // Those of strip m, after those of the strips before.
   template <typename Sums>
-  __device__ __forceinline__ void load(const Sums& sums, int lane) {
+  __device__ __forceinline__ void load(const Sums& sums, int m, int first_row, int lane) {
     const int g = lane / 4, t = lane % 4;
     constexpr int kHalves = slots / 8;
 #pragma unroll
@@ -91,7 +96,8 @@ struct SumOneHots {
       }
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        if (ends(y)) row_offsets[y - y0][n] = load_shared(sums.row_offset[n] - y * 4);
+        if (ends(y) && (m == 0 || !kSameRows))
+          row_offsets[y - y0][n] = load_shared(sums.row_offset[n] - (first_row + y) * 4);
       }
     }
   }
@@ -116,7 +122,7 @@ struct BucketSums {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       row_offset[n] =
-          base + Layout::row_offsets + (min(groups[n].first_y + g, kGridH - 1) + kGridH - 1) * 4;
+          base + Layout::row_offsets + (groups[n].first_y + g + kGridH - 1) * 4;
       one_hots[n] =
           base + Layout::one_hots + g * 4 +
           (groups[n].column + kGridW - 1 + Layout::kMargin - 2 * t) * Layout::kOneHotPitch;
@@ -150,10 +156,6 @@ struct BucketSums {
     for (int n = 0; n < kParts; ++n) {
       (&part[0][0][0])[n] *= factor[n / 2 % 2];
     }
-  }
-
-  __device__ __forceinline__ void next_chunk() {
-    row_offset[0] -= kChunkRows * 4, row_offset[1] -= kChunkRows * 4;
   }
 
   // One-hots of 8 keys from column x0 of a grid row on, for the slots from 8 `half` on.
@@ -243,6 +245,7 @@ struct BucketSums {
 template <Rpe rpe>
 struct SumRows {
   uint32_t* rows[2];
+  bool used[2];
 
   template <Rpe own, Rpe ring>
   __device__ __forceinline__ void start(void* to, const Params& p, const Strips<own, ring>& strips,
@@ -250,9 +253,9 @@ struct SumRows {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t token = static_cast<int64_t>(strips.b) * kTokens + strips.token(m, half, lane);
-      uint32_t* row =
+      rows[half] =
           static_cast<uint32_t*>(to) + (token * p.H + strips.h) * (rpe.entries() / 2) + lane % 4;
-      rows[half] = strips.has_token(m, half, lane) ? row : nullptr;
+      used[half] = strips.has_token(m, half, lane);
     }
   }
   // Sums 16 `step` to 16 `step` + 15, as the left operand of a product, times `factor` if any.
@@ -261,7 +264,7 @@ struct SumRows {
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const int entry = step * 16 + n / 2 * 8;
-      if (entry >= rpe.entries() || !rows[n % 2]) continue;
+      if (entry >= rpe.entries() || !used[n % 2]) continue;
       const float2 x = unpack(a[n]);
       const float scale = factor ? factor[n % 2] : 1;
       rows[n % 2][entry / 2] = factor ? pack(x.x * scale, x.y * scale) : a[n];
@@ -290,7 +293,7 @@ __device__ __forceinline__ void finish_sums(const BucketSums<rpe, with_table> (&
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     rows[m].start(to, p, strips, m, lane);
-    if (factor && !to) rows[m].rows[0] = rows[m].rows[1] = nullptr;
+    if (factor && !to) rows[m].used[0] = rows[m].used[1] = false;
   }
 #pragma unroll
   for (int n = 0; n < BucketSumLayout<rpe, with_table>::kTableRows / 16; ++n) {

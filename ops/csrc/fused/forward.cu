@@ -91,6 +91,7 @@ template <int tile, int count, int rows, bool last>
 __device__ __forceinline__ void add_values(const float (*s)[M][4], const Params& p, const Chunk& c,
                                            Item& item, int lane) {
   uint32_t a[M][4];
+  SumOneHots<tile, count, rows, last, kRpeV.slots> one_hots;
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -103,8 +104,7 @@ __device__ __forceinline__ void add_values(const float (*s)[M][4], const Params&
       Dropped(p, item.b * p.H + item.h, row, step, lane).apply(a[m]);
     }
     if constexpr (bool(kRpeV)) {
-      SumOneHots<tile, count, rows, last, kRpeV.slots> one_hots;
-      one_hots.load(item.sums[m], lane);
+      one_hots.load(item.sums[m], m, c.first_row(), lane);
       item.sums[m].add(a[m], one_hots);
     }
   }
@@ -118,7 +118,7 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
   float s[kCount][M][4];
   for_each<kCount>([&]<int n>() {
     OneHots<first + n, rows, last, kRpeK.slots> one_hots[M];
-    score(s[n], c, item, one_hots, lane);
+    score(s[n], c, item, one_hots, kScratchStrip, lane);
     if constexpr (kMask) mask_keys<first + n>(s[n], p, item.b, c.number, lane);
   });
 #pragma unroll
@@ -219,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0);
   KeyRing ring(p, base, warp, lane);
-  const int h = ring.h;
+  const int h = ring.head();
   if constexpr (bool(kRpeK)) load_lookup_constants<kRpeK>(base + kConstants, p.rpe_k, h);
   if constexpr (bool(kRpeV)) load_bucket_sum_constants<kRpeV>(base + kConstantsV, p.rpe_v, h);
   // Free rows are computed too: they must hold numbers.
@@ -232,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t own_q = kPrefetchQ ? base + kQ + warp * M * kQStrip : scratch;
   ring.copy_ahead();
   int turn = warp;
-  if (kPrefetchQ && turn < kItems) copy_strips(p.q, own_q, kOwnStrip, ring.first_b, h, turn, lane);
+  if (kPrefetchQ && turn < kItems) copy_strips(p.q, own_q, kOwnStrip, ring.now.b, h, turn, lane);
 
 #pragma unroll 1
   while (ring.now.b < p.B) {
@@ -246,20 +246,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
     if (kPrefetchQ) {
       const int next = (more ? ring.now.pass + 1 : 0) * kWarps + turn;
-      const int next_b = more ? item.b : item.b + ring.step_b;
+      const int next_b = more ? item.b : item.b + static_cast<int>(gridDim.y);
       if (next < kItems && next_b < p.B) copy_strips(p.q, own_q, kOwnStrip, next_b, h, next, lane);
     }
     const auto chunk = [&](auto is_first, auto is_last) {
       constexpr bool first = decltype(is_first)::value, last = decltype(is_last)::value;
       ring.wait<last>();
       if (active) {
-        attend<0, last ? kLastRows : kChunkRows, first, last>(p, ring.chunk(), item, lane);
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-          item.lookup[m].next_chunk();
-          item.ring_lookup[m].next_chunk();
-          item.sums[m].next_chunk();
-        }
+        const Chunk c = ring.template chunk<last>();
+        attend<0, last ? kLastRows : kChunkRows, first, last>(p, c, item, lane);
       }
       ring.release();
     };

@@ -9,6 +9,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// Read anew, so that what is computed from it is computed again: hoisted out of a loop, it would
+// take registers from what the loop does.
+__device__ __forceinline__ int lane_id() {
+  int x;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(x));
+  return x;
+}
+
 // ---- matrices ----
 
 // N matrices of 8 x 8 (1, 2 or 4), a row at the address of each of the first 8 N lanes.

@@ -30,6 +30,9 @@ struct Chunk {
   uint32_t lse, delta;  // floats
   uint32_t w_x, w_y;
   int number;
+
+  // The grid row that it begins with.
+  __device__ __forceinline__ int first_row() const { return number * kChunkRows; }
 };
 
 // Shared memory, in bytes from its beginning; what a kernel has besides begins at `end`.
@@ -52,18 +55,24 @@ struct RingLayout {
   static constexpr int end = round_up(constants_y + (Source::lookup_y ? LookupY::bytes : 0), 16);
 };
 
-// The chunks that a block sees: of every image, as often as its warps pass over it.
+// Chunk number `number` of those that a block sees: of every image, as often as its warps pass over
+// it. The blocks of a head, a column of the launch's grid, share the images out.
 struct Stream {
-  int b, pass = 0, chunk = 0, stage = 0;
-  uint32_t phase = 0;
+  int b, pass, chunk, stage;
+  uint32_t phase;
 
-  __device__ explicit Stream(int first) : b(first) {}
-  __device__ __forceinline__ void next(int step) {
+  __device__ __forceinline__ explicit Stream(uint32_t number)
+      : b(static_cast<int>(blockIdx.y + number / (kChunks * kPasses) * gridDim.y)),
+        pass(static_cast<int>(number / kChunks % kPasses)),
+        chunk(static_cast<int>(number % kChunks)),
+        stage(static_cast<int>(number % kStages)),
+        phase(number / kStages % 2) {}
+  __device__ __forceinline__ void next() {
     if (++stage == kStages) stage = 0, phase ^= 1;
     if (++chunk < kChunks) return;
     chunk = 0;
     if (++pass < kPasses) return;
-    pass = 0, b += step;
+    pass = 0, b += static_cast<int>(gridDim.y);
   }
 };
 
@@ -115,7 +124,11 @@ __device__ __forceinline__ void copy_rows(uint32_t to, const uint16_t* from, int
 template <bool last>
 __device__ __forceinline__ void copy_sums(uint32_t to, const float* from, int chunk) {
   constexpr int kRows = last ? round_up(kLastKeys, 16) : kChunkKeys;
-  for (int n = static_cast<int>(threadIdx.x); n < kRows; n += kThreads) {
+  const int tid = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int first = 0; first < kRows; first += kThreads) {
+    const int n = first + tid;
+    if (n >= kRows) continue;
     const int token = token_at(chunk * kChunkKeys + n);
     if (token >= 0)
       cp_async_4(to + n * 4, from + token);
@@ -131,21 +144,15 @@ struct Ring {
   static constexpr bool kProjects = Source::lookup_x || Source::lookup_y;
   const Params& p;
   const uint32_t base;
-  const int h, first_b, step_b, warp, lane;
-  Stream ahead, now;  // the chunk to be copied next; the one that is used
-  int lead = 0;       // chunks of which this warp has started its share, from `now` on
+  const int warp, lane;
+  Stream now{0};           // the chunk that is used
+  uint32_t copy_next = 0;  // the number of a chunk: what it says would take more registers
+  int lead = 0;  // chunks of which this warp has started its share, from `now` on
 
   // By all threads, before a barrier of the block.
   __device__ __forceinline__ Ring(const Params& p, uint32_t base, int warp, int lane)
-      : p(p),
-        base(base),
-        h(static_cast<int>(blockIdx.x) % p.H),
-        first_b(static_cast<int>(blockIdx.x) / p.H),
-        step_b(static_cast<int>(gridDim.x) / p.H),
-        warp(warp),
-        lane(lane),
-        ahead(first_b),
-        now(first_b) {
+      : p(p), base(base), warp(warp), lane(lane) {
+    const int h = head();
     if (threadIdx.x == 0) {
       for (int n = 0; n < kStages; ++n) {
         mbarrier_init(base + Layout::full + n * 8, kThreads);
@@ -161,40 +168,50 @@ struct Ring {
                                                    h);
   }
 
+  // Blocks stay on one head.
+  __device__ static __forceinline__ int head() { return static_cast<int>(blockIdx.x); }
   __device__ __forceinline__ Chunk at(const Stream& s) const {
     const uint32_t x = base + Layout::stages + s.stage * Layout::kStage;
     const uint32_t y = x + Layout::kMatrix, lse = y + Layout::kMatrix;
     const uint32_t w = base + Layout::w + s.stage * (Layout::kWX + Layout::kWY);
     return {x, y, lse, lse + Layout::kSums, w, w + Layout::kWX, s.chunk};
   }
-  __device__ __forceinline__ Chunk chunk() const { return at(now); }
+  template <bool last>
+  __device__ __forceinline__ Chunk chunk() const {
+    Chunk c = at(now);
+    if (last || kChunks == 2) c.number = last ? kChunks - 1 : 0;
+    return c;
+  }
 
   // Starts more copies: without waiting, if the chunk that is needed next is under way.
   __device__ __forceinline__ void copy_ahead() {
-    while (lead < kAhead && ahead.b < p.B) {
-      const bool is_free = mbarrier_test(base + Layout::empty + ahead.stage * 8, ahead.phase ^ 1);
-      if (!__all_sync(~0u, is_free)) {
+    while (lead < kAhead) {
+      const Stream ahead(copy_next);
+      if (ahead.b >= p.B) return;
+      const uint32_t empty = base + Layout::empty + ahead.stage * 8;
+      if (!__all_sync(~0u, mbarrier_test(empty, ahead.phase ^ 1))) {
         if (lead > 0) return;
         continue;
       }
       if (kChunks == 1 || ahead.chunk == kChunks - 1)
-        copy<true>(at(ahead));
+        copy<true>(ahead.b, at(ahead));
       else
-        copy<false>(at(ahead));
+        copy<false>(ahead.b, at(ahead));
       mbarrier_arrive_after_copies(base + Layout::full + ahead.stage * 8);
-      ahead.next(step_b);
+      ++copy_next;
       ++lead;
     }
   }
   template <bool last>
-  __device__ __forceinline__ void copy(const Chunk& to) const {
+  __device__ __forceinline__ void copy(int b, const Chunk& to) const {
+    const int lane = lane_id();
     const Matrix &x = Source::x(p), &y = Source::y(p);
-    copy_rows<last>(to.x, head_of(x, ahead.b, h), x.stride_l, to.number, warp, lane);
-    copy_rows<last>(to.y, head_of(y, ahead.b, h), y.stride_l, to.number, warp, lane);
+    copy_rows<last>(to.x, head_of(x, b, head()), x.stride_l, to.number, warp, lane);
+    copy_rows<last>(to.y, head_of(y, b, head()), y.stride_l, to.number, warp, lane);
     if constexpr (Source::has_sums) {
-      const int64_t head = (static_cast<int64_t>(ahead.b) * p.H + h) * kTokens;
-      copy_sums<last>(to.lse, p.lse + head, to.number);
-      copy_sums<last>(to.delta, p.delta + head, to.number);
+      const int64_t first = (static_cast<int64_t>(b) * p.H + head()) * kTokens;
+      copy_sums<last>(to.lse, p.lse + first, to.number);
+      copy_sums<last>(to.delta, p.delta + first, to.number);
     }
   }
 
@@ -207,7 +224,7 @@ struct Ring {
       constexpr int kPatchRows = (last ? kLastRows : kChunkRows) * kRingWidth;
       constexpr int kRows = round_up(kPatchRows + (last ? kPrefix : 0), 16);
       constexpr int kNoPrefix = last ? kPatchRows : kRows;
-      const Chunk c = chunk();
+      const Chunk c = chunk<last>();
       if constexpr (bool(Source::lookup_x))
         project_ring<Source::lookup_x>(base + Layout::constants_x, c.x, c.w_x, kRows, kNoPrefix,
                                        warp, lane);
@@ -223,7 +240,7 @@ struct Ring {
   __device__ __forceinline__ void release() {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(base + Layout::empty + now.stage * 8);
-    now.next(step_b);
+    now.next();
     --lead;
   }
 };

@@ -16,9 +16,13 @@ struct RingLookupLayout {
   // Constants of a head, at these bytes from `base`.
   static constexpr int table = 0;
   static constexpr int class_offsets = table + rpe.entries() * kPitch;  // by xu - xw + kGridW - 1
-  static constexpr int one_hots = round_up(class_offsets + (2 * kGridW - 1) * 4, 16);
-  // by yu - yw + kGridH - 1, and at the end that of prefix tokens w
-  static constexpr int bytes = one_hots + 2 * kGridH * kSlots * 2;
+  static constexpr int kOffsets = 2 * kGridW - 1 + 7;  // of a tile's prefix tokens too: any class
+  static constexpr int one_hots = round_up(class_offsets + kOffsets * 4, 16);
+  // By yu - yw + kGridH - 1. Behind are those of prefix tokens w, by yu alone, in the banks where a
+  // token below the grid would have its own.
+  static constexpr int kPrefixOneHots = round_up(2 * kGridH, 8) - 1;
+  static constexpr int kOneHots = kPrefix ? kPrefixOneHots + kGridH : 2 * kGridH - 1;
+  static constexpr int bytes = one_hots + kOneHots * kSlots * 2;
 };
 
 template <Rpe rpe>
@@ -31,11 +35,12 @@ __device__ inline void load_ring_lookup_constants(uint32_t base, const Table& t,
   }
   cp_async_commit();
   cp_async_wait<0>();
-  for (int n = tid; n < 2 * kGridW - 1; n += kThreads) {
-    store_shared(base + Layout::class_offsets + n * 4, t.column_class[n] * Layout::kSlots * 2);
+  for (int n = tid; n < Layout::kOffsets; n += kThreads) {
+    const int column_class = t.column_class[min(n, 2 * kGridW - 2)];
+    store_shared(base + Layout::class_offsets + n * 4, column_class * Layout::kSlots * 2);
   }
   constexpr int kWords = Layout::kSlots / 2;
-  for (int n = tid; n < 2 * kGridH * kWords; n += kThreads) {
+  for (int n = tid; n < Layout::kOneHots * kWords; n += kThreads) {
     const int dy = n / kWords, slot = n % kWords * 2;
     const int row_class = dy < 2 * kGridH - 1 ? t.row_class[dy] : Layout::kSlots - 1;
     const uint32_t word = row_class == slot ? kOne : row_class == slot + 1 ? kOne << 16 : 0;
@@ -85,39 +90,31 @@ __device__ __forceinline__ void project_ring(uint32_t base, uint32_t rows, uint3
 template <Rpe rpe>
 struct RingLookup {
   using Layout = RingLookupLayout<rpe>;
-  uint32_t one_hots[2];       // of rows g and g + 8, against the chunk's first grid row
-  uint32_t class_offsets[2];  // against column 0 of the ring, of the columns of both groups
-  uint32_t step;  // what a grid row adds to the address of a one-hot; 0 for prefix tokens
+  uint32_t one_hots[2];       // of rows g and g + 8, against the first grid row
+  uint32_t class_offsets[2];  // against column lane % 8 of the ring, of the columns of both groups
   static constexpr int kTileRows = 7 / kRingWidth + 2;  // grid rows that a tile may touch
   uint32_t row_words[kTileRows][2][Layout::kHalves];
   uint32_t class_offset[2];
 
   __device__ __forceinline__ void start(uint32_t base, const Group (&groups)[2], int lane) {
     const int g = lane / 4, t = lane % 4;
-    step = 0;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const bool prefix = groups[n].is_prefix(g);
-      const int dy = prefix ? 2 * kGridH - 1 : kGridH - 1 - min(groups[n].first_y + g, kGridH - 1);
+      const int dy = groups[n].is_prefix(g) ? Layout::kPrefixOneHots
+                                            : kGridH - 1 - min(groups[n].first_y + g, kGridH - 1);
       one_hots[n] = base + Layout::one_hots + dy * Layout::kSlots * 2 + t * 4;
-      if (!prefix) step |= 1u << n;
-      class_offsets[n] = base + Layout::class_offsets + (kGridW - 1 - groups[n].column) * 4;
+      class_offsets[n] =
+          base + Layout::class_offsets + (kGridW - 1 - groups[n].column + lane % 8) * 4;
     }
-  }
-  __device__ __forceinline__ void next_chunk() {
-#pragma unroll
-    for (int n = 0; n < 2; ++n) one_hots[n] += step >> n & 1 ? kChunkRows * Layout::kSlots * 2 : 0;
   }
   // The left operand's word of rows g (0) or g + 8 (1) for the ring's grid row y.
   __device__ __forceinline__ uint32_t row_word(int half_of_rows, int y, int half) const {
-    const int offset = y * Layout::kSlots * 2;
-    return load_shared(one_hots[half_of_rows] +
-                       (kPrefix ? (step >> half_of_rows & 1 ? offset : 0) : offset) + half * 16);
+    return load_shared(one_hots[half_of_rows] + y * Layout::kSlots * 2 + half * 16);
   }
 
   // What is constant for tile `tile` of a chunk; tiles come in order.
   template <int tile, int rows>
-  __device__ __forceinline__ void load(int lane) {
+  __device__ __forceinline__ void load(int first_row, int lane) {
     constexpr int first = tile * 8;
     constexpr int y0 = min(first / kRingWidth, rows - 1);
     constexpr int y1 = min((first + 7) / kRingWidth, rows - 1);
@@ -126,13 +123,16 @@ struct RingLookup {
       if (tile > 0 && (first - 1) / kRingWidth >= y) continue;  // there from the tile before
 #pragma unroll
       for (int n = 0; n < 2 * Layout::kHalves; ++n)
-        row_words[y % kTileRows][n % 2][n / 2] = row_word(n % 2, y, n / 2);
+        row_words[y % kTileRows][n % 2][n / 2] = row_word(n % 2, first_row + y, n / 2);
     }
 #pragma unroll
     for (int n = 0; n < (kTwoColumns ? 2 : 1); ++n) {
-      const int place = first + lane % 8,
-                column = min(place - min(place / kRingWidth, rows - 1) * kRingWidth, kGridW - 1);
-      class_offset[n] = load_shared(class_offsets[n] + column * 4);
+      uint32_t at = class_offsets[n] + min(first - y0 * kRingWidth, kGridW - 1) * 4;
+#pragma unroll
+      for (int y = y0 + 1; y <= y1; ++y) {
+        if (first + lane % 8 >= y * kRingWidth) at -= kRingWidth * 4;
+      }
+      class_offset[n] = load_shared(at);
     }
   }
 

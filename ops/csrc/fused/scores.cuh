@@ -29,7 +29,7 @@ struct Strips {
 template <int tile, int rows, bool last, Rpe own, Rpe ring>
 __device__ __forceinline__ void score(float (&s)[M][4], const Chunk& c, Strips<own, ring>& strips,
                                       OneHots<tile, rows, last, own.slots> (&one_hots)[M],
-                                      int lane) {
+                                      int strip_bytes, int lane) {
   constexpr bool kWhole = [] {
     bool whole = true;
     for (int n = 0; n < 8; ++n) whole &= has_token<rows, last>(tile * 8 + n);
@@ -37,6 +37,7 @@ __device__ __forceinline__ void score(float (&s)[M][4], const Chunk& c, Strips<o
   }();
   RowsB x;
   x.load(c.x + tile * 8 * kPitch, lane);
+  if constexpr (bool(own)) load_fragments<tile, rows>(strips.lookup, strip_bytes, c.first_row());
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     if constexpr (!kWhole) {
@@ -50,7 +51,7 @@ __device__ __forceinline__ void score(float (&s)[M][4], const Chunk& c, Strips<o
     }
     multiply_rows<kWhole && !own>(s[m], strips.rows[m], x);
     if constexpr (bool(ring)) {
-      strips.ring_lookup[m].template load<tile, rows>(lane);
+      strips.ring_lookup[m].template load<tile, rows>(c.first_row(), lane);
       strips.ring_lookup[m].template add<tile, rows>(s[m], c.w_x, strips.ring_lookup[m], lane);
     }
   }

@@ -73,7 +73,7 @@ __device__ inline void load_lookup_constants(uint32_t base, const Table& t, int 
 template <Rpe rpe>
 struct StripLookup {
   uint32_t rows;         // of the lane's row of W, as a row of ldmatrix
-  uint32_t row_offset;   // address of the offset of its class, against the chunk's first grid row
+  uint32_t row_offset;   // address of the offset of its class, against the first grid row
   uint32_t one_hots[2];  // of the columns of both groups; one if they are the same
   uint32_t fragments[2][4];
   bool is_prefix;  // of a bias
@@ -94,14 +94,7 @@ struct StripLookup {
                         LookupLayout<rpe>::kOneHotBytes;
     }
   }
-  __device__ __forceinline__ void next_chunk() { row_offset -= kChunkRows * 4; }
 
-  // The fragments of key row y of the chunk, of two rows where one has 8 slots.
-  __device__ __forceinline__ void load(uint32_t (&to)[4], int y) const {
-    uint32_t offset = load_shared(row_offset - y * 4);
-    if (rpe.bias && is_prefix) offset = rpe.entries() * 2;
-    ldmatrix<4>(to, rows + offset);
-  }
   // The columns' one-hots: words of keys [x0 + g] of a grid row for slots 2 t, 2 t + 1 (+ 8).
   __device__ __forceinline__ uint32_t one_hot(int group, int x0, int half, int g) const {
     if (x0 >= kGridW) return 0;
@@ -142,13 +135,33 @@ struct OneHots {
   }
 };
 
-// sums += W C for a tile. Called with tiles in order: fragments are kept for the tiles that share a
-// key row.
+// The fragments of the key rows that begin in a tile; tiles come in order. A fragment holds two key
+// rows where one has 8 slots. The strips' W lie `strip_bytes` apart.
+template <int tile, int rows, Rpe rpe>
+__device__ __forceinline__ void load_fragments(StripLookup<rpe> (&lookups)[M], int strip_bytes,
+                                               int first_row) {
+  using Tile = OneHots<tile, rows, false, rpe.slots>;
+  constexpr int kRows = rpe.slots == 8 ? 2 : 1;
+#pragma unroll
+  for (int y = Tile::y0 / kRows * kRows; y <= Tile::y1; y += kRows) {
+    if (tile > 0 && (Tile::first - 1) / kRingWidth >= y) continue;  // there from the tile before
+    uint32_t offset = 0;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      if (m == 0 || !kSameRows) offset = load_shared(lookups[m].row_offset - (first_row + y) * 4);
+      uint32_t at = lookups[0].rows + offset + m * strip_bytes;
+      if (rpe.bias) at = lookups[0].rows + (lookups[m].is_prefix ? rpe.entries() * 2 : offset);
+      ldmatrix<4>(lookups[m].fragments[y / kRows % 2], at);
+    }
+  }
+}
+
+// sums += W C for a tile, of which the fragments are there.
 template <bool zero, int tile, int rows, bool last, Rpe rpe>
-__device__ __forceinline__ void add_lookup(float* sums, StripLookup<rpe>& lookup,
+__device__ __forceinline__ void add_lookup(float* sums, const StripLookup<rpe>& lookup,
                                            const OneHots<tile, rows, last, rpe.slots>& one_hots) {
   using Tile = OneHots<tile, rows, last, rpe.slots>;
-  constexpr int first = Tile::first, y0 = Tile::y0, y1 = Tile::y1;
+  constexpr int y0 = Tile::y0, y1 = Tile::y1;
   const auto word = [&](int group, int y, int half) { return one_hots.words[y - y0][group][half]; };
   bool start = zero;  // the first product begins the sums
   const auto product = [&](uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
@@ -160,21 +173,15 @@ __device__ __forceinline__ void add_lookup(float* sums, StripLookup<rpe>& lookup
     start = false;
   };
   if constexpr (rpe.slots == 8) {
-    // A fragment holds two key rows; those that the tile before has used are there.
-    const auto fragment = [&](int y) {
-      const bool kept = tile > 0 && (first - 1) / kRingWidth >= y / 2 * 2;
-      uint32_t (&pair)[4] = lookup.fragments[y / 2 % 2];
-      if ((y == y0 || y % 2 == 0) && !kept) lookup.load(pair, y / 2 * 2);
-      return pair + y % 2 * 2;
-    };
+    const auto fragment = [&](int y) { return lookup.fragments[y / 2 % 2] + y % 2 * 2; };
 #pragma unroll
     for (int y = y0; y <= y1; y += kTwoColumns ? 1 : 2) {  // k = 16 holds two columns or key rows
       const uint32_t* a = fragment(y);
       if constexpr (kTwoColumns) {
         product(a[0], 0, 0, a[1], word(0, y, 0), word(1, y, 0));
       } else if (y < y1) {
-        const uint32_t a0 = a[0], a1 = a[1], *b = fragment(y + 1);
-        product(a0, a1, b[0], b[1], word(0, y, 0), word(0, y + 1, 0));
+        const uint32_t* b = fragment(y + 1);
+        product(a[0], a[1], b[0], b[1], word(0, y, 0), word(0, y + 1, 0));
       } else {
         if (start)
           mma_k8<true>(sums, a[0], a[1], word(0, y, 0));
@@ -186,8 +193,7 @@ __device__ __forceinline__ void add_lookup(float* sums, StripLookup<rpe>& lookup
   } else {
 #pragma unroll
     for (int y = y0; y <= y1; ++y) {
-      uint32_t (&a)[4] = lookup.fragments[y % 2];
-      if (tile == 0 || (first - 1) / kRingWidth < y) lookup.load(a, y);
+      const uint32_t (&a)[4] = lookup.fragments[y % 2];
       if constexpr (kTwoColumns) {
         product(a[0], 0, a[2], 0, word(0, y, 0), word(0, y, 1));
         product(0, a[1], 0, a[3], word(1, y, 0), word(1, y, 1));

@@ -6,6 +6,8 @@
 namespace irpe {
 
 constexpr int M = kStripsPerWarp;
+// Whether row g of every strip lies in the same grid row: then what depends on it is loaded once.
+constexpr bool kSameRows = kColumnGroups <= 2;
 
 // 8 tokens of one grid column; the last group of a column has free rows, of which some hold prefix
 // tokens.

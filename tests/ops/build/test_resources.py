@@ -26,17 +26,19 @@ def test_gather_and_bucket_sum_stay_in_registers(architecture: str) -> None:
     [
         ("sm_80", "forward", resources.DEIT_K, 0, 0),
         ("sm_90", "forward", resources.DEIT_K, 0, 0),
+        slow("sm_90", "forward", resources.DEIT_384_K, 0, 0),
         slow("sm_80", "forward", resources.DEIT_QKV, 0, 0),
-        slow("sm_90", "forward", resources.DEIT_QKV, 64, 128),
-        slow("sm_80", "backward_queries", resources.DEIT_K, 64, 128),
-        slow("sm_90", "backward_queries", resources.DEIT_K, 64, 128),
+        slow("sm_90", "forward", resources.DEIT_QKV, 8, 36),
+        slow("sm_80", "backward_queries", resources.DEIT_K, 16, 40),  # with one strip none
+        slow("sm_90", "backward_queries", resources.DEIT_K, 24, 72),
         slow("sm_80", "backward_queries", resources.DEIT_QKV, 0, 0),
-        slow("sm_90", "backward_queries", resources.DEIT_QKV, 160, 700),  # with one strip 72 bytes
-        slow("sm_80", "backward_keys", resources.DEIT_K, 48, 96),
-        slow("sm_90", "backward_keys", resources.DEIT_K, 48, 96),
-        slow("sm_90", "backward_keys", resources.DEIT_384_K, 40, 80),  # 11 warps
-        slow("sm_80", "backward_keys", resources.DEIT_QKV, 96, 192),
-        slow("sm_90", "backward_keys", resources.DEIT_QKV, 96, 192),
+        slow("sm_90", "backward_queries", resources.DEIT_QKV, 72, 240),
+        slow("sm_80", "backward_keys", resources.DEIT_K, 0, 0),
+        slow("sm_90", "backward_keys", resources.DEIT_K, 0, 0),
+        slow("sm_80", "backward_keys", resources.DEIT_384_K, 0, 0),
+        slow("sm_90", "backward_keys", resources.DEIT_384_K, 48, 240),  # 11 warps
+        slow("sm_80", "backward_keys", resources.DEIT_QKV, 0, 0),
+        slow("sm_90", "backward_keys", resources.DEIT_QKV, 24, 84),
     ],
     ids=lambda x: getattr(x, "name", x),
 )
