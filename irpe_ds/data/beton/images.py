@@ -16,6 +16,7 @@ from irpe_ds.data.beton.jpeg import DAMAGED, LEFTOVER, decode, ends_as_encoders_
 from irpe_ds.data.beton.options import StorageOptions
 from irpe_ds.data.beton.transcode import transcode
 from irpe_ds.data.rgb import to_rgb
+from irpe_ds.errors import UserError
 
 MAX_SIDE = 65535  # pixels; the format has 16 bits for each side
 _JPEG_SIDE = 65500  # libjpeg's limit
@@ -63,6 +64,7 @@ def store_image(data: bytes, position: int, options: StorageOptions) -> StoredIm
 
     Raises:
         ValueError: not an image, or a damaged one; the message gives the reason.
+        UserError: mode `transcode` without a compiler.
     """
     if not data:
         raise ValueError("0 bytes")
@@ -75,6 +77,8 @@ def store_image(data: bytes, position: int, options: StorageOptions) -> StoredIm
                     made = transcode(data) if options.mode == "transcode" else None
                     return StoredImage(made or data, JPG, image.height, image.width, made is None)
             pixels = _reduced(np.asarray(to_rgb(image)), options)
+    except UserError:
+        raise  # of the machine, not of this image
     except DAMAGE as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
     as_jpeg = options.mode == "reencode"

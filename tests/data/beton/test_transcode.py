@@ -1,5 +1,8 @@
 """JPEGs coded anew from their coefficients: the same pixels, and only what a crop needs is read."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +96,25 @@ def test_metadata_is_left_out_and_grows_no_image() -> None:
     made = transcoded(data)
     assert b"Exif" not in made.tobytes()
     assert made.size < data.size - 4000
+
+
+@pytest.mark.parametrize("on_bad", ["error", "skip"])
+def test_a_missing_compiler_is_no_bad_image(tmp_path: Path, on_bad: str) -> None:
+    folder = tmp_path / "train"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        photograph(64, 48).save(folder / name / "0.jpg")
+    command = [sys.executable, "data_prep/convert.py", "--source", folder, "--mode", "transcode"]
+    done = subprocess.run(
+        [*command, "--out", tmp_path / "x.beton", "--on-bad", on_bad],
+        cwd=Path(__file__).parents[3],
+        env=os.environ | {"CXX": "no-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "error: cannot build the JPEG transcoder: no C++ compiler 'no-compiler'" in done.stderr
+    assert not (tmp_path / "x.beton").exists()
 
 
 def test_conversion(tmp_path: Path) -> None:
