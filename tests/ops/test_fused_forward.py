@@ -54,7 +54,7 @@ def test_factors_made_before_the_simulator(ptx_simulator: Simulator) -> None:
     [
         *(("euclidean", 1.9, (5, 9)), ("quantization", 1.9, (7, 10)), ("cross", 1.9, (5, 9))),
         *(slow("euclidean", 20, (14, 14)), slow("quantization", 33, (14, 14))),
-        *(("euclidean", 20, (7, 13)), slow("product", 2.5, (9, 12))),
+        *(("euclidean", 20, (7, 13)), ("product", 20, (7, 5)), slow("product", 2.5, (9, 12))),
     ],
 )
 def test_every_encoding(
@@ -68,7 +68,7 @@ def test_every_encoding(
     ("grid", "num_prefix"),
     [
         *(((1, 1), 0), ((3, 2), 1), ((1, 40), 3), ((20, 2), 0), ((2, 3), 20), ((8, 18), 1)),
-        *(slow((1, 1), 1), slow((40, 1), 0), slow((16, 8), 1), slow((8, 24), 4)),
+        *(slow((1, 1), 1), ((40, 1), 0), slow((16, 8), 1), slow((8, 24), 4)),
         *(slow((16, 16), 0), slow((16, 16), 5), slow((24, 24), 1), slow((18, 27), 1)),
     ],
 )

@@ -92,6 +92,7 @@ constexpr int kPasses = ceil_div(kItems, kWarps);
 // They come in chunks of whole grid rows, so that the places of row ends are known at compile time.
 // Rows of a width that makes no chunks of whole tiles are padded.
 constexpr int kRingWidth = RING_WIDTH;
+constexpr int kTileRows = 7 / kRingWidth + 2;  // grid rows that a tile of 8 tokens may touch
 constexpr int kRingPatches = kGridH * kRingWidth;
 constexpr int chunk_rows(int target) {
   int step = 2;

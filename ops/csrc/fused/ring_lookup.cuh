@@ -92,7 +92,6 @@ struct RingLookup {
   using Layout = RingLookupLayout<rpe>;
   uint32_t one_hots[2];       // of rows g and g + 8, against the first grid row
   uint32_t class_offsets[2];  // against column lane % 8 of the ring, of the columns of both groups
-  static constexpr int kTileRows = 7 / kRingWidth + 2;  // grid rows that a tile may touch
   uint32_t row_words[kTileRows][2][Layout::kHalves];
   uint32_t class_offset[2];
 

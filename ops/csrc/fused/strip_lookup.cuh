@@ -72,10 +72,12 @@ __device__ inline void load_lookup_constants(uint32_t base, const Table& t, int 
 // What a lane needs of a strip's lookups.
 template <Rpe rpe>
 struct StripLookup {
+  static constexpr int kRows = rpe.slots == 8 ? 2 : 1;  // key rows of a fragment
+  static constexpr int kFragments = (kTileRows + kRows - 2) / kRows + 1;  // that a tile may need
   uint32_t rows;         // of the lane's row of W, as a row of ldmatrix
   uint32_t row_offset;   // address of the offset of its class, against the first grid row
   uint32_t one_hots[2];  // of the columns of both groups; one if they are the same
-  uint32_t fragments[2][4];
+  uint32_t fragments[kFragments][4];
   bool is_prefix;  // of a bias
 
   __device__ __forceinline__ void start(uint32_t base, uint32_t w, const Group (&groups)[2],
@@ -135,13 +137,13 @@ struct OneHots {
   }
 };
 
-// The fragments of the key rows that begin in a tile; tiles come in order. A fragment holds two key
-// rows where one has 8 slots. The strips' W lie `strip_bytes` apart.
+// The fragments of the key rows that begin in a tile; tiles come in order. The strips' W lie
+// `strip_bytes` apart.
 template <int tile, int rows, Rpe rpe>
 __device__ __forceinline__ void load_fragments(StripLookup<rpe> (&lookups)[M], int strip_bytes,
                                                int first_row) {
   using Tile = OneHots<tile, rows, false, rpe.slots>;
-  constexpr int kRows = rpe.slots == 8 ? 2 : 1;
+  constexpr int kRows = StripLookup<rpe>::kRows, kFragments = StripLookup<rpe>::kFragments;
 #pragma unroll
   for (int y = Tile::y0 / kRows * kRows; y <= Tile::y1; y += kRows) {
     if (tile > 0 && (Tile::first - 1) / kRingWidth >= y) continue;  // there from the tile before
@@ -151,7 +153,7 @@ __device__ __forceinline__ void load_fragments(StripLookup<rpe> (&lookups)[M], i
       if (m == 0 || !kSameRows) offset = load_shared(lookups[m].row_offset - (first_row + y) * 4);
       uint32_t at = lookups[0].rows + offset + m * strip_bytes;
       if (rpe.bias) at = lookups[0].rows + (lookups[m].is_prefix ? rpe.entries() * 2 : offset);
-      ldmatrix<4>(lookups[m].fragments[y / kRows % 2], at);
+      ldmatrix<4>(lookups[m].fragments[y / kRows % kFragments], at);
     }
   }
 }
@@ -161,7 +163,7 @@ template <bool zero, int tile, int rows, bool last, Rpe rpe>
 __device__ __forceinline__ void add_lookup(float* sums, const StripLookup<rpe>& lookup,
                                            const OneHots<tile, rows, last, rpe.slots>& one_hots) {
   using Tile = OneHots<tile, rows, last, rpe.slots>;
-  constexpr int y0 = Tile::y0, y1 = Tile::y1;
+  constexpr int y0 = Tile::y0, y1 = Tile::y1, kFragments = StripLookup<rpe>::kFragments;
   const auto word = [&](int group, int y, int half) { return one_hots.words[y - y0][group][half]; };
   bool start = zero;  // the first product begins the sums
   const auto product = [&](uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
@@ -173,7 +175,7 @@ __device__ __forceinline__ void add_lookup(float* sums, const StripLookup<rpe>& 
     start = false;
   };
   if constexpr (rpe.slots == 8) {
-    const auto fragment = [&](int y) { return lookup.fragments[y / 2 % 2] + y % 2 * 2; };
+    const auto fragment = [&](int y) { return lookup.fragments[y / 2 % kFragments] + y % 2 * 2; };
 #pragma unroll
     for (int y = y0; y <= y1; y += kTwoColumns ? 1 : 2) {  // k = 16 holds two columns or key rows
       const uint32_t* a = fragment(y);
@@ -193,7 +195,7 @@ __device__ __forceinline__ void add_lookup(float* sums, const StripLookup<rpe>& 
   } else {
 #pragma unroll
     for (int y = y0; y <= y1; ++y) {
-      const uint32_t (&a)[4] = lookup.fragments[y % 2];
+      const uint32_t (&a)[4] = lookup.fragments[y % kFragments];
       if constexpr (kTwoColumns) {
         product(a[0], 0, a[2], 0, word(0, y, 0), word(0, y, 1));
         product(0, a[1], 0, a[3], word(1, y, 0), word(1, y, 1));
