@@ -24,11 +24,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from irpe_ds.cli import run
 from irpe_ds.data.bench.loaders import LOADERS, LoaderSpec, started
 from irpe_ds.data.bench.storage import STORAGE
+from irpe_ds.data.beton.options import Mode
 from irpe_ds.errors import ConfigError
 from irpe_ds.files import fsync
 from irpe_ds.provenance import benchmark_info
@@ -267,7 +268,8 @@ def _parser() -> argparse.ArgumentParser:
             part.add_argument("--size", type=int, default=224, help="of the images, pixels")
             part.add_argument("--batch", type=int, default=128, help="images")
         if name == "load":
-            part.add_argument("--mode", default="passthrough", help="of the conversion")
+            text = "how the images are stored"
+            part.add_argument("--mode", choices=get_args(Mode), default="passthrough", help=text)
     text = f"which, of {', '.join(STORAGE)}; compared with the first"
     part.add_argument(
         "--loaders", nargs="+", choices=STORAGE, default=[*STORAGE], metavar="NAME", help=text

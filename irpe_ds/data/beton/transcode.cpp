@@ -53,16 +53,16 @@ bool is_complete(const jpeg_decompress_struct& image) {
 extern "C" uint64_t transcode(const uint8_t* data, uint64_t bytes, uint8_t* target,
                               uint64_t capacity) {
   Errors errors;
-  jpeg_decompress_struct from;
-  jpeg_compress_struct to;
+  jpeg_decompress_struct from{};
+  jpeg_compress_struct to{};
   from.err = to.err = jpeg_std_error(&errors.manager);
   errors.manager.error_exit = on_error;
   errors.manager.output_message = [](j_common_ptr) {};
   Target place{{nullptr, 0, begin, is_full, end}, target, capacity};
-  jpeg_create_decompress(&from);
-  jpeg_create_compress(&to);
   volatile uint64_t made = 0;
   if (!setjmp(errors.failed)) {
+    jpeg_create_decompress(&from);
+    jpeg_create_compress(&to);
     jpeg_mem_src(&from, data, bytes);
     jpeg_read_header(&from, TRUE);
     jvirt_barray_ptr* coefficients = jpeg_read_coefficients(&from);
