@@ -206,7 +206,6 @@ def compile_options(name: str, shape: Shape, shared_bytes: int) -> tuple[Plan, d
         "WARPS": chosen.warps,
         "STRIPS": chosen.strips,
         "STAGES": chosen.stages,
-        "AHEAD": chosen.ahead,
         "STEP_TILES": 6 if chosen.strips == 2 and not v.row_classes else 4,
         "PREFETCH_Q": chosen.prefetch_q,
         "CHUNK_KEYS": chosen.chunk_keys,

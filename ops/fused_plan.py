@@ -73,18 +73,12 @@ class Plan(NamedTuple):
     ring_width: int
     """Places of a grid row in the ring: the grid's width, or padded."""
 
-    @property
-    def ahead(self) -> int:
-        """How many chunks a warp may have started to copy. With more, it waits for slower warps to
-        leave the oldest one more often than it gains."""
-        return self.stages - self.stages // 3
-
 
 def plan(shape: Shape, shared_bytes: int, needed: "Needed") -> Plan | None:
     """The first plan that fits in a block's shared memory; None if none does.
 
     Two strips halve what a warp reads of keys and values, but above 64 numbers a head the
-    registers hold one alone, and so they do in the pass over keys. The ring has two chunks, so that
+    registers hold one alone, and so they do in the pass over keys unless lookups are on keys alone. The ring has two chunks, so that
     one is copied while another is used, more where there is room, and one where it must be. Where
     there are three, chunks may be larger; and 11 warps take the place of 8 where they have
     registers enough for one strip, and pass over the ring less often for an image.
@@ -122,10 +116,18 @@ def _candidates(shape: Shape, is_keys: bool) -> Iterator[Plan]:
     rings = large + [(*chunk, 2) for chunk in chunks]
     padded_rings = [(*chunk, 2) for chunk in padded_chunks]
     last_rings = [(*chunk, 1) for chunk in chunks + padded_chunks]
-    max_strips = 2 if shape.head_dim <= 64 and not is_keys else 1
+    keys_alone = not (shape.rpe_q.row_classes or shape.rpe_v.row_classes or shape.head_dim % 32)
+    max_strips = 2 if shape.head_dim <= 64 and (not is_keys or keys_alone) else 1
     num_strips = _num_strips(shape)
-    has_registers = max_strips == 1 and shape.head_dim <= (64 if is_keys else 80)
-    many_warps = has_registers and -(-num_strips // 11) < -(-num_strips // 8)
+
+    def places(warps: int, strips: int) -> int:
+        return -(-num_strips // (warps * strips)) * warps * strips
+
+    if max_strips == 1:
+        has_registers = shape.head_dim <= (64 if is_keys else 80)
+        many_warps = has_registers and places(11, 1) // 11 < places(8, 1) // 8
+    else:
+        many_warps = is_keys and places(11, 1) < places(8, 2)
     for strips, warps, choices in (
         *([(1, 11, [*large, (112, natural, 3)])] if many_warps else []),
         *((n, 8, each) for each in (rings, padded_rings) for n in (max_strips, 1)),
@@ -211,8 +213,7 @@ def _ring_bytes(
             entries = rpe.row_classes * rpe.slots
             count += plan.stages * capacity * _pitch(entries * 2)
             constants = _up(entries * pitch + (2 * width + 6) * 4, 16)
-            one_hots = _up(2 * height, 8) - 1 + height if shape.num_prefix else 2 * height - 1
-            count = _up(count + constants + one_hots * rpe.slots * 2, 16)
+            count = _up(count + constants + (2 * height - 1) * rpe.slots * 2, 16)
     return count
 
 

@@ -32,8 +32,15 @@ constexpr int kSharedBytes = kValues + kWarps * M * kValuesStrip;
 static_assert(kSharedBytes == SHARED_BYTES,
               "backward_keys_bytes of fused_plan.py counts otherwise");
 
+// The values of two strips stay there: beside their keys and both gradients the registers do not
+// hold them.
+constexpr bool kValuesInShared = M == 2;
+static_assert(!kValuesInShared || (!kRpeQ && !kRpeV && kDimSteps % 2 == 0 && !kDimTail),
+              "two strips have lookups on keys alone, and 32 or 64 numbers a head");
+
 struct Item : Strips<kRpeQ, kRpeK> {
   RowsA values[M];
+  uint32_t values_at;
   RingLookup<kRpeV> lookup_v[M];
   BucketSums<kRpeQ, false> sums[M];
   float grad_k[M][kDimTiles][4], grad_v[M][kDimTiles][4];
@@ -60,64 +67,119 @@ __device__ __forceinline__ uint32_t dropped_weights(const Params& p, const Item&
   return bits;
 }
 
+__device__ __forceinline__ float dropout_factor(const Params& p, uint32_t dropped, int n) {
+  return !kDropout ? 1.0f : dropped >> n & 1 ? 0.0f : p.dropout_scale;
+}
+
+// dP of `count` tiles of queries, one or two, with the values at `values`.
+template <int count>
+__device__ __forceinline__ void multiply_values(float (&grad)[count][M][4], uint32_t values,
+                                                uint32_t grad_out, int lane) {
+  values += lane % 16 * kPitch + lane / 16 * 16;
+  grad_out += lane % 8 * kPitch + lane / 8 * 16;
+#pragma unroll
+  for (int k = 0; k < kDimSteps; k += 2) {
+    uint32_t b[count][4];
+#pragma unroll
+    for (int n = 0; n < count; ++n) ldmatrix<4>(b[n], grad_out + n * 8 * kPitch + k * 32);
+#pragma unroll
+    for (int step = k; step < k + 2; ++step) {
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        uint32_t a[4];
+        ldmatrix<4>(a, values + m * kValuesStrip + step * 32);
+#pragma unroll
+        for (int n = 0; n < count; ++n) {
+          const uint32_t* x = b[n] + step % 2 * 2;
+          if (step == 0)
+            mma_k16<true>(grad[n][m], a[0], a[1], a[2], a[3], x[0], x[1]);
+          else
+            mma_k16(grad[n][m], a[0], a[1], a[2], a[3], x[0], x[1]);
+        }
+      }
+    }
+  }
+}
+
 // Of `count` tiles of queries, one or two, from `tile` on of a chunk of `rows` grid rows.
 template <int tile, int count, int rows, bool last>
 __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& item, int lane) {
+  const auto column = [&](int n) { return ((tile + n) * 8 + lane % 4 * 2) * 4; };
   float s[count][M][4], grad[count][M][4];
-  float2 lse[count], delta[count];
   for_each<count>([&]<int n>() {
     OneHots<tile + n, rows, last, kRpeQ.slots> one_hots[M];
     score(s[n], c, item, one_hots, kKeysStrip, lane);
-    RowsB grad_out;
-    grad_out.load(c.y + (tile + n) * 8 * kPitch, lane);
+    if constexpr (!kValuesInShared) {
+      RowsB grad_out;
+      grad_out.load(c.y + (tile + n) * 8 * kPitch, lane);
+      if constexpr (kRpeV && !kSameClasses)
+        load_constants<tile + n, rows>(item.lookup_v, c.first_row(), lane);
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-      multiply_rows<true>(grad[n][m], item.values[m], grad_out);
-      if constexpr (kSameClasses) {
-        item.lookup_v[m].template add<tile + n, rows>(grad[n][m], c.w_y, item.ring_lookup[m], lane);
-      } else if constexpr (bool(kRpeV)) {
-        item.lookup_v[m].template load<tile + n, rows>(c.first_row(), lane);
-        item.lookup_v[m].template add<tile + n, rows>(grad[n][m], c.w_y, item.lookup_v[m], lane);
+      for (int m = 0; m < M; ++m) {
+        multiply_rows<true>(grad[n][m], item.values[m], grad_out);
+        if constexpr (kSameClasses)
+          item.lookup_v[m].template add<tile + n, rows>(grad[n][m], c.w_y, item.ring_lookup[m],
+                                                        lane);
+        else if constexpr (bool(kRpeV))
+          item.lookup_v[m].template add<tile + n, rows>(grad[n][m], c.w_y, item.lookup_v[m], lane);
       }
     }
-    const int column = ((tile + n) * 8 + lane % 4 * 2) * 4;
-    lse[n] = load_shared_float2(c.lse + column), delta[n] = load_shared_float2(c.delta + column);
   });
-  uint32_t a[M][4], weights[M][4];
-  SumOneHots<tile, count, rows, last, kRpeQ.slots> sum_one_hots;
+  float2 lse[count];
+#pragma unroll
+  for (int n = 0; n < count; ++n) lse[n] = load_shared_float2(c.lse + column(n));
+  uint32_t a[M][4], dropped[M] = {};
 #pragma unroll
   for (int m = 0; m < M; ++m) {
-    uint32_t dropped = 0;
     if constexpr (kDropout)
-      dropped = dropped_weights(p, item, m, c.number * kChunkKeys + tile * 8, lane);
+      dropped[m] = dropped_weights(p, item, m, c.number * kChunkKeys + tile * 8, lane);
 #pragma unroll
     for (int n = 0; n < count; ++n) {
       float kept[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float reference = (e % 2 ? lse[n].y : lse[n].x) * kLog2E;
-        float weight = exp2_approx(fmaf(s[n][m][e], p.softmax_scale_log2, -reference));
+        float& weight = s[n][m][e];
+        weight = exp2_approx(fmaf(weight, p.softmax_scale_log2, -reference));
         if (kMask && item.masked[m][e / 2]) weight = 0;
-        const float factor = !kDropout ? 1.0f : dropped >> (n * 4 + e) & 1 ? 0.0f : p.dropout_scale;
-        kept[e] = weight * factor;
-        s[n][m][e] = weight * (grad[n][m][e] * factor - (e % 2 ? delta[n].y : delta[n].x));
+        kept[e] = weight * dropout_factor(p, dropped[m], n * 4 + e);
       }
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        a[m][n * 2 + half] = pack(s[n][m][2 * half], s[n][m][2 * half + 1]);
-        weights[m][n * 2 + half] = pack(kept[2 * half], kept[2 * half + 1]);
+      for (int half = 0; half < 2; ++half)
+        a[m][n * 2 + half] = pack(kept[2 * half], kept[2 * half + 1]);
+    }
+  }
+  multiply_columns<M, count>(item.grad_v, a, c.y + tile * 8 * kPitch, lane);
+  if constexpr (kValuesInShared) {
+    __syncwarp();  // as below
+    multiply_values<count>(grad, item.values_at, c.y + tile * 8 * kPitch, lane);
+  }
+  float2 delta[count];
+#pragma unroll
+  for (int n = 0; n < count; ++n) delta[n] = load_shared_float2(c.delta + column(n));
+  SumOneHots<tile, count, rows, last, kRpeQ.slots> sum_one_hots;
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < count; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float factor = dropout_factor(p, dropped[m], n * 4 + e);
+        s[n][m][e] *= grad[n][m][e] * factor - (e % 2 ? delta[n].y : delta[n].x);
       }
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        a[m][n * 2 + half] = pack(s[n][m][2 * half], s[n][m][2 * half + 1]);
     }
     if constexpr (kSumsOfQ) {
       sum_one_hots.load(item.sums[m], m, c.first_row(), lane);
       item.sums[m].add(a[m], sum_one_hots);
     }
   }
-  multiply_columns<M, count>(item.grad_v, weights, c.y + tile * 8 * kPitch, lane);
   multiply_columns<M, count>(item.grad_k, a, c.x + tile * 8 * kPitch, lane);
   // ptxas moves no ldmatrix over it. Else it begins so many steps at once that their sums take more
   // than the 255 registers which a thread of 8 warps has; stores of bucket sums do the same.
-  if constexpr (!kSumsOfQ && kWarps <= 8 && tile % 4 == 0) __syncwarp();
+  if constexpr (!kSumsOfQ && kWarps <= 8 && (kValuesInShared || tile % 4 == 0)) __syncwarp();
 }
 
 __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t base,
@@ -126,10 +188,11 @@ __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t
   copy_strips(p.v, values, kValuesStrip, item.b, item.h, item.number, lane);
   cp_async_wait<0>();
   __syncwarp();
+  item.values_at = values;
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     item.rows[m].load(keys + m * kKeysStrip, lane);
-    item.values[m].load(values + m * kValuesStrip, lane);
+    if (!kValuesInShared) item.values[m].load(values + m * kValuesStrip, lane);
 #pragma unroll
     for (int n = 0; n < kDimTiles; ++n) {
 #pragma unroll
@@ -184,20 +247,24 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t base = shared_address(shared_memory);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0);
-  QueryRing ring(p, base, warp, lane);
-  const int h = ring.head();
-  if constexpr (bool(kRpeQ)) load_lookup_constants<kRpeQ>(base + kLookupQ, p.rpe_q, h);
-  if constexpr (kSumsOfQ) load_bucket_sum_constants<kRpeQ, false>(base + kSumsQ, p.rpe_q, h);
   // Free rows are computed too: they must hold numbers.
   for (int n = static_cast<int>(threadIdx.x) * 16; n < kSharedBytes - kKeys; n += kThreads * 16) {
     store_shared_x4(base + kKeys + n, make_uint4(0, 0, 0, 0));
   }
+  QueryRing ring(p, base, warp, lane);
+  __syncthreads();
+
+  ring.copy_ahead();
+  const int h = ring.head();
+  ring.load_constants();
+  if constexpr (bool(kRpeQ)) load_lookup_constants<kRpeQ>(base + kLookupQ, p.rpe_q, h);
+  if constexpr (kSumsOfQ) load_bucket_sum_constants<kRpeQ, false>(base + kSumsQ, p.rpe_q, h);
   __syncthreads();
 
   const uint32_t keys = base + kKeys + warp * M * kKeysStrip,
                  values = base + kValues + warp * M * kValuesStrip;
-  ring.copy_ahead();
   int turn = warp;
+  ring.start();
 
 #pragma unroll 1
   while (ring.now.b < p.B) {
@@ -210,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       constexpr bool last = decltype(is_last)::value;
       constexpr int kGridRows = last ? kLastRows : kChunkRows;
       constexpr int kTiles = kTilesOf<kGridRows, last>;
-      ring.wait<last>();
+      ring.wait();
       if (active) {
         const Chunk c = ring.template chunk<last>();
         for_each<ceil_div(kTiles, 2)>([&]<int n>() {

@@ -247,8 +247,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t base = shared_address(shared_memory);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0);
+  // Free rows are computed too: they must hold numbers.
+  for (int n = static_cast<int>(threadIdx.x) * 16; n < kSharedBytes - kRows; n += kThreads * 16) {
+    store_shared_x4(base + kRows + n, make_uint4(0, 0, 0, 0));
+  }
   KeyRing ring(p, base, warp, lane);
+  __syncthreads();
+
+  ring.copy_ahead();
   const int h = ring.head();
+  ring.load_constants();
   if constexpr (bool(kRpeK)) {
     load_lookup_constants<kRpeK>(base + kLookupK, p.rpe_k, h);
     load_bucket_sum_constants<kRpeK, false>(base + kSumsK, p.rpe_k, h);
@@ -257,16 +265,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     load_lookup_table<kRpeV>(base + kLookupV, p.rpe_v, h);
   else if constexpr (bool(kRpeV))
     load_lookup_constants<kRpeV>(base + kLookupV, p.rpe_v, h);
-  // Free rows are computed too: they must hold numbers.
-  for (int n = static_cast<int>(threadIdx.x) * 16; n < kSharedBytes - kRows; n += kThreads * 16) {
-    store_shared_x4(base + kRows + n, make_uint4(0, 0, 0, 0));
-  }
   __syncthreads();
 
   const uint32_t rows = base + kRows + warp * M * kRowsStrip,
                  grad = base + kGrad + warp * M * kGradStrip;
-  ring.copy_ahead();
   int turn = warp;
+  ring.start();
 
 #pragma unroll 1
   while (ring.now.b < p.B) {
@@ -279,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       constexpr bool last = decltype(is_last)::value;
       constexpr int kGridRows = last ? kLastRows : kChunkRows;
       constexpr int kTiles = kTilesOf<kGridRows, last>;
-      ring.wait<last>();
+      ring.wait();
       if (active) {
         const Chunk c = ring.template chunk<last>();
         for_each<ceil_div(kTiles, 2)>([&]<int n>() {

@@ -35,12 +35,10 @@ __device__ inline void load_bucket_sum_constants(uint32_t base, const Table& t, 
   for (int n = tid; with_table && n < Layout::kTableRows * kDimTiles; n += kThreads) {
     const uint32_t to = base + Layout::table + n / kDimTiles * kPitch + n % kDimTiles * 16;
     if (n < rpe.entries() * kDimTiles)
-      cp_async(to, table + n * 8);
+      store_shared_x4(to, *reinterpret_cast<const uint4*>(table + n * 8));
     else
       store_shared_x4(to, make_uint4(0, 0, 0, 0));
   }
-  cp_async_commit();
-  cp_async_wait<0>();
   for (int n = tid; n < Layout::kOffsets; n += kThreads) {
     // Lowest bit: the next key row, whose offset is one less, has another class.
     const int dy = min(n, 2 * kGridH - 2), row_class = t.row_class[dy];

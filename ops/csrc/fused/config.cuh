@@ -47,7 +47,7 @@ constexpr int kWarp = 32;
 constexpr int kWarps = WARPS;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kStripsPerWarp = STRIPS;           // that a warp works on at a time
-constexpr int kStages = STAGES, kAhead = AHEAD;  // of the ring of chunks; how far ahead copies are
+constexpr int kStages = STAGES;                  // of the ring of chunks
 constexpr int kStepTiles = STEP_TILES;           // tiles of 8 keys in a step of the online softmax
 constexpr bool kPrefetchQ = PREFETCH_Q;
 

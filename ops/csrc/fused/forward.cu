@@ -40,48 +40,66 @@ struct Item : Strips<kRpeK, kRpeQ> {
   float row_sum[M][4];  // the same in all columns, as the tensor cores leave them
 };
 
-// The online softmax of `count` tiles of scores of strip m: scores become weights.
-template <int count, bool is_first>
-__device__ __forceinline__ void weigh(float (&s)[count][M][4], const Params& p, Item& item, int m) {
-  float (&row_max)[2] = item.row_max[m];
-  float highest[2];
-  bool exceeds = false;
+// Of the four lanes that share a row.
+__device__ __forceinline__ float max_of_row(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// Sums of strip m against a new maximum.
+__device__ __forceinline__ void rescale(Item& item, int m, const float (&highest)[2]) {
+  float factor[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    highest[half] = s[0][m][2 * half];
-#pragma unroll
-    for (int n = 0; n < count; ++n) {
-      highest[half] = fmaxf(highest[half], fmaxf(s[n][m][2 * half], s[n][m][2 * half + 1]));
-    }
-    highest[half] = fmaxf(highest[half], __shfl_xor_sync(~0u, highest[half], 1));
-    highest[half] = fmaxf(highest[half], __shfl_xor_sync(~0u, highest[half], 2));
-    if (is_first) row_max[half] = highest[half] * p.softmax_scale_log2;
-    exceeds |= fmaf(highest[half], p.softmax_scale_log2, -row_max[half]) > kRescaleThreshold;
+    float& row_max = item.row_max[m][half];
+    const float moved = fmaxf(row_max, max_of_row(highest[half]));
+    // A row that has seen masked keys alone has no maximum yet.
+    factor[half] = kMask && moved == -kInfinity ? 1.0f : exp2_approx(row_max - moved);
+    row_max = moved;
   }
-  if (!is_first && __any_sync(~0u, exceeds)) {
-    float factor[2];
+#pragma unroll
+  for (int n = 0; n < kDimTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) item.out[m][n][e] *= factor[e / 2];
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) item.row_sum[m][e] *= factor[e / 2];
+  if constexpr (bool(kRpeV)) item.sums[m].scale(factor);
+}
+
+// The online softmax of `count` tiles of scores: they become weights. The strips' maxima are
+// compared at once, for one branch.
+template <int count, bool is_first>
+__device__ __forceinline__ void weigh(float (&s)[count][M][4], const Params& p, Item& item) {
+  float highest[M][2];
+  bool exceeds = false;
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float moved = fmaxf(row_max[half], highest[half] * p.softmax_scale_log2);
-      // A row that has seen masked keys alone has no maximum yet.
-      factor[half] = kMask && moved == -kInfinity ? 1.0f : exp2_approx(row_max[half] - moved);
-      row_max[half] = moved;
+      float& x = highest[m][half];
+      x = s[0][m][2 * half];
+#pragma unroll
+      for (int n = 0; n < count; ++n) x = fmaxf(x, fmaxf(s[n][m][2 * half], s[n][m][2 * half + 1]));
+      x *= p.softmax_scale_log2;
+      if (is_first) item.row_max[m][half] = max_of_row(x);
+      exceeds |= x - item.row_max[m][half] > kRescaleThreshold;
     }
+  }
+  if (!is_first && __any_sync(~0u, exceeds)) {
 #pragma unroll
-    for (int n = 0; n < kDimTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) item.out[m][n][e] *= factor[e / 2];
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) item.row_sum[m][e] *= factor[e / 2];
-    if constexpr (bool(kRpeV)) item.sums[m].scale(factor);
+    for (int m = 0; m < M; ++m) rescale(item, m, highest[m]);
   }
 #pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    const float reference = kMask && row_max[e / 2] == -kInfinity ? 0.0f : row_max[e / 2];
+  for (int m = 0; m < M; ++m) {
 #pragma unroll
-    for (int n = 0; n < count; ++n) {
-      s[n][m][e] = exp2_approx(fmaf(s[n][m][e], p.softmax_scale_log2, -reference));
+    for (int e = 0; e < 4; ++e) {
+      const float row_max = item.row_max[m][e / 2];
+      const float reference = kMask && row_max == -kInfinity ? 0.0f : row_max;
+#pragma unroll
+      for (int n = 0; n < count; ++n) {
+        s[n][m][e] = exp2_approx(fmaf(s[n][m][e], p.softmax_scale_log2, -reference));
+      }
     }
   }
 }
@@ -121,8 +139,7 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
     score(s[n], c, item, one_hots, kScratchStrip, lane);
     if constexpr (kMask) mask_keys<first + n>(s[n], p, item.b, c.number, lane);
   });
-#pragma unroll
-  for (int m = 0; m < M; ++m) weigh<kCount, is_first && first == 0>(s, p, item, m);
+  weigh<kCount, is_first && first == 0>(s, p, item);
   for_each<ceil_div(kCount, 2)>([&]<int n>() {
     constexpr int count = min(2, kCount - 2 * n);
     add_values<first + 2 * n, count, rows, last>(s + 2 * n, p, c, item, lane);
@@ -218,21 +235,24 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t base = shared_address(shared_memory);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarp, 0);
-  KeyRing ring(p, base, warp, lane);
-  const int h = ring.head();
-  if constexpr (bool(kRpeK)) load_lookup_constants<kRpeK>(base + kConstants, p.rpe_k, h);
-  if constexpr (bool(kRpeV)) load_bucket_sum_constants<kRpeV>(base + kConstantsV, p.rpe_v, h);
   // Free rows are computed too: they must hold numbers.
   for (int n = static_cast<int>(threadIdx.x) * 16; n < kSharedBytes - kQ; n += kThreads * 16) {
     store_shared_x4(base + kQ + n, make_uint4(0, 0, 0, 0));
   }
+  KeyRing ring(p, base, warp, lane);
   __syncthreads();
 
+  const int h = ring.head();
   const uint32_t scratch = base + kScratch + warp * M * kScratchStrip;
   const uint32_t own_q = kPrefetchQ ? base + kQ + warp * M * kQStrip : scratch;
-  ring.copy_ahead();
   int turn = warp;
   if (kPrefetchQ && turn < kItems) copy_strips(p.q, own_q, kOwnStrip, ring.now.b, h, turn, lane);
+  ring.copy_ahead();
+  if constexpr (bool(kRpeK)) load_lookup_constants<kRpeK>(base + kConstants, p.rpe_k, h);
+  if constexpr (bool(kRpeV)) load_bucket_sum_constants<kRpeV>(base + kConstantsV, p.rpe_v, h);
+  ring.load_constants();
+  __syncthreads();
+  ring.start();
 
 #pragma unroll 1
   while (ring.now.b < p.B) {
@@ -251,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
     const auto chunk = [&](auto is_first, auto is_last) {
       constexpr bool first = decltype(is_first)::value, last = decltype(is_last)::value;
-      ring.wait<last>();
+      ring.wait();
       if (active) {
         const Chunk c = ring.template chunk<last>();
         attend<0, last ? kLastRows : kChunkRows, first, last>(p, c, item, lane);

@@ -142,6 +142,12 @@ template <typename Source>
 struct Ring {
   using Layout = RingLayout<Source>;
   static constexpr bool kProjects = Source::lookup_x || Source::lookup_y;
+  // Warps project W of a chunk before they use the one before it, so that none waits for the
+  // slowest. With two chunks that would be when all of them have left the last but one.
+  static constexpr int kProjectedAhead = kProjects && kStages > 2;
+  // How far ahead copies are. With more, a warp waits for slower ones to leave the oldest chunk more
+  // often than it gains.
+  static constexpr int kAhead = kProjectedAhead ? kStages : kStages - kStages / 3;
   const Params& p;
   const uint32_t base;
   const int warp, lane;
@@ -152,7 +158,6 @@ struct Ring {
   // By all threads, before a barrier of the block.
   __device__ __forceinline__ Ring(const Params& p, uint32_t base, int warp, int lane)
       : p(p), base(base), warp(warp), lane(lane) {
-    const int h = head();
     if (threadIdx.x == 0) {
       for (int n = 0; n < kStages; ++n) {
         mbarrier_init(base + Layout::full + n * 8, kThreads);
@@ -160,12 +165,19 @@ struct Ring {
         mbarrier_init(base + Layout::projected + n * 8, kWarps);
       }
     }
+  }
+  // Likewise.
+  __device__ __forceinline__ void load_constants() const {
     if constexpr (bool(Source::lookup_x))
       load_ring_lookup_constants<Source::lookup_x>(base + Layout::constants_x, Source::table_x(p),
-                                                   h);
+                                                   head());
     if constexpr (bool(Source::lookup_y))
       load_ring_lookup_constants<Source::lookup_y>(base + Layout::constants_y, Source::table_y(p),
-                                                   h);
+                                                   head());
+  }
+  // Before the first chunk, with the constants there.
+  __device__ __forceinline__ void start() const {
+    if (kProjectedAhead && now.b < p.B) project(now);
   }
 
   // Blocks stay on one head.
@@ -190,7 +202,7 @@ struct Ring {
       if (ahead.b >= p.B) return;
       const uint32_t empty = base + Layout::empty + ahead.stage * 8;
       if (!__all_sync(~0u, mbarrier_test(empty, ahead.phase ^ 1))) {
-        if (lead > 0) return;
+        if (lead > kProjectedAhead) return;
         continue;
       }
       if (kChunks == 1 || ahead.chunk == kChunks - 1)
@@ -216,25 +228,31 @@ struct Ring {
   }
 
   // Waits for the chunk, and for its W, of which every warp projects a share.
-  template <bool last>
   __device__ __forceinline__ void wait() {
     copy_ahead();
-    mbarrier_wait(base + Layout::full + now.stage * 8, now.phase);
     if constexpr (kProjects) {
-      constexpr int kPatchRows = (last ? kLastRows : kChunkRows) * kRingWidth;
-      constexpr int kRows = round_up(kPatchRows + (last ? kPrefix : 0), 16);
-      constexpr int kNoPrefix = last ? kPatchRows : kRows;
-      const Chunk c = chunk<last>();
-      if constexpr (bool(Source::lookup_x))
-        project_ring<Source::lookup_x>(base + Layout::constants_x, c.x, c.w_x, kRows, kNoPrefix,
-                                       warp, lane);
-      if constexpr (bool(Source::lookup_y))
-        project_ring<Source::lookup_y>(base + Layout::constants_y, c.y, c.w_y, kRows, kNoPrefix,
-                                       warp, lane);
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(base + Layout::projected + now.stage * 8);
+      Stream s = now;
+      if (kProjectedAhead) s.next();
+      if (s.b < p.B) project(s);
       mbarrier_wait(base + Layout::projected + now.stage * 8, now.phase);
+    } else {
+      mbarrier_wait(base + Layout::full + now.stage * 8, now.phase);
     }
+  }
+  __device__ __forceinline__ void project(const Stream& s) const {
+    mbarrier_wait(base + Layout::full + s.stage * 8, s.phase);
+    const bool last = kChunks == 1 || s.chunk == kChunks - 1;
+    const int patches = (last ? kLastRows : kChunkRows) * kRingWidth;
+    const int rows = round_up(patches + (last ? kPrefix : 0), 16), no_prefix = last ? patches : rows;
+    const Chunk c = at(s);
+    if constexpr (bool(Source::lookup_x))
+      project_ring<Source::lookup_x>(base + Layout::constants_x, c.x, c.w_x, rows, no_prefix, warp,
+                                     lane);
+    if constexpr (bool(Source::lookup_y))
+      project_ring<Source::lookup_y>(base + Layout::constants_y, c.y, c.w_y, rows, no_prefix, warp,
+                                     lane);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(base + Layout::projected + s.stage * 8);
   }
   // The warp has read the chunk.
   __device__ __forceinline__ void release() {

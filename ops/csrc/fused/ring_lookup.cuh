@@ -18,10 +18,7 @@ struct RingLookupLayout {
   static constexpr int class_offsets = table + rpe.entries() * kPitch;  // by xu - xw + kGridW - 1
   static constexpr int kOffsets = 2 * kGridW - 1 + 7;  // of a tile's prefix tokens too: any class
   static constexpr int one_hots = round_up(class_offsets + kOffsets * 4, 16);
-  // By yu - yw + kGridH - 1. Behind are those of prefix tokens w, by yu alone, in the banks where a
-  // token below the grid would have its own.
-  static constexpr int kPrefixOneHots = round_up(2 * kGridH, 8) - 1;
-  static constexpr int kOneHots = kPrefix ? kPrefixOneHots + kGridH : 2 * kGridH - 1;
+  static constexpr int kOneHots = 2 * kGridH - 1;  // by yu - yw + kGridH - 1
   static constexpr int bytes = one_hots + kOneHots * kSlots * 2;
 };
 
@@ -31,10 +28,8 @@ __device__ inline void load_ring_lookup_constants(uint32_t base, const Table& t,
   const int tid = static_cast<int>(threadIdx.x);
   const uint16_t* table = static_cast<const uint16_t*>(t.data) + h * t.stride_h;
   for (int n = tid; n < rpe.entries() * kDimTiles; n += kThreads) {
-    cp_async(base + Layout::table + n / kDimTiles * kPitch + n % kDimTiles * 16, table + n * 8);
+    store_shared_x4(base + Layout::table + n / kDimTiles * kPitch + n % kDimTiles * 16, *reinterpret_cast<const uint4*>(table + n * 8));
   }
-  cp_async_commit();
-  cp_async_wait<0>();
   for (int n = tid; n < Layout::kOffsets; n += kThreads) {
     const int column_class = t.column_class[min(n, 2 * kGridW - 2)];
     store_shared(base + Layout::class_offsets + n * 4, column_class * Layout::kSlots * 2);
@@ -42,7 +37,7 @@ __device__ inline void load_ring_lookup_constants(uint32_t base, const Table& t,
   constexpr int kWords = Layout::kSlots / 2;
   for (int n = tid; n < Layout::kOneHots * kWords; n += kThreads) {
     const int dy = n / kWords, slot = n % kWords * 2;
-    const int row_class = dy < 2 * kGridH - 1 ? t.row_class[dy] : Layout::kSlots - 1;
+    const int row_class = t.row_class[dy];
     const uint32_t word = row_class == slot ? kOne : row_class == slot + 1 ? kOne << 16 : 0;
     store_shared(base + Layout::one_hots + n * 4, word);
   }
@@ -91,6 +86,7 @@ template <Rpe rpe>
 struct RingLookup {
   using Layout = RingLookupLayout<rpe>;
   uint32_t one_hots[2];       // of rows g and g + 8, against the first grid row
+  bool is_prefix[2];
   uint32_t class_offsets[2];  // against column lane % 8 of the ring, of the columns of both groups
   uint32_t row_words[kTileRows][2][Layout::kHalves];
   uint32_t class_offset[2];
@@ -99,31 +95,19 @@ struct RingLookup {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const int dy = groups[n].is_prefix(g) ? Layout::kPrefixOneHots
-                                            : kGridH - 1 - min(groups[n].first_y + g, kGridH - 1);
+      const int dy = kGridH - 1 - min(groups[n].first_y + g, kGridH - 1);
       one_hots[n] = base + Layout::one_hots + dy * Layout::kSlots * 2 + t * 4;
+      is_prefix[n] = groups[n].is_prefix(g);
       class_offsets[n] =
           base + Layout::class_offsets + (kGridW - 1 - groups[n].column + lane % 8) * 4;
     }
   }
-  // The left operand's word of rows g (0) or g + 8 (1) for the ring's grid row y.
-  __device__ __forceinline__ uint32_t row_word(int half_of_rows, int y, int half) const {
-    return load_shared(one_hots[half_of_rows] + y * Layout::kSlots * 2 + half * 16);
-  }
-
-  // What is constant for tile `tile` of a chunk; tiles come in order.
+  // The class of the columns for tile `tile` of a chunk.
   template <int tile, int rows>
-  __device__ __forceinline__ void load(int first_row, int lane) {
+  __device__ __forceinline__ void load_class(int lane) {
     constexpr int first = tile * 8;
     constexpr int y0 = min(first / kRingWidth, rows - 1);
     constexpr int y1 = min((first + 7) / kRingWidth, rows - 1);
-#pragma unroll
-    for (int y = y0; y <= y1; ++y) {
-      if (tile > 0 && (first - 1) / kRingWidth >= y) continue;  // there from the tile before
-#pragma unroll
-      for (int n = 0; n < 2 * Layout::kHalves; ++n)
-        row_words[y % kTileRows][n % 2][n / 2] = row_word(n % 2, first_row + y, n / 2);
-    }
 #pragma unroll
     for (int n = 0; n < (kTwoColumns ? 2 : 1); ++n) {
       uint32_t at = class_offsets[n] + min(first - y0 * kRingWidth, kGridW - 1) * 4;
@@ -183,5 +167,36 @@ struct RingLookup {
     }
   }
 };
+
+// What is constant for tile `tile` of a chunk; tiles come in order. Prefix tokens have the bucket of
+// the last slot with every token.
+template <int tile, int rows, Rpe rpe>
+__device__ __forceinline__ void load_constants(RingLookup<rpe> (&lookups)[M], int first_row,
+                                               int lane) {
+  using Layout = RingLookupLayout<rpe>;
+  constexpr int first = tile * 8;
+  constexpr int y0 = min(first / kRingWidth, rows - 1);
+  constexpr int y1 = min((first + 7) / kRingWidth, rows - 1);
+#pragma unroll
+  for (int y = y0; y <= y1; ++y) {
+    if (tile > 0 && (first - 1) / kRingWidth >= y) continue;  // there from the tile before
+#pragma unroll
+    for (int n = 0; n < 2 * Layout::kHalves; ++n) {
+      const int row = n % 2, half = n / 2;
+      const uint32_t prefix = half == Layout::kHalves - 1 && lane % 4 == 3 ? kOne << 16 : 0;
+      uint32_t word = 0;
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        if (m == 0 || !kSameRows)
+          word = load_shared(lookups[m].one_hots[row] + (first_row + y) * Layout::kSlots * 2 +
+                             half * 16);
+        lookups[m].row_words[y % kTileRows][row][half] =
+            kPrefix && lookups[m].is_prefix[row] ? prefix : word;
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < M; ++m) lookups[m].template load_class<tile, rows>(lane);
+}
 
 }  // namespace irpe

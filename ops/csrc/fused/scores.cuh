@@ -38,6 +38,7 @@ __device__ __forceinline__ void score(float (&s)[M][4], const Chunk& c, Strips<o
   RowsB x;
   x.load(c.x + tile * 8 * kPitch, lane);
   if constexpr (bool(own)) load_fragments<tile, rows>(strips.lookup, strip_bytes, c.first_row());
+  if constexpr (bool(ring)) load_constants<tile, rows>(strips.ring_lookup, c.first_row(), lane);
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     if constexpr (!kWhole) {
@@ -51,7 +52,6 @@ __device__ __forceinline__ void score(float (&s)[M][4], const Chunk& c, Strips<o
     }
     multiply_rows<kWhole && !own>(s[m], strips.rows[m], x);
     if constexpr (bool(ring)) {
-      strips.ring_lookup[m].template load<tile, rows>(c.first_row(), lane);
       strips.ring_lookup[m].template add<tile, rows>(s[m], c.w_x, strips.ring_lookup[m], lane);
     }
   }

@@ -41,12 +41,10 @@ __device__ inline void load_lookup_table(uint32_t base, const Table& t, int h) {
     for (int n = tid; n < Layout::kTableRows * kDimTiles; n += kThreads) {
       const uint32_t to = base + Layout::table + n / kDimTiles * kPitch + n % kDimTiles * 16;
       if (n < rpe.entries() * kDimTiles)
-        cp_async(to, table + n * 8);
+        store_shared_x4(to, *reinterpret_cast<const uint4*>(table + n * 8));
       else  // what bucket sums are multiplied with comes in steps of 16 rows
         store_shared_x4(to, make_uint4(0, 0, 0, 0));
     }
-    cp_async_commit();
-    cp_async_wait<0>();
   }
 }
 

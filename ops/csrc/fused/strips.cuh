@@ -41,6 +41,14 @@ struct Group {
   }
 };
 
+// Whether rows `row` to row + kRowsAtOnce - 1 of group n of an item may hold prefix tokens.
+constexpr bool may_hold_prefix(int n, int row) {
+  if (kPrefix == 0) return false;
+  const bool ends_column = (2 * kStripsPerWarp) % kColumnGroups || n % kColumnGroups == kColumnGroups - 1;
+  const bool is_free = kFreeRows && ends_column && row + kRowsAtOnce > 8 - kFreeRows;
+  return is_free || kGroups > kPatchGroups;
+}
+
 // Whether groups of an item may hold prefix tokens.
 __device__ __forceinline__ bool has_prefix(int item) {
   if (kPrefix == 0) return false;
@@ -68,8 +76,9 @@ __device__ __forceinline__ void copy_strips(const Matrix& x, uint32_t to, int st
     }
   }
   if (has_prefix(item)) {
-#pragma unroll 1
+#pragma unroll
     for (int row = 0; row < 16 * M; row += kRowsAtOnce) {
+      if (!may_hold_prefix(row / 8, row % 8)) continue;
       const Group group(item, row / 8);
       const int r = row % 8 + lane / kRowLanes;
       if (group.is_prefix(r))
@@ -107,8 +116,9 @@ __device__ __forceinline__ void store_strips(const Matrix& x, uint32_t strips, i
     }
   }
   if (has_prefix(item)) {
-#pragma unroll 1
+#pragma unroll
     for (int row = 0; row < 16 * M; row += kRowsAtOnce) {
+      if (!may_hold_prefix(row / 8, row % 8)) continue;
       const Group group(item, row / 8);
       const int r = row % 8 + lane / kRowLanes;
       const uint32_t at = from + row / 16 * strip_bytes + row % 16 * kPitch;
