@@ -78,10 +78,11 @@ def plan(shape: Shape, shared_bytes: int, needed: "Needed") -> Plan | None:
     """The first plan that fits in a block's shared memory; None if none does.
 
     Two strips halve what a warp reads of keys and values, but above 64 numbers a head the
-    registers hold one alone, and so they do in the pass over keys unless lookups are on keys alone. The ring has two chunks, so that
-    one is copied while another is used, more where there is room, and one where it must be. Where
-    there are three, chunks may be larger; and 11 warps take the place of 8 where they have
-    registers enough for one strip, and pass over the ring less often for an image.
+    registers hold one alone. So they do in the pass over keys, unless lookups are on keys alone and
+    there is room for values in shared memory. The ring has two chunks, so that one is copied while
+    another is used, more where there is room, and one where it must be. Where there are three,
+    chunks may be larger; and 11 warps take the place of 8 where they have registers enough for one
+    strip, and pass over the ring less often for an image.
 
     Args:
         needed: forward_bytes, backward_queries_bytes or backward_keys_bytes.
@@ -116,20 +117,23 @@ def _candidates(shape: Shape, is_keys: bool) -> Iterator[Plan]:
     rings = large + [(*chunk, 2) for chunk in chunks]
     padded_rings = [(*chunk, 2) for chunk in padded_chunks]
     last_rings = [(*chunk, 1) for chunk in chunks + padded_chunks]
-    keys_alone = not (shape.rpe_q.row_classes or shape.rpe_v.row_classes or shape.head_dim % 32)
-    max_strips = 2 if shape.head_dim <= 64 and (not is_keys or keys_alone) else 1
     num_strips = _num_strips(shape)
 
     def places(warps: int, strips: int) -> int:
+        """Of strips, in the rounds that an image takes."""
         return -(-num_strips // (warps * strips)) * warps * strips
 
-    if max_strips == 1:
-        has_registers = shape.head_dim <= (64 if is_keys else 80)
-        many_warps = has_registers and places(11, 1) // 11 < places(8, 1) // 8
-    else:
-        many_warps = is_keys and places(11, 1) < places(8, 2)
+    roomy = [*large, (112, natural, 3)]
+    max_strips = 2 if shape.head_dim <= 64 and not is_keys else 1
+    has_registers = max_strips == 1 and shape.head_dim <= (64 if is_keys else 80)
+    many_warps = has_registers and places(11, 1) // 11 < places(8, 1) // 8
+    keys_alone = is_keys and not (shape.rpe_q.row_classes or shape.rpe_v.row_classes)
+    values_in_shared = keys_alone and shape.head_dim in (32, 64)
+    if values_in_shared:
+        many_warps = many_warps and places(11, 1) < places(8, 2)
     for strips, warps, choices in (
-        *([(1, 11, [*large, (112, natural, 3)])] if many_warps else []),
+        *([(1, 11, roomy)] if many_warps else []),
+        *([(2, 8, roomy)] if values_in_shared else []),
         *((n, 8, each) for each in (rings, padded_rings) for n in (max_strips, 1)),
         *((1, warps, last_rings) for warps in (8, 4)),
     ):

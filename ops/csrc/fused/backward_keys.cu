@@ -183,7 +183,8 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
 }
 
 __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t base,
-                                           uint32_t keys, uint32_t values, int warp, int lane) {
+                                           uint32_t keys, uint32_t values) {
+  const int lane = lane_id();
   copy_strips(p.k, keys, kKeysStrip, item.b, item.h, item.number, lane);
   copy_strips(p.v, values, kValuesStrip, item.b, item.h, item.number, lane);
   cp_async_wait<0>();
@@ -272,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     item.number = ring.now.pass * kWarps + turn, item.b = ring.now.b, item.h = h;
     const bool active = item.number < kItems;
     if (ring.now.pass + 1 == kPasses) turn = next_turn(turn);
-    if (active) start_item(item, p, base, keys, values, warp, lane);
+    if (active) start_item(item, p, base, keys, values);
     const auto chunk = [&](auto is_last) {
       constexpr bool last = decltype(is_last)::value;
       constexpr int kGridRows = last ? kLastRows : kChunkRows;

@@ -270,8 +270,9 @@ struct SumRows {
   }
 };
 
-// Stores the bucket sums of an item at `to`, times `factor` if any (then `to` may be null), and adds
-// their product with the table, at `table`. What prefix tokens have in their bucket is left out if `zero_prefix`.
+// Stores the bucket sums of an item at `to`, times `factor` if any (then `to` may be null), and
+// adds their product with the table, at `table`. What prefix tokens have in their bucket is left
+// out if `zero_prefix`.
 template <bool zero_prefix, Rpe rpe, bool with_table, Rpe own, Rpe ring>
 __device__ __forceinline__ void finish_sums(const BucketSums<rpe, with_table> (&sums)[M],
                                             const Strips<own, ring>& strips, const Params& p,

@@ -46,9 +46,9 @@ constexpr bool kMask = KEY_PADDING_MASK, kDropout = DROPOUT;
 constexpr int kWarp = 32;
 constexpr int kWarps = WARPS;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kStripsPerWarp = STRIPS;           // that a warp works on at a time
-constexpr int kStages = STAGES;                  // of the ring of chunks
-constexpr int kStepTiles = STEP_TILES;           // tiles of 8 keys in a step of the online softmax
+constexpr int kStripsPerWarp = STRIPS;  // that a warp works on at a time
+constexpr int kStages = STAGES;         // of the ring of chunks
+constexpr int kStepTiles = STEP_TILES;  // tiles of 8 keys in a step of the online softmax
 constexpr bool kPrefetchQ = PREFETCH_Q;
 
 // f.template operator()<n>() for n from 0 on.

@@ -143,10 +143,10 @@ struct Ring {
   using Layout = RingLayout<Source>;
   static constexpr bool kProjects = Source::lookup_x || Source::lookup_y;
   // Warps project W of a chunk before they use the one before it, so that none waits for the
-  // slowest. With two chunks that would be when all of them have left the last but one.
+  // slowest. In a ring of two that one's place is free only when all of them use the other.
   static constexpr int kProjectedAhead = kProjects && kStages > 2;
-  // How far ahead copies are. With more, a warp waits for slower ones to leave the oldest chunk more
-  // often than it gains.
+  // How far ahead copies are. With more, a warp waits for slower ones to leave the oldest chunk
+  // more often than it gains.
   static constexpr int kAhead = kProjectedAhead ? kStages : kStages - kStages / 3;
   const Params& p;
   const uint32_t base;
@@ -243,7 +243,8 @@ struct Ring {
     mbarrier_wait(base + Layout::full + s.stage * 8, s.phase);
     const bool last = kChunks == 1 || s.chunk == kChunks - 1;
     const int patches = (last ? kLastRows : kChunkRows) * kRingWidth;
-    const int rows = round_up(patches + (last ? kPrefix : 0), 16), no_prefix = last ? patches : rows;
+    const int rows = round_up(patches + (last ? kPrefix : 0), 16);
+    const int no_prefix = last ? patches : rows;
     const Chunk c = at(s);
     if constexpr (bool(Source::lookup_x))
       project_ring<Source::lookup_x>(base + Layout::constants_x, c.x, c.w_x, rows, no_prefix, warp,

@@ -28,7 +28,8 @@ __device__ inline void load_ring_lookup_constants(uint32_t base, const Table& t,
   const int tid = static_cast<int>(threadIdx.x);
   const uint16_t* table = static_cast<const uint16_t*>(t.data) + h * t.stride_h;
   for (int n = tid; n < rpe.entries() * kDimTiles; n += kThreads) {
-    store_shared_x4(base + Layout::table + n / kDimTiles * kPitch + n % kDimTiles * 16, *reinterpret_cast<const uint4*>(table + n * 8));
+    const uint32_t to = base + Layout::table + n / kDimTiles * kPitch + n % kDimTiles * 16;
+    store_shared_x4(to, *reinterpret_cast<const uint4*>(table + n * 8));
   }
   for (int n = tid; n < Layout::kOffsets; n += kThreads) {
     const int column_class = t.column_class[min(n, 2 * kGridW - 2)];
@@ -86,7 +87,7 @@ template <Rpe rpe>
 struct RingLookup {
   using Layout = RingLookupLayout<rpe>;
   uint32_t one_hots[2];       // of rows g and g + 8, against the first grid row
-  bool is_prefix[2];
+  bool is_prefix[2];          // these rows
   uint32_t class_offsets[2];  // against column lane % 8 of the ring, of the columns of both groups
   uint32_t row_words[kTileRows][2][Layout::kHalves];
   uint32_t class_offset[2];
@@ -168,8 +169,8 @@ struct RingLookup {
   }
 };
 
-// What is constant for tile `tile` of a chunk; tiles come in order. Prefix tokens have the bucket of
-// the last slot with every token.
+// What is constant for tile `tile` of a chunk; tiles come in order. Prefix tokens have the bucket
+// of the last slot with every token.
 template <int tile, int rows, Rpe rpe>
 __device__ __forceinline__ void load_constants(RingLookup<rpe> (&lookups)[M], int first_row,
                                                int lane) {

@@ -44,7 +44,8 @@ struct Group {
 // Whether rows `row` to row + kRowsAtOnce - 1 of group n of an item may hold prefix tokens.
 constexpr bool may_hold_prefix(int n, int row) {
   if (kPrefix == 0) return false;
-  const bool ends_column = (2 * kStripsPerWarp) % kColumnGroups || n % kColumnGroups == kColumnGroups - 1;
+  constexpr int kOfItem = 2 * kStripsPerWarp;
+  const bool ends_column = kOfItem % kColumnGroups || n % kColumnGroups == kColumnGroups - 1;
   const bool is_free = kFreeRows && ends_column && row + kRowsAtOnce > 8 - kFreeRows;
   return is_free || kGroups > kPatchGroups;
 }

@@ -269,8 +269,8 @@ def _barrier(x: Instruction) -> Step:
 
 def tests_barrier(x: Instruction) -> bool:
     """sm_80 and sm_89 test an mbarrier by a load of its second word, and by this instruction:
-    whether the phase, its highest bit, differs from the parity that is waited for. A parity known to
-    be 0 leaves a test of that bit."""
+    whether the phase, its highest bit, differs from the parity that is waited for. If that is known
+    to be 0, the bit alone is tested."""
     is_test = x.opcode[0] in ("LOP3", "ULOP3") and "0x80000000" in x.operands
     of_zero = x.operands[1:2] + x.operands[4:6] == ("RZ", "RZ", "0xc0")  # no value is wanted
     return is_test and ("0x48" in x.operands or of_zero)
