@@ -288,8 +288,8 @@ class TestToday:
     @pytest.mark.parametrize(
         ("gpu", "problem", "most"),
         [
-            ("H100", Problem("k"), 0.76),
-            ("H100", Problem("qkv"), 1.18),
+            ("H100", Problem("k"), 0.69),
+            ("H100", Problem("qkv"), 1.15),
             ("H100", Problem("k", (16, 16), 128), 0.87),
             ("A100", Problem("k"), 0.83),
         ],
