@@ -206,6 +206,8 @@ def fused_backward(
     device, sums = device_of(x.q), {"v": sums_v}
     call = x.call(keys=False)
     grad_q, delta, sums["k"] = fused_kernels.backward_queries(call, out, lse, grad_out, device)
+    if call.shape.same_classes and sums_v.numel():
+        _remove_delta_error(sums["k"], sums_v)
     mirrored = x.call(keys=True)
     grad_k, grad_v, sums["q"] = fused_kernels.backward_keys(mirrored, lse, delta, grad_out, device)
     grads = [torch.zeros_like(table) for table in x.tables]
@@ -221,6 +223,20 @@ def fused_backward(
         for n, one_hot in zip(role.terms, one_hots, strict=True):
             grads[n] = _table_grad(x.tables[n], owners, sums[target], one_hot, scale)
     return [grad_q, grad_k, grad_v, *grads]
+
+
+def _remove_delta_error(sums: Tensor, weights: Tensor) -> None:
+    """Of the bucket sums of dS = P (dP - delta), (B, L, H, row classes x slots), in place.
+
+    Over all buckets of a query dS sums up to 0. What is there instead is the rounding error of
+    delta, which comes from the output in 16 bits: each bucket has as much of it as it has weight.
+    Terms on values make the output, and so this error, large.
+
+    Args:
+        weights: bucket sums of P, of the same shape.
+    """
+    error = sums.sum(-1, keepdim=True, dtype=torch.float32).to(sums.dtype)
+    sums.addcmul_(error, weights, value=-1)
 
 
 def _table_grad(
