@@ -88,10 +88,9 @@ def plan(shape: Shape, shared_bytes: int, needed: "Needed") -> Plan | None:
         needed: forward_bytes, backward_queries_bytes or backward_keys_bytes.
     """
     for plan in _candidates(shape, is_keys=needed is backward_keys_bytes):
-        left = shared_bytes - needed(shape, plan)
-        if left >= 0 and _chunk_places(shape, plan) <= MAX_CHUNK_KEYS:
-            step = needed(shape, plan._replace(stages=plan.stages + 1)) - needed(shape, plan)
-            return plan._replace(stages=min(8, plan.stages + left // step))
+        if needed(shape, plan) <= shared_bytes and _chunk_places(shape, plan) <= MAX_CHUNK_KEYS:
+            more = (plan._replace(stages=n) for n in range(8, plan.stages, -1))
+            return next((x for x in more if needed(shape, x) <= shared_bytes), plan)
     return None
 
 

@@ -185,6 +185,18 @@ def test_a_multiprocessor_has_8_warps(capability: str, on: str, kernel: str) -> 
         assert found.warps == 8, head_dim
 
 
+@pytest.mark.parametrize("kernel", list(NEEDED))
+@pytest.mark.parametrize("capability", ["80", "86", "90"])
+def test_plans_fit(capability: str, kernel: str) -> None:
+    """With many small chunks too, whose mbarriers take more than 128 bytes."""
+    small = [("bias", 20, (height, width)) for height in range(2, 15) for width in range(1, 7)]
+    large = [("contextual", 1.9, (size, size)) for size in range(1, 33)]
+    for mode, ratio, grid in small + large:
+        shape = Case("k", "cross", mode, ratio, grid).shape(keys=kernel == "backward_keys")
+        found = plan(shape, LIMITS[capability], NEEDED[kernel])
+        assert found is None or NEEDED[kernel](shape, found) <= LIMITS[capability], grid
+
+
 def test_what_does_not_fit_has_no_plan() -> None:
     shape = Case("kv", "euclidean", ratio=20).shape()
     assert plan(shape, LIMITS["86"], forward_bytes) is None
