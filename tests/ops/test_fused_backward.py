@@ -65,8 +65,9 @@ def test_a_bucket_with_nearly_all_keys(simulator: Simulator) -> None:
     Problem(case).check(simulator, SimulatedDevice(simulator.driver))
 
 
-def test_masked_keys_have_no_part(simulator: Simulator) -> None:
-    problem = Problem(Case("kv", grid=(5, 9), batch=2))
+@pytest.mark.parametrize("on", ["k", "kv"])  # two strips over keys, and one
+def test_masked_keys_have_no_part(simulator: Simulator, on: str) -> None:
+    problem = Problem(Case(on, grid=(5, 9), batch=2))
     mask = torch.rand(2, problem.case.shape().tokens) < 0.5
     problem.options["key_padding_mask"] = mask
     problem.check(simulator, SimulatedDevice(simulator.driver))
