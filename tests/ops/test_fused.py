@@ -164,8 +164,9 @@ class TestDropout:
         drawn = words.gather(0, place[None])[0] >> (key % 2 * 16) & 0xFFFF
         return (drawn >= self.P * 2**16).view(self.CASE.batch, self.CASE.heads, *drawn.shape[1:])
 
-    def test_against_eager_with_the_same_mask(self, device: str) -> None:
-        problem = Problem(self.CASE, device)
+    @pytest.mark.parametrize("on", ["k", "qkv"])  # two strips over keys, and one
+    def test_against_eager_with_the_same_mask(self, device: str, on: str) -> None:
+        problem = Problem(self.CASE._replace(on=on), device)
         problem.options["dropout_p"] = self.P
         runs = []
         for _ in range(2):
@@ -182,7 +183,7 @@ class TestDropout:
 
 
 def with_mask(problem: Problem, kept: Tensor) -> dict[str, Tensor]:
-    """Output and gradients in float64, the weights multiplied by `kept`; one term each."""
+    """Output and gradients in float64, the weights multiplied by `kept`; at most one term each."""
     leaves = {name: x.double().requires_grad_() for name, x in problem.leaves.items()}
     q, k, v = (leaves[name] for name in "qkv")
     ids = {name: m.ids.long() for name, m in problem.maps.items()}
@@ -190,11 +191,14 @@ def with_mask(problem: Problem, kept: Tensor) -> dict[str, Tensor]:
     def looked_up(x: Tensor, name: str) -> Tensor:
         return (x @ leaves[name]).gather(-1, ids[name].expand(*x.shape[:2], -1, -1))
 
-    scores = q @ k.mT + looked_up(q, "rpe_k0") + looked_up(k, "rpe_q0").mT
+    scores = q @ k.mT + looked_up(q, "rpe_k0")
+    if "rpe_q0" in leaves:
+        scores = scores + looked_up(k, "rpe_q0").mT
     weights = (scores * q.shape[-1] ** -0.5).softmax(-1) * kept
-    buckets = problem.maps["rpe_v0"]
-    sums = bucket_sum(weights, buckets.ids, buckets.num_buckets)
-    out = weights @ v + sums @ leaves["rpe_v0"]
+    out = weights @ v
+    if "rpe_v0" in leaves:
+        buckets = problem.maps["rpe_v0"]
+        out = out + bucket_sum(weights, buckets.ids, buckets.num_buckets) @ leaves["rpe_v0"]
     grads = torch.autograd.grad(out, list(leaves.values()), problem.grad_out.double())
     return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
