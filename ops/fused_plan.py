@@ -216,7 +216,7 @@ def _ring_bytes(
             entries = rpe.row_classes * rpe.slots
             count += plan.stages * capacity * _pitch(entries * 2)
             constants = _up(entries * pitch + (2 * width + 6) * 4, 16)
-            count = _up(count + constants + (2 * height - 1) * rpe.slots * 2, 16)
+            count = _up(count + constants + (2 * height + 7) * rpe.slots * 2, 16)
     return count
 
 

@@ -149,9 +149,10 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
         a[m][n * 2 + half] = pack(kept[2 * half], kept[2 * half + 1]);
     }
   }
+  if ((M == 2 || kWarps > 8 || tile % 6 == 4) && never(p, tile)) return;
   multiply_columns<M, count>(item.grad_v, a, c.y + tile * 8 * kPitch, lane);
   if constexpr (kValuesInShared) {
-    __syncwarp();  // as below
+    __syncwarp();  // ptxas moves no ldmatrix over it
     multiply_values<count>(grad, item.values_at, c.y + tile * 8 * kPitch, lane);
   }
   float2 delta[count];
@@ -177,9 +178,6 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
     }
   }
   multiply_columns<M, count>(item.grad_k, a, c.x + tile * 8 * kPitch, lane);
-  // ptxas moves no ldmatrix over it. Else it begins so many steps at once that their sums take more
-  // than the 255 registers which a thread of 8 warps has; stores of bucket sums do the same.
-  if constexpr (!kSumsOfQ && kWarps <= 8 && (kValuesInShared || tile % 4 == 0)) __syncwarp();
 }
 
 __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t base,
@@ -220,7 +218,7 @@ __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t
     if constexpr (bool(kRpeQ)) {
       item.lookup[m].start(base + kLookupQ, w, groups, lane);
       if (kSumsOfQ && has_prefix(item.number))
-        fill_prefix_rows<kRpeQ>(w, item.lookup[m].is_prefix, lane);
+        fill_prefix_rows<kRpeQ>(w, item.lookup[m].is_prefix);
     }
     if constexpr (kSumsOfQ)
       item.sums[m].start(base + kSumsQ, values + m * kValuesStrip, groups, lane);

@@ -75,6 +75,7 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
       multiply_rows<!kRpeV>(grad[n][m], item.grad_out[m], v);
     }
   });
+  if ((tile % 6 == 4 || (M == 2 && kRpeV)) && never(p, tile)) return;
   uint32_t a[M][4];
   SumOneHots<tile, count, rows, last, kRpeK.slots> sum_one_hots;
 #pragma unroll
@@ -150,13 +151,14 @@ struct Output {
 #pragma unroll
       for (int n = 1; n < kRowLanes; n *= 2) sums[step] += __shfl_xor_sync(~0u, sums[step], n);
     }
+    const int g = lane_id() / 4;
 #pragma unroll
     for (int n = 0; n < 2 * M; ++n) {  // 8 rows lie in one step or in two
-      const int first = n * 8 / kRowsAtOnce, from = lane / 4 % kRowsAtOnce * kRowLanes;
+      const int first = n * 8 / kRowsAtOnce, from = g % kRowsAtOnce * kRowLanes;
       float x = __shfl_sync(~0u, sums[first], from);
       if constexpr (kRowsAtOnce < 8) {
         const float y = __shfl_sync(~0u, sums[first + 1], from);
-        if (lane / 4 >= kRowsAtOnce) x = y;
+        if (g >= kRowsAtOnce) x = y;
       }
       delta[n / 2][n % 2] = x;
     }
@@ -212,14 +214,14 @@ __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t
     if constexpr (bool(kRpeK)) {
       item.lookup[m].start(base + kLookupK, w, groups, lane);
       if (!kRpeK.bias && has_prefix(item.number))
-        fill_prefix_rows<kRpeK>(w, item.lookup[m].is_prefix, lane);
+        fill_prefix_rows<kRpeK>(w, item.lookup[m].is_prefix);
       const uint32_t bins =
           kBinsInGrad ? grad + m * kGradStrip : base + kBinsK + (warp * M + m) * SumsK::kStripBytes;
       item.sums_k[m].start(base + kSumsK, bins, groups, lane);
     }
     if constexpr (bool(kRpeV)) {
       item.lookup_v[m].start(base + (kTableOfV ? kLookupK : kLookupV), w_v, groups, lane);
-      if (has_prefix(item.number)) fill_prefix_rows<kRpeV>(w_v, item.lookup_v[m].is_prefix, lane);
+      if (has_prefix(item.number)) fill_prefix_rows<kRpeV>(w_v, item.lookup_v[m].is_prefix);
     }
   }
   __syncwarp();
@@ -285,6 +287,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       constexpr int kTiles = kTilesOf<kGridRows, last>;
       ring.wait();
       if (active) {
+        const int lane = lane_id();
         const Chunk c = ring.template chunk<last>();
         for_each<ceil_div(kTiles, 2)>([&]<int n>() {
           attend<2 * n, min(2, kTiles - 2 * n), kGridRows, last>(p, c, item, lane);

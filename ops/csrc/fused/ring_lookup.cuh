@@ -18,7 +18,8 @@ struct RingLookupLayout {
   static constexpr int class_offsets = table + rpe.entries() * kPitch;  // by xu - xw + kGridW - 1
   static constexpr int kOffsets = 2 * kGridW - 1 + 7;  // of a tile's prefix tokens too: any class
   static constexpr int one_hots = round_up(class_offsets + kOffsets * 4, 16);
-  static constexpr int kOneHots = 2 * kGridH - 1;  // by yu - yw + kGridH - 1
+  // By yu - yw + kGridH + 7; yw of free rows too, with the first one.
+  static constexpr int kOneHots = 2 * kGridH + 7;
   static constexpr int bytes = one_hots + kOneHots * kSlots * 2;
 };
 
@@ -37,7 +38,7 @@ __device__ inline void load_ring_lookup_constants(uint32_t base, const Table& t,
   }
   constexpr int kWords = Layout::kSlots / 2;
   for (int n = tid; n < Layout::kOneHots * kWords; n += kThreads) {
-    const int dy = n / kWords, slot = n % kWords * 2;
+    const int dy = max(n / kWords - 8, 0), slot = n % kWords * 2;
     const int row_class = t.row_class[dy];
     const uint32_t word = row_class == slot ? kOne : row_class == slot + 1 ? kOne << 16 : 0;
     store_shared(base + Layout::one_hots + n * 4, word);
@@ -96,7 +97,7 @@ struct RingLookup {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const int dy = kGridH - 1 - min(groups[n].first_y + g, kGridH - 1);
+      const int dy = kGridH + 7 - (groups[n].first_y + g);
       one_hots[n] = base + Layout::one_hots + dy * Layout::kSlots * 2 + t * 4;
       is_prefix[n] = groups[n].is_prefix(g);
       class_offsets[n] =
