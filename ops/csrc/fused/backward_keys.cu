@@ -149,7 +149,7 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
         a[m][n * 2 + half] = pack(kept[2 * half], kept[2 * half + 1]);
     }
   }
-  if ((M == 2 || kWarps > 8 || tile % 6 == 4) && never(p, tile)) return;
+  if (kWarps <= 8 && (M == 2 || tile % 6 == 4) && never(p, tile)) return;
   multiply_columns<M, count>(item.grad_v, a, c.y + tile * 8 * kPitch, lane);
   if constexpr (kValuesInShared) {
     __syncwarp();  // ptxas moves no ldmatrix over it
@@ -218,7 +218,7 @@ __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t
     if constexpr (bool(kRpeQ)) {
       item.lookup[m].start(base + kLookupQ, w, groups, lane);
       if (kSumsOfQ && has_prefix(item.number))
-        fill_prefix_rows<kRpeQ>(w, item.lookup[m].is_prefix);
+        fill_prefix_rows<kRpeQ>(w, item.lookup[m].is_prefix, lane);
     }
     if constexpr (kSumsOfQ)
       item.sums[m].start(base + kSumsQ, values + m * kValuesStrip, groups, lane);

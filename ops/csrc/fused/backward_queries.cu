@@ -51,9 +51,13 @@ struct Item : Strips<kRpeK, kRpeQ> {
   float lse[M][2], delta[M][2];  // the first one in powers of two
 };
 
+// Where basic blocks end: in the middle of each step, or before every third.
+constexpr bool kEndEachStep = M == 2 && kRpeV;
+
 // Of `count` tiles of keys, one or two, from `tile` on of a chunk of `rows` grid rows.
 template <int tile, int count, int rows, bool last>
 __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& item, int lane) {
+  if (!kEndEachStep && tile % 6 == 2 && never(p, tile)) return;
   float s[count][M][4], grad[count][M][4];
   for_each<count>([&]<int n>() {
     OneHots<tile + n, rows, last, kRpeK.slots> one_hots[M];
@@ -75,7 +79,7 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
       multiply_rows<!kRpeV>(grad[n][m], item.grad_out[m], v);
     }
   });
-  if ((tile % 6 == 4 || (M == 2 && kRpeV)) && never(p, tile)) return;
+  if (kEndEachStep && never(p, tile)) return;
   uint32_t a[M][4];
   SumOneHots<tile, count, rows, last, kRpeK.slots> sum_one_hots;
 #pragma unroll
@@ -214,14 +218,14 @@ __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t
     if constexpr (bool(kRpeK)) {
       item.lookup[m].start(base + kLookupK, w, groups, lane);
       if (!kRpeK.bias && has_prefix(item.number))
-        fill_prefix_rows<kRpeK>(w, item.lookup[m].is_prefix);
+        fill_prefix_rows<kRpeK>(w, item.lookup[m].is_prefix, lane_id());
       const uint32_t bins =
           kBinsInGrad ? grad + m * kGradStrip : base + kBinsK + (warp * M + m) * SumsK::kStripBytes;
       item.sums_k[m].start(base + kSumsK, bins, groups, lane);
     }
     if constexpr (bool(kRpeV)) {
       item.lookup_v[m].start(base + (kTableOfV ? kLookupK : kLookupV), w_v, groups, lane);
-      if (has_prefix(item.number)) fill_prefix_rows<kRpeV>(w_v, item.lookup_v[m].is_prefix);
+      if (has_prefix(item.number)) fill_prefix_rows<kRpeV>(w_v, item.lookup_v[m].is_prefix, lane_id());
     }
   }
   __syncwarp();

@@ -181,7 +181,7 @@ __device__ __forceinline__ void start_item(Item& item, uint32_t base, uint32_t q
       const uint32_t w = scratch + m * kScratchStrip;
       item.lookup[m].start(base + kConstants, w, groups, lane);
       if (!kRpeK.bias && has_prefix(item.number))
-        fill_prefix_rows<kRpeK>(w, item.lookup[m].is_prefix);
+        fill_prefix_rows<kRpeK>(w, item.lookup[m].is_prefix, lane);
     }
   }
   __syncwarp();

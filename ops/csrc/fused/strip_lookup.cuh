@@ -236,8 +236,7 @@ __device__ __forceinline__ void project_table(uint32_t base, uint32_t w, const R
 
 // Prefix tokens have one bucket with every key: their rows of W get it everywhere.
 template <Rpe rpe>
-__device__ __forceinline__ void fill_prefix_rows(uint32_t w, bool is_prefix) {
-  const int lane = lane_id();
+__device__ __forceinline__ void fill_prefix_rows(uint32_t w, bool is_prefix, int lane) {
   if (lane < 16 && is_prefix) {
     const uint32_t row = w + lane * LookupLayout<rpe>::kWPitch;
     const uint32_t x = load_shared_u16(row + (rpe.slots - 1) * 2) * 0x10001;
