@@ -288,10 +288,10 @@ class TestToday:
     @pytest.mark.parametrize(
         ("gpu", "problem", "most"),
         [
-            ("H100", Problem("k"), 0.69),
+            ("H100", Problem("k"), 0.70),
             ("H100", Problem("qkv"), 1.15),
-            ("H100", Problem("k", (16, 16), 128), 0.87),
-            ("A100", Problem("k"), 0.83),
+            ("H100", Problem("k", (16, 16), 128), 0.84),
+            ("A100", Problem("k"), 0.85),
         ],
     )
     def test_ratio_to_flash(self, gpu: str, problem: Problem, most: float) -> None:
