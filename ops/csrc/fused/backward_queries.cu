@@ -51,7 +51,7 @@ struct Item : Strips<kRpeK, kRpeQ> {
   float lse[M][2], delta[M][2];  // the first one in powers of two
 };
 
-// Where basic blocks end: in the middle of each step, or before every third.
+// Where basic blocks end (`never`): in the middle of each step, or before every third.
 constexpr bool kEndEachStep = M == 2 && kRpeV;
 
 // Of `count` tiles of keys, one or two, from `tile` on of a chunk of `rows` grid rows.
@@ -225,7 +225,8 @@ __device__ __forceinline__ void start_item(Item& item, const Params& p, uint32_t
     }
     if constexpr (bool(kRpeV)) {
       item.lookup_v[m].start(base + (kTableOfV ? kLookupK : kLookupV), w_v, groups, lane);
-      if (has_prefix(item.number)) fill_prefix_rows<kRpeV>(w_v, item.lookup_v[m].is_prefix, lane_id());
+      if (has_prefix(item.number))
+        fill_prefix_rows<kRpeV>(w_v, item.lookup_v[m].is_prefix, lane_id());
     }
   }
   __syncwarp();
