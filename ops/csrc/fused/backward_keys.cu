@@ -149,6 +149,7 @@ __device__ __forceinline__ void attend(const Params& p, const Chunk& c, Item& it
         a[m][n * 2 + half] = pack(kept[2 * half], kept[2 * half + 1]);
     }
   }
+  // With 11 warps it would cost more than the registers that spill.
   if (kWarps <= 8 && (M == 2 || tile % 6 == 4) && never(p, tile)) return;
   multiply_columns<M, count>(item.grad_v, a, c.y + tile * 8 * kPitch, lane);
   if constexpr (kValuesInShared) {
